@@ -1,0 +1,1 @@
+"""Federated and split fine-tuning of language models with unequal LoRA ranks."""

@@ -1,0 +1,87 @@
+"""An adapter: the updates of all adapted matrices of a model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from polyrank.algebra.lowrank import LowRank
+from polyrank.errors import SiteError
+
+
+class Adapter(Mapping[str, LowRank]):
+    """A read-only mapping from a site's name to its ΔW, in the order of the names.
+
+    Ranks may differ from site to site. Sites are compared as sets: the order in which they were
+    given never matters, to sums, hashes or iteration.
+    """
+
+    def __init__(self, deltas: Mapping[str, LowRank]):
+        self._deltas = {site: deltas[site] for site in sorted(deltas)}
+
+    def __getitem__(self, site: str) -> LowRank:
+        return self._deltas[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._deltas)
+
+    def __len__(self) -> int:
+        return len(self._deltas)
+
+    def __repr__(self) -> str:
+        ranks = sorted({delta.rank for delta in self.values()})
+        return f"Adapter({len(self)} sites, ranks {ranks})"
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The stored rank of every site."""
+        return {site: delta.rank for site, delta in self.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(delta.nbytes for delta in self.values())
+
+    def restrict(self, sites: Iterable[str]) -> Adapter:
+        """Return the adapter of the named sites only; SiteError if one is not here."""
+        wanted = list(sites)
+        missing = sorted(set(wanted) - set(self))
+        if missing:
+            raise SiteError(f"Adapter.restrict: no such site {missing}; this adapter has {[*self]}")
+        return Adapter({site: self[site] for site in wanted})
+
+    def __add__(self, other: Adapter) -> Adapter:
+        """Return the exact sum; a site that one of the two lacks counts as zero there."""
+        both = {site: self[site] + other[site] for site in self.keys() & other.keys()}
+        return Adapter({**self._deltas, **other._deltas, **both})
+
+    def scale(self, factor: float) -> Adapter:
+        """Return the adapter with every ΔW multiplied by `factor`."""
+        return Adapter({site: delta.scale(factor) for site, delta in self.items()})
+
+    def norm(self) -> float:
+        """Return (Σ_sites ‖ΔW‖_F²)^½."""
+        return math.sqrt(sum(delta.norm() ** 2 for delta in self.values()))
+
+    def to(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Adapter:
+        """Return the same factors in another dtype or on another device."""
+        return Adapter({s: d.to(dtype=dtype, device=device) for s, d in self.items()})
+
+    def hash(self) -> str:
+        """Return a SHA-256 (hex) over sites, shapes, dtypes and the bytes of all factors.
+
+        Two adapters hash alike exactly when their factors are the same bit by bit.
+        """
+        digest = hashlib.sha256()
+        for site, delta in self.items():
+            for factor in (delta.b, delta.a):
+                head = f"{site}|{factor.dtype}|{tuple(factor.shape)}|"
+                digest.update(head.encode())
+                bits = factor.detach().cpu().contiguous().view(torch.uint8)
+                digest.update(bits.numpy().tobytes())
+        return digest.hexdigest()

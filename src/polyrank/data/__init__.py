@@ -1,0 +1,1 @@
+"""Tasks, clients and batches: from files or a hub to token ids."""
