@@ -1,0 +1,118 @@
+"""How a run is conducted: who takes part, how updates weigh, when it is evaluated and stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from polyrank.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many of the clients take part in a round: a `fraction` of them, or a `number`."""
+
+    fraction: float | None = None
+    number: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.fraction is not None and self.number is not None:
+            raise RecipeError("sampling: give fraction or number, not both")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise RecipeError(f"sampling.fraction: expected more than 0, up to 1: {self.fraction}")
+        if self.number is not None and self.number < 1:
+            raise RecipeError(f"sampling.number: expected at least 1, got {self.number}")
+
+    def count(self, clients: int) -> int:
+        """Return how many of `clients` take part; all of them if neither was given.
+
+        A fraction is rounded down, and is at least one client: FlexLoRA's 0.05 of 1,613 is 80 [C].
+        """
+        if self.number is not None:
+            return min(self.number, clients)
+        return max(1, math.floor((self.fraction or 1.0) * clients + 1e-9))
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """The weight of a client's update: ``examples``, ``equal``, or ``capped`` at `cap` examples."""
+
+    by: Literal["examples", "equal", "capped"] = "examples"
+    cap: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.by == "capped") != (self.cap is not None) or (self.cap or 1) < 1:
+            raise RecipeError("weights: by = 'capped' needs cap, at least 1; the others take none")
+
+    def weights(self, examples: Mapping[str, int]) -> dict[str, float]:
+        """Return the weights, not yet normalised, from training examples per client."""
+        table = {
+            "examples": lambda n: n,
+            "equal": lambda _: 1,
+            "capped": lambda n: min(n, self.cap or n),
+        }
+        return {client: float(table[self.by](n)) for client, n in examples.items()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured and how often.
+
+    Every `every` rounds (0: never in between) the global adapter is evaluated on the validation
+    parts, on up to `examples` per client, at the server's rank and, with `own_rank`, also as each
+    client gets it at its own rank. Before the first and after the last round it is evaluated on
+    the test parts, and there `generate` examples per client are generated, greedily and up to
+    `max_new_tokens`, for exact match and ROUGE-L; `generate_every` more often: every so many
+    rounds. A limit of 0 for `examples` means all.
+    """
+
+    every: int = 1
+    examples: int = 32
+    own_rank: bool = True
+    generate: int = 0
+    generate_every: int = 0
+    max_new_tokens: int = 64
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("every", "examples", "generate", "generate_every"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"evaluation.{name}: expected at least 0")
+        for name in ("max_new_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"evaluation.{name}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Stop after `patience` evaluations without a validation loss lower by `min_delta`.
+
+    The result is then the adapter of the best evaluation, unless `restore_best` is off.
+    """
+
+    patience: int
+    min_delta: float = 0.0
+    restore_best: bool = True
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise RecipeError(f"early_stopping.patience: expected at least 1, got {self.patience}")
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What a round tolerates: `quorum`, the share of its clients whose updates must be accepted.
+
+    Below it the state does not change, and the round is tried with other clients, `attempts` times
+    in all. `max_increment` bounds ‖ΔW − what was dealt‖_F of an update; none by default.
+    """
+
+    quorum: float = 0.5
+    attempts: int = 3
+    max_increment: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.quorum <= 1 or self.attempts < 1:
+            raise RecipeError("faults: expected 0 < quorum <= 1 and at least one attempt")

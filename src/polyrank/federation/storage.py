@@ -1,0 +1,139 @@
+"""Files that are whole or absent: atomic writes, factors and states as safetensors."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from polyrank.aggregation import State, Update
+from polyrank.algebra import Adapter, LowRank
+from polyrank.errors import ResourceError, RunError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn 'disk full' inside the block into a ResourceError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _full(path, error) from error
+        raise
+    except SafetensorError as error:
+        # safetensors hides the errno in its text.
+        if any(os.strerror(code) in str(error) for code in _FULL):
+            raise _full(path, error) from error
+        raise
+
+
+def _full(path: Path, error: Exception) -> ResourceError:
+    free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+    return ResourceError(
+        f"{path}: could not be written ({error}); {free / 2**20:.0f} MiB are free. Nothing that "
+        "was saved before is lost: make room, then `polyrank resume`"
+    )
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: a reader sees the old one or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write indented JSON atomically; NaN and infinity are refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file atomically."""
+    partial = path.with_name(f".{path.name}.partial")
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with disk_errors(path):
+        save_file(ready, partial, dict(metadata))
+        sync(partial)
+        partial.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_update(path: Path, update: Update) -> None:
+    """Persist an update: factors as ``site|b`` and ``site|a``, all else as JSON metadata."""
+    tensors = {}
+    for site, delta in update.adapter.items():
+        tensors[f"{site}|b"], tensors[f"{site}|a"] = delta.b, delta.a
+    head = {
+        "client": update.client,
+        "round": update.round,
+        "attempt": update.attempt,
+        "assignment": update.assignment,
+        "examples": update.examples,
+        "metrics": dict(update.metrics),
+    }
+    write_tensors(path, tensors, {"update": json.dumps(head)})
+
+
+def read_update(path: Path) -> Update:
+    """Read what `write_update` wrote; RunError if the file is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            head = json.loads(file.metadata()["update"])
+            sites = {name.rsplit("|", 1)[0] for name in file.keys()}  # noqa: SIM118
+            factors = {s: _factors(file, s) for s in sites}
+        return Update(adapter=Adapter(factors), **head)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: not a readable update ({error}); delete it and resume") from error
+
+
+def read_factors(path: Path, site: str) -> LowRank:
+    """Read one site's factors of a persisted update, and nothing else of the file."""
+    with safe_open(path, "pt") as file:
+        return _factors(file, site)
+
+
+def _factors(file: safe_open, site: str) -> LowRank:
+    return LowRank(file.get_tensor(f"{site}|b"), file.get_tensor(f"{site}|a"))
+
+
+def write_state(folder: Path, name: str, state: State) -> None:
+    """Write a rule's state as ``name.safetensors`` (tensors) and ``name.json`` (scalars)."""
+    write_tensors(folder / f"{name}.safetensors", state.tensors, {})
+    write_json(folder / f"{name}.json", dict(state.scalars))
+
+
+def read_state(folder: Path, name: str) -> State:
+    """Read what `write_state` wrote."""
+    with safe_open(folder / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return State(tensors, json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))

@@ -1,0 +1,91 @@
+"""Clients ready for work: their examples as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from polyrank.data import ClientData, Encoded, Example, Skipped, encode
+from polyrank.errors import DataError
+from polyrank.model import LoadedModel
+
+Part = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How examples become tokens; see `polyrank.data.encode`.
+
+    `max_length` 0 means the model's context.
+    """
+
+    max_length: int = 0
+    loss_on: Literal["completion", "all"] = "completion"
+    too_long: Literal["skip", "cut-prompt", "error"] = "skip"
+
+
+@dataclass(frozen=True)
+class ClientWork:
+    """A client's encoded examples; ``rows[part][i].example`` indexes ``examples[part]``."""
+
+    id: str
+    category: str
+    seen: bool
+    rows: Mapping[Part, Sequence[Encoded]]
+    examples: Mapping[Part, Sequence[Example]]
+
+
+def prepare(
+    clients: Mapping[str, ClientData], model: LoadedModel, encoding: Encoding
+) -> tuple[dict[str, ClientWork], Skipped]:
+    """Return the clients' work, and what could not be used, by name.
+
+    A seen client left without a training example cannot take part: it is left out and named.
+    Raises DataError if no seen client is left, or if `max_length` exceeds the model's context.
+    """
+    context = model.spec.context
+    length = encoding.max_length or context
+    if length > context:
+        raise DataError(
+            f"data.max_length: {length} tokens are more than the context of {model.source}, "
+            f"{context}; lower it, or take another model"
+        )
+    work: dict[str, ClientWork] = {}
+    skipped = Skipped()
+    for id, client in sorted(clients.items()):
+        rows: dict[Part, Sequence[Encoded]] = {}
+        parts: tuple[Part, ...] = ("train", "validation", "test")
+        examples = {part: getattr(client, part) for part in parts}
+        for part in parts:
+            rows[part], missed = encode(
+                examples[part],
+                model.tokenizer,
+                max_length=length,
+                loss_on=encoding.loss_on,
+                too_long=encoding.too_long,
+                label=id,
+            )
+            skipped = skipped + missed
+        if client.seen and not rows["train"]:
+            skipped = skipped + Skipped({"client without a usable training example": [id]})
+            continue
+        work[id] = ClientWork(id, client.category, client.seen, rows, examples)
+    if not any(client.seen for client in work.values()):
+        raise DataError(
+            f"no client has a usable training example within {length} tokens; "
+            f"{skipped.count} rows were skipped: "
+            + ", ".join(f"{len(rows)} {reason}" for reason, rows in skipped.rows.items())
+        )
+    return work, skipped
+
+
+def fingerprint(work: Mapping[str, ClientWork]) -> str:
+    """Return a SHA-256 (hex) over every client's token ids, parts and loss positions."""
+    digest = hashlib.sha256()
+    for id in sorted(work):
+        for part in ("train", "validation", "test"):
+            for row in work[id].rows[part]:
+                digest.update(f"{id}|{part}|{row.loss_from}|{row.input_ids}".encode())
+    return digest.hexdigest()
