@@ -1,0 +1,221 @@
+"""Loading a causal language model, from a hub id or a folder, ready to be adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from polyrank.errors import ModelError
+from polyrank.model.checkpointing import checkpoint_blocks
+from polyrank.model.describe import describe
+from polyrank.model.sites import ALL_LINEAR, find_blocks
+from polyrank.planning.spec import ModelSpec
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+"""The number formats of a base; adapters are float32, or float64 on a float64 base."""
+
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A frozen base: in evaluation mode, without gradients, and never written to.
+
+    `spec` holds its sizes and chosen sites, `source` the hub id or folder that it came from.
+    `checkpointing` says whether its blocks compute their activations again in the backward pass.
+    The tokenizer always has an end-of-sequence and a padding token.
+    """
+
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    source: str
+    checkpointing: bool
+
+
+def load_model(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    sites: Sequence[str] | str = ALL_LINEAR,
+    exclude: Sequence[str] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+    checkpointing: bool = False,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Return a causal language model with its tokenizer, from a hub id or a folder.
+
+    `device` is ``auto`` (cuda, else mps, else cpu) or a torch device; `dtype` is ``float32``,
+    ``bfloat16`` or ``float64``. `sites`, `exclude` and `groups` are those of `choose_sites`.
+    Weights are read from safetensors files only, and no code that comes with a model is run.
+
+    Raises ModelError if the model is missing, unreadable, incomplete or not a causal language
+    model, or lacks an end-of-sequence token; SiteError as `choose_sites`.
+    """
+    where = resolve_device(device)
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype: expected one of {list(DTYPES)}, got {dtype!r}")
+    if where.type == "mps" and dtype == "float64":
+        raise ModelError("model.dtype: mps has no float64; use float32, or device cpu")
+    name = str(Path(source).expanduser()) if _is_path(source) else str(source)
+    if _is_path(source) and not Path(name).is_dir():
+        raise ModelError(f"model: expected a folder with a model in it, {name} is not one")
+
+    def fetch(what: str, factory: Any, **options: Any) -> Any:
+        try:
+            return factory.from_pretrained(
+                name, revision=revision, trust_remote_code=False, **options
+            )
+        except _UNREADABLE as error:
+            raise ModelError(_unreadable(what, name, error)) from error
+
+    config = fetch("configuration", AutoConfig)
+    _refuse_other_kinds(name, config)
+    tokenizer = fetch("tokenizer", AutoTokenizer)
+    module, info = fetch(
+        "weights",
+        AutoModelForCausalLM,
+        config=config,
+        dtype=DTYPES[dtype],
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {name}: the weights lack {len(missing)} tensors that "
+            f"{type(module).__name__} needs ({', '.join(missing[:5])}, …); they would be random. "
+            "Is this a complete causal language model?"
+        )
+    return wrap_model(
+        module.to(where),
+        tokenizer,
+        sites=sites,
+        exclude=exclude,
+        groups=groups,
+        checkpointing=checkpointing,
+        source=name,
+    )
+
+
+def wrap_model(
+    module: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sites: Sequence[str] | str = ALL_LINEAR,
+    exclude: Sequence[str] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+    checkpointing: bool = False,
+    source: str = "",
+) -> LoadedModel:
+    """Return a model that is in memory already, frozen and described.
+
+    The module is put into evaluation mode, its parameters stop requiring gradients, and its
+    key-value cache is off unless asked for. A tokenizer without a padding token gets the
+    end-of-sequence token for one. `checkpointing` wraps the blocks of this module for good.
+
+    Raises ModelError if there is no end-of-sequence token or it is beyond the model's vocabulary;
+    SiteError as `choose_sites`.
+    """
+    spec = describe(module, sites=sites, exclude=exclude, groups=groups)
+    _complete_tokenizer(tokenizer, module, source or type(module).__name__)
+    module.eval().requires_grad_(False)
+    module.config.get_text_config().use_cache = False
+    if checkpointing:
+        checkpoint_blocks(find_blocks(module).modules)
+    return LoadedModel(
+        module=module,
+        tokenizer=tokenizer,
+        spec=spec,
+        device=module.device,
+        dtype=module.dtype,
+        source=source,
+        checkpointing=checkpointing,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device that a name stands for; ``auto`` is cuda, else mps, else cpu.
+
+    Raises ModelError if there is no such device here.
+    """
+    usable: Mapping[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    if device == "auto":
+        return torch.device(next(name for name, is_there in usable.items() if is_there()))
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(
+            f"model.device: expected auto, cpu, cuda or mps, got {device!r}"
+        ) from error
+    if found.type not in usable or not usable[found.type]():
+        here = [name for name, is_there in usable.items() if is_there()]
+        raise ModelError(f"model.device: {device!r} is not usable here; there is {here}")
+    return found
+
+
+def _is_path(source: str | Path) -> bool:
+    """Whether a source means a folder: it exists, or it cannot be a hub id (``owner/name``)."""
+    if isinstance(source, Path) or Path(source).expanduser().is_dir():
+        return True
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+
+
+def _refuse_other_kinds(name: str, config: Any) -> None:
+    made_for = config.architectures or []
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if made_for and not known & set(made_for):
+        raise ModelError(
+            f"model {name}: expected a causal language model, its configuration says "
+            f"{', '.join(made_for)}"
+        )
+
+
+def _unreadable(what: str, name: str, error: Exception) -> str:
+    said = " ".join(str(error).split())
+    if _is_path(name):
+        return f"model {name}: its {what} cannot be read ({said}); polyrank reads safetensors only"
+    return (
+        f"model {name}: its {what} cannot be had from the Hugging Face hub ({said}); check the id "
+        "and the network (or HF_HUB_OFFLINE and the local cache), or give a folder that holds the "
+        "model"
+    )
+
+
+def _complete_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel, name: str
+) -> None:
+    rows = module.get_input_embeddings().weight.shape[0]
+    eos = tokenizer.eos_token_id
+    if eos is None or eos >= rows:
+        raise ModelError(
+            f"model {name}: expected a tokenizer with an end-of-sequence token within the model's "
+            f"vocabulary of {rows}, got {eos}; without one generation cannot know when to stop. "
+            "Set eos_token in the folder's tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
