@@ -82,6 +82,6 @@ class Adapter(Mapping[str, LowRank]):
             for factor in (delta.b, delta.a):
                 head = f"{site}|{factor.dtype}|{tuple(factor.shape)}|"
                 digest.update(head.encode())
-                bits = factor.detach().cpu().contiguous().view(torch.uint8)
+                bits = factor.detach().cpu().reshape(-1).view(torch.uint8)
                 digest.update(bits.numpy().tobytes())
         return digest.hexdigest()
