@@ -9,13 +9,16 @@
     ├── RankError              ranks: zero, negative, or above what the matrix allows
     ├── RuleError              an aggregation rule: cannot take this fleet, or these weights
     ├── UpdateError            an update of a client that does not fit its assignment
+    ├── TrainingError          local training whose loss or gradient is not finite
     ├── AdapterError           a PEFT folder that cannot be read or written
     ├── ResourceError          memory or disk that will not suffice, seen before the start
     └── RunError               a run folder
         ├── FolderExistsError  it holds something already
         ├── FolderInUseError   another process works in it
         ├── CheckpointError    no checkpoint in it can be read whole
-        └── InexactResumeError the surroundings changed, so the same bytes cannot be promised
+        ├── InexactResumeError the surroundings changed, so the same bytes cannot be promised
+        ├── RoundFailedError   too few usable updates, in every attempt at a round
+        └── InterruptedRunError it was asked to stop, and what was done is saved
 
 A message names the place, what was expected, what came, and what to do.
 """
@@ -57,6 +60,10 @@ class UpdateError(PolyrankError):
     """A client's update does not fit what it was assigned; it is not aggregated."""
 
 
+class TrainingError(PolyrankError):
+    """A client's loss or gradient is not finite; the step was not taken."""
+
+
 class AdapterError(PolyrankError):
     """A PEFT folder cannot be read or written."""
 
@@ -83,3 +90,11 @@ class CheckpointError(RunError):
 
 class InexactResumeError(RunError):
     """Versions, threads or engine differ from the run's, so identical bytes cannot be promised."""
+
+
+class RoundFailedError(RunError):
+    """Every attempt at a round ended with fewer usable updates than the quorum."""
+
+
+class InterruptedRunError(RunError):
+    """The run was asked to stop; what was done is saved and `resume` goes on from there."""

@@ -1,0 +1,42 @@
+"""The loss of an adapter on examples, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+
+from polyrank.algebra import Adapter
+from polyrank.data.types import Encoded
+from polyrank.model import Cohort, LoadedModel, Slot, logits_at, target_losses
+from polyrank.training.batches import assemble
+
+
+@torch.no_grad()
+def token_losses(
+    model: LoadedModel, adapter: Adapter | None, encoded: Sequence[Encoded], batch: int
+) -> list[tuple[float, int]]:
+    """Return (summed loss, target tokens) of every example, in the order given.
+
+    `adapter` None means the bare base. Examples of like length are batched together, `batch` at a
+    time; a mean over examples is Σ loss / Σ tokens. Raises SiteError if the adapter does not fit.
+    """
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(encoded)
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
+    attached = (
+        nullcontext()
+        if adapter is None
+        else Cohort(model, [Slot(adapter, dict.fromkeys(adapter, 1.0))])
+    )
+    with attached:
+        for first in range(0, len(order), batch):
+            chosen = order[first : first + batch]
+            rows = [encoded[i] for i in chosen]
+            put = assemble(rows, model.tokenizer.pad_token_id, model.device)
+            losses = target_losses(logits_at(model, put.input_ids, put.positions), put.targets)
+            parts = losses.double().split([row.targets for row in rows])
+            sums = torch.stack([part.sum() for part in parts]).tolist()
+            for i, total, row in zip(chosen, sums, rows, strict=True):
+                found[i] = (total, row.targets)
+    return found
