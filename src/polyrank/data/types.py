@@ -1,25 +1,65 @@
-"""The records that data is made of, from a source's row to token ids."""
+"""The records that data is made of, from a source's row to a batch of token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with its completion.
+    """One prompt with its completion, before any template.
 
-    `prompt` is the text after templating, `references` are the acceptable completions: training
-    uses the first, text metrics the best of all. `row` is the number of the row in its source
-    (from 0), so that a message can name it. `columns` keeps the source's columns that partitioning
-    or reports may ask for, such as ``task`` or ``category``.
+    `prompt` is what is asked and `input` what it is asked about (often empty); the template of
+    `encode` puts both in their place. `references` are the acceptable completions: training uses
+    the first, text metrics the best of all. `row` is the number of the row in its source (from 0),
+    so that a message can name it. `columns` keeps the source's scalar columns as text, such as
+    ``task`` or ``category``, which partitioning and reports may ask for.
     """
 
     prompt: str
     references: tuple[str, ...]
     row: int
     columns: Mapping[str, str] = field(default_factory=dict)
+    input: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Rows that were not used, by reason (``too long``, ``empty prompt``, ``no completion``, …).
+
+    Every row is named by its number in the source (``row 12``), after a label where one was given
+    (``task042 row 12``). Adding two keeps the order in which reasons and rows came.
+    """
+
+    rows: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """How many rows were skipped for any reason."""
+        return sum(len(rows) for rows in self.rows.values())
+
+    def __add__(self, other: Skipped) -> Skipped:
+        reasons = [*self.rows, *(reason for reason in other.rows if reason not in self.rows)]
+        return Skipped({r: [*self.rows.get(r, ()), *other.rows.get(r, ())] for r in reasons})
+
+    def __str__(self) -> str:
+        """Say how many and which: ``2 too long (row 4, row 7); 1 no completion (row 9)``."""
+        return "; ".join(
+            f"{len(rows)} {reason} ({', '.join(rows[:5])}{', …' if len(rows) > 5 else ''})"
+            for reason, rows in self.rows.items()
+        )
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """All usable examples of one source, in its order, and what of it could not be used."""
+
+    examples: tuple[Example, ...]
+    skipped: Skipped = field(default_factory=Skipped)
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,6 +73,11 @@ class ClientData:
     category: str = ""
     seen: bool = True
 
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The three parts together: what a client that never trains can be tested on."""
+        return self.train + self.validation + self.test
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -40,13 +85,15 @@ class Encoded:
 
     The loss is taken on the tokens from position `loss_from` on (0 < loss_from < len): each is
     predicted from the ones before it. `prompt_length` tokens are the prompt (what generation is
-    given). `example` is the index of the example in the sequence that was encoded.
+    given). `example` is the index of the example in the sequence that was encoded, `cut` the number
+    of prompt tokens left out to fit.
     """
 
     input_ids: tuple[int, ...]
     prompt_length: int
     loss_from: int
     example: int
+    cut: int = 0
 
     @property
     def targets(self) -> int:
@@ -54,20 +101,19 @@ class Encoded:
         return len(self.input_ids) - self.loss_from
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """Rows that were not used, by reason (``too long``, ``empty prompt``, ``no completion``, …).
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples of unequal length in one rectangle, padded on the right.
 
-    Every row is named by its number in the source, or by client and row.
+    `input_ids`, `attention_mask` (1 on tokens, 0 on padding) and `labels` (the token itself where
+    it carries loss, -100 elsewhere; not shifted) are int64 of N×T.
     """
 
-    rows: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
 
     @property
-    def count(self) -> int:
-        """How many rows were skipped for any reason."""
-        return sum(len(rows) for rows in self.rows.values())
-
-    def __add__(self, other: Skipped) -> Skipped:
-        reasons = {*self.rows, *other.rows}
-        return Skipped({r: [*self.rows.get(r, ()), *other.rows.get(r, ())] for r in reasons})
+    def targets(self) -> int:
+        """The number of tokens that carry loss."""
+        return int((self.labels != -100).sum())
