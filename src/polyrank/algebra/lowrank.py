@@ -83,6 +83,15 @@ class LowRank:
         """Bytes of both factors."""
         return self.b.nbytes + self.a.nbytes
 
+    @property
+    def T(self) -> LowRank:
+        """The transpose AᵀBᵀ (views, no copy)."""
+        return LowRank(self.a.T, self.b.T)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """Return B(A x) for an n×k matrix, without forming BA."""
+        return self.b @ (self.a @ x)
+
     def __add__(self, other: LowRank) -> LowRank:
         return LowRank.stack((self, other))
 
@@ -102,6 +111,21 @@ class LowRank:
         if not 0 <= rank <= self.rank:
             raise RankError(f"LowRank.prefix: expected a rank in 0…{self.rank}, got {rank}")
         return LowRank(self.b[:, :rank], self.a[:rank])
+
+    def balanced(self) -> LowRank:
+        """Return the same product with ‖B_j‖ = ‖A_j‖ for every j, and no j where one is zero.
+
+        The scale of B_j against A_j is arbitrary; once they are equal, the norms of the factors say
+        how large the terms of the sum Σ B_j A_j are.
+        """
+        norm_b = torch.linalg.vector_norm(self.b, dim=0)
+        norm_a = torch.linalg.vector_norm(self.a, dim=1)
+        keep = (norm_b > 0) & (norm_a > 0)
+        root_b, root_a = norm_b[keep].sqrt(), norm_a[keep].sqrt()
+        return LowRank(
+            self.b[:, keep] / root_b * root_a,
+            self.a[keep] / root_a[:, None] * root_b[:, None],
+        )
 
     def inner(self, other: LowRank) -> float:
         """Return ⟨B₁A₁, B₂A₂⟩_F = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), in float64, without forming a product."""

@@ -1,0 +1,96 @@
+"""FedIT: the mean of the factors, for fleets of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyrank.aggregation.fresh import fresh_rows
+from polyrank.aggregation.incoming import checked_fleet, checked_rank, checked_scale, incoming
+from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
+from polyrank.algebra import Adapter, LowRank, factorise
+from polyrank.errors import RuleError, SiteError
+
+
+@dataclass(frozen=True)
+class FedIT:
+    """Average B and A separately: B̄ = Σ w_i B_i, Ā = Σ w_i A_i (FedAvg on LoRA's factors).
+
+    The product B̄Ā is not the average update: B̄Ā = Σ w_i B_i A_i − Σ w_i (B_i − B̄)(A_i − Ā). It
+    depends on the gauge too (BG, G⁻¹A give the same ΔW and another mean). All clients need one
+    rank per site, the server's; ranks may differ from site to site.
+
+    State: ``site/b`` m×r with s folded in, ``site/a`` r×n; at the start B = 0 and A random from the
+    fleet's seed, the same for all. Weights must sum to one at every site.
+
+    Source: Zhang et al., arXiv 2305.05644, section 3.
+    """
+
+    @property
+    def name(self) -> str:
+        """``fedit``."""
+        return "fedit"
+
+    def init(self, spec: FleetSpec) -> State:
+        """Return B = 0 and a random A; RuleError if clients or server differ in rank at a site."""
+        checked_fleet(self.name, spec)
+        for site in spec.shapes:
+            ranks = {f"client {c!r}": r[site] for c, r in spec.ranks.items() if site in r}
+            _refuse_mixed(site, ranks | {"the server": spec.server_rank[site]})
+        tensors: dict[str, Tensor] = {}
+        for site, (m, n) in spec.shapes.items():
+            r = spec.server_rank[site]
+            a = fresh_rows(n, r, seed=spec.seed, site=site).to(torch.float32)
+            tensors |= {f"{site}/b": torch.zeros(m, r), f"{site}/a": a}
+        return State(tensors)
+
+    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:  # noqa: ARG002
+        """Return the mean factors as they are; RuleError for another rank than the state's."""
+        held = _held(state, site)
+        checked_rank(self.name, site, rank, held.shape)
+        checked_scale(self.name, site, scale)
+        if rank != held.rank:
+            _refuse_mixed(site, {"the client": rank, "the server": held.rank})
+        return Dealt(held)
+
+    def merge_site(
+        self, state: State, site: str, contributions: Iterator[Contribution]
+    ) -> tuple[State, SiteReport]:
+        """Return the state with both factors averaged at this site."""
+        held = _held(state, site)
+        b, a = torch.zeros_like(held.b).double(), torch.zeros_like(held.a).double()
+        dtype = torch.float32
+        for one in incoming(self.name, site, held.shape, contributions):
+            if one.result.rank != held.rank:
+                _refuse_mixed(site, {"an update": one.result.rank, "the server": held.rank})
+            b += one.weight * one.result.b
+            a += one.weight * one.result.a
+            dtype = torch.promote_types(dtype, one.result.b.dtype)
+        mean = LowRank(b.to(dtype), a.to(dtype))
+        report = SiteReport(energy=mean.norm() ** 2, discarded=0.0)
+        return state.update({f"{site}/b": mean.b, f"{site}/a": mean.a}), report
+
+    def adapter(self, state: State) -> Adapter:
+        """Return B̄Ā at every site, its factors ordered by singular value."""
+        sites = [name.removesuffix("/b") for name in state.tensors if name.endswith("/b")]
+        held = {site: _held(state, site) for site in sites}
+        return Adapter({s: factorise(d, d.rank).lowrank(d.rank) for s, d in held.items()})
+
+
+def _held(state: State, site: str) -> LowRank:
+    try:
+        return LowRank(state.tensors[f"{site}/b"], state.tensors[f"{site}/a"])
+    except KeyError:
+        raise SiteError(f"fedit: no site {site!r} in the state") from None
+
+
+def _refuse_mixed(site: str, ranks: dict[str, int]) -> None:
+    if len(set(ranks.values())) > 1:
+        low, high = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
+        raise RuleError(
+            f"fedit averages factors and needs one rank per site, but at {site!r} {low} has rank "
+            f"{ranks[low]} and {high} has rank {ranks[high]}; use flexlora, or force one rank"
+        )

@@ -1,0 +1,93 @@
+"""What every rule checks of a fleet, of a deal, and of what clients return."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from polyrank.aggregation.types import Contribution, FleetSpec
+from polyrank.errors import RankError, RuleError, SiteError, UpdateError
+
+
+def checked_fleet(rule: str, spec: FleetSpec) -> None:
+    """Refuse ranks that no matrix can hold and sites that the model lacks.
+
+    Raises SiteError for an unknown site or one without a server rank, RankError for a rank outside
+    1…min(m, n), naming site and client.
+    """
+    for site in spec.shapes:
+        if site not in spec.server_rank:
+            raise SiteError(f"{rule}: site {site!r} has no server rank; give it one")
+    dealt = {"the server": spec.server_rank} | {f"client {c!r}": r for c, r in spec.ranks.items()}
+    for holder, ranks in dealt.items():
+        for site, rank in ranks.items():
+            if site not in spec.shapes:
+                raise SiteError(
+                    f"{rule}: {holder} has a rank for {site!r}, which is not among the "
+                    f"{len(spec.shapes)} adapted sites"
+                )
+            checked_rank(rule, site, rank, spec.shapes[site])
+
+
+def checked_rank(rule: str, site: str, rank: int, shape: tuple[int, int]) -> None:
+    """Raise RankError if `rank` is outside 1…min(m, n)."""
+    if not 1 <= rank <= min(shape):
+        raise RankError(
+            f"{rule}: rank {rank} at {site!r}; expected 1…{min(shape)} for a matrix of "
+            f"{shape[0]}×{shape[1]}"
+        )
+
+
+def checked_scale(rule: str, site: str, scale: float) -> None:
+    """Raise RuleError unless `scale` is finite and positive."""
+    if not (math.isfinite(scale) and scale > 0):
+        raise RuleError(f"{rule}: scale {scale} at {site!r}; expected α/r or α/√r, above zero")
+
+
+def incoming(
+    rule: str, site: str, shape: tuple[int, int], contributions: Iterator[Contribution]
+) -> Iterator[Contribution]:
+    """Yield the contributions one by one, each checked, in one dtype of at least float32.
+
+    Those of weight zero are left out.
+
+    Raises RuleError for a weight that is negative or not finite, for no contribution, and at the
+    end if the weights do not sum to one; UpdateError for factors of another shape or rank than was
+    dealt, or with entries that are NaN or infinite. Messages name the site and the position.
+    """
+    weights = []
+    for index, one in enumerate(contributions):
+        place = f"{rule}: contribution {index} at {site!r}"
+        if not (math.isfinite(one.weight) and one.weight >= 0):
+            raise RuleError(f"{place} has weight {one.weight}; expected a finite one ≥ 0")
+        if one.result.shape != shape or one.result.rank != one.dealt.start.rank:
+            raise UpdateError(
+                f"{place} is of {one.result.shape} and rank {one.result.rank}; dealt were "
+                f"{shape} and rank {one.dealt.start.rank}; nothing is broadcast or cut"
+            )
+        if not one.result.is_finite():
+            raise UpdateError(
+                f"{place} has entries that are NaN or infinite; leave the update out, or lower the "
+                "learning rate or the clip norm"
+            )
+        weights.append(one.weight)
+        if one.weight > 0:
+            yield _widened(one)
+    if not weights:
+        raise RuleError(f"{rule}: no contribution at {site!r}; a merge needs at least one")
+    if abs(math.fsum(weights) - 1) > 1e-6:
+        raise RuleError(
+            f"{rule}: the weights at {site!r} sum to {math.fsum(weights)}; expected 1, as from "
+            "polyrank.aggregation.normalised"
+        )
+
+
+def _widened(one: Contribution) -> Contribution:
+    """Bring start and result to a common dtype, exactly, to be compared and scaled."""
+    start, result = one.dealt.start, one.result
+    widest = torch.promote_types(torch.promote_types(start.b.dtype, result.b.dtype), torch.float32)
+    dealt = replace(one.dealt, start=start.to(dtype=widest))
+    return replace(one, dealt=dealt, result=result.to(dtype=widest))

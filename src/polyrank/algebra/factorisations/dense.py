@@ -1,0 +1,77 @@
+"""Dense factorisation, for when the stack is no thinner than the matrix."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from polyrank.algebra.factorisation import Factorisation, finished
+from polyrank.algebra.factorisations.project import project
+
+# Up to this size a float64 SVD takes a fraction of a second and there is nothing to gain.
+SMALL = 512
+_ROWS = 512
+
+
+class _Wide:
+    """A dense matrix whose products are taken in float64, a block of rows at a time."""
+
+    def __init__(self, matrix: Tensor):
+        self.matrix, self.shape = matrix, (matrix.shape[0], matrix.shape[1])
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return torch.cat([rows.double() @ x for rows in torch.split(self.matrix, _ROWS)])
+
+    def gram(self) -> Tensor:
+        """DᵀD in float64."""
+        n = self.shape[1]
+        total = self.matrix.new_zeros(n, n, dtype=torch.float64)
+        for rows in torch.split(self.matrix, _ROWS):
+            wide = rows.double()
+            total.addmm_(wide.T, wide)
+        return total
+
+
+def factor_dense(matrix: Tensor, rank: int) -> Factorisation:
+    """Factor an m×n matrix: by SVD in float64 if small or float64, else from its Gram matrix.
+
+    The second way takes the leading eigenvectors of DᵀD (of DDᵀ if m < n), accumulated in float64,
+    and factors D projected on them: singular values above 1e-8·σ₁ are kept. O(mn·min(m, n)) time;
+    memory is one float64 matrix of min(m, n)² beside D.
+    """
+    m, n = matrix.shape
+    if matrix.dtype == torch.float64 or min(m, n) <= SMALL:
+        return _by_svd(matrix, rank)
+    if m < n:
+        return factor_dense(matrix.T, rank).transposed()
+    wide = _Wide(matrix)
+    gram = wide.gram()
+    v = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank].contiguous()
+    energy = float(gram.trace())
+    return project(
+        wide,
+        v,
+        rank=rank,
+        energy=energy,
+        strength=math.sqrt(energy),
+        method="dense",
+        dtype=matrix.dtype,
+    )
+
+
+def _by_svd(matrix: Tensor, rank: int) -> Factorisation:
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    energy = float(s.square().sum())
+    eps = torch.finfo(torch.float64).eps
+    return finished(
+        u[:, :rank],
+        s[:rank],
+        vh[:rank].T,
+        rank=rank,
+        energy=energy,
+        floor=eps * math.sqrt(max(matrix.shape)) * math.sqrt(energy),
+        method="dense",
+        dtype=matrix.dtype,
+    )

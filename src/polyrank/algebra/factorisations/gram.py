@@ -1,0 +1,46 @@
+"""Gram core: the fast path for a thin stack of single-precision factors."""
+
+from __future__ import annotations
+
+import torch
+
+from polyrank.algebra.factorisation import Factorisation
+from polyrank.algebra.factorisations.project import project
+from polyrank.algebra.factorisations.qr import factor_by_qr
+from polyrank.algebra.lowrank import LowRank
+
+# The subspace comes from eigenvectors of DDᵀ, whose rounding is about 1e-16·‖BᵀB‖‖AAᵀ‖. At this
+# much cancellation it could, at worst, cost about 1e-7·‖D‖; beyond it the QR core takes over.
+MOST_CANCELLATION = 64.0
+
+
+def factor_by_gram(delta: LowRank, rank: int) -> Factorisation:
+    """Factor D = BA from the R×R matrices BᵀB and AAᵀ, accumulated in float64.
+
+    With BᵀB = QΛQᵀ, the matrix Λ½Qᵀ(AAᵀ)QΛ½ = PΣ²Pᵀ holds the squared singular values of D, and
+    the rows of PᵀΛ½QᵀA span its right singular subspace. D projected on that subspace is factored
+    by QR, so a squared condition number touches the choice of the subspace only: no singular value
+    above 1e-8·σ₁ is lost. Nothing is divided by a small number.
+
+    When terms nearly cancel, ‖BᵀB‖‖AAᵀ‖ ≫ ‖D‖², the QR core is used instead; `method` says so.
+    O((m + n)R²) time, three to five times faster than the QR core.
+    """
+    wide = delta.to(dtype=torch.float64).balanced()
+    gram_b, gram_a = wide.b.T @ wide.b, wide.a @ wide.a.T
+    energy = float((gram_b * gram_a).sum())
+    strength = float(torch.linalg.matrix_norm(gram_b) * torch.linalg.matrix_norm(gram_a))
+    if strength > MOST_CANCELLATION * energy:
+        return factor_by_qr(delta, rank)
+    weights, q = torch.linalg.eigh(gram_b)
+    root = q * weights.clamp(min=0).sqrt()
+    p = torch.linalg.eigh(root.T @ gram_a @ root).eigenvectors.flip(1)[:, :rank]
+    v = torch.linalg.qr(wide.a.T @ (root @ p)).Q
+    return project(
+        wide,
+        v,
+        rank=rank,
+        energy=energy,
+        strength=strength**0.5,
+        method="gram",
+        dtype=delta.b.dtype,
+    )
