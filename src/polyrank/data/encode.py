@@ -31,11 +31,11 @@ def encode(
     """Return each example as prompt, first reference and end of sequence, and what was left out.
 
     The prompt is rendered by the template (`template.choose`), with the tokenizer's own leading
-    tokens unless the template writes them. The completion is tokenised by itself, so that training
-    continues the prompt from the very token where generation does; exactly one end of sequence
-    closes it. The loss is on completion and end, or with `loss_on` ``all`` on every token but the
-    first. Above `max_length` tokens an example is skipped, or an error, or its prompt loses tokens
-    from its middle (``cut-prompt``: the instruction's start and the template's end stay).
+    tokens unless the template writes them. The prompt's tokens are those that generation is given,
+    and the completion's follow them; exactly one end of sequence closes it. The loss is on
+    completion and end, or with `loss_on` ``all`` on every token but the first. Above `max_length`
+    tokens an example is skipped, or an error, or its prompt loses tokens from its middle
+    (``cut-prompt``: the instruction's start and the template's end stay).
 
     `label` goes before the row in messages. Raises ModelError for a tokenizer without end of
     sequence or with an unusable chat template, RecipeError for settings, DataError for ``error``.
@@ -53,26 +53,30 @@ def encode(
             "tokenizer.eos_token"
         )
     chosen = choose(template, tokenizer)
-    leading = _leading(tokenizer) if chosen.leading else []
-    ending = _ending(chosen.ending, tokenizer, eos)
+    leading = [] if chosen.whole else _leading(tokenizer)
+    (after,) = _ids(tokenizer, [chosen.after]) if chosen.after else ([],)
+    ends = after.count(eos)  # 0: the template leaves the end to us
+    tail = chosen.after if ends else chosen.after.rstrip()
 
     shared: dict[int, int] = {}  # one integer object per token id, not per token
     encoded: list[Encoded] = []
     skipped: dict[str, list[str]] = {}
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
-        prompts = _ids(tokenizer, chosen.prompts(chunk))
-        completions = _ids(tokenizer, [example.references[0] for example in chunk])
-        rows = zip(chunk, prompts, completions, strict=True)
-        for index, (example, prompt, completion) in enumerate(rows, start=start):
+        texts = chosen.prompts(chunk)
+        answers = [chosen.before + example.references[0] + tail for example in chunk]
+        prompts = _ids(tokenizer, texts)
+        continued = _answers(tokenizer, texts, prompts, answers, chosen.whole)
+        rows = zip(chunk, prompts, continued, strict=True)
+        for index, (example, prompt, answer) in enumerate(rows, start=start):
             row = f"{label} row {example.row}".lstrip()
-            if not completion or not (leading or prompt):
+            if not answer or not (leading or prompt):
                 skipped.setdefault(EMPTY, []).append(row)
                 continue
-            if eos in completion:
+            if answer.count(eos) > ends:
                 skipped.setdefault(ENDS_INSIDE, []).append(row)
                 continue
-            answer = [*completion, *ending]
+            answer = [*answer[: answer.index(eos)], eos] if ends else [*answer, eos]
             surplus = len(leading) + len(prompt) + len(answer) - max_length
             if surplus > 0 and too_long == "error":
                 raise DataError(
@@ -102,7 +106,31 @@ def encode(
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Return the ids of each text alone, without tokens that the tokenizer would add."""
+    if not texts:
+        return []
     return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _answers(
+    tokenizer: Tokenizer,
+    texts: list[str],
+    prompts: list[list[int]],
+    answers: list[str],
+    whole: bool,
+) -> list[list[int]]:
+    """Return the ids of each answer: what continues the prompt's ids in the ids of both together.
+
+    Where a token would reach over the border, or without `whole`, of the answer by itself.
+    """
+    if not whole:
+        return _ids(tokenizer, answers)
+    joined = _ids(tokenizer, [text + answer for text, answer in zip(texts, answers, strict=True)])
+    apart = [ids[: len(prompt)] != prompt for ids, prompt in zip(joined, prompts, strict=True)]
+    alone = iter(_ids(tokenizer, [a for a, border in zip(answers, apart, strict=True) if border]))
+    return [
+        next(alone) if border else ids[len(prompt) :]
+        for ids, prompt, border in zip(joined, prompts, apart, strict=True)
+    ]
 
 
 def _leading(tokenizer: Tokenizer) -> list[int]:
@@ -110,12 +138,3 @@ def _leading(tokenizer: Tokenizer) -> list[int]:
     bos = tokenizer.bos_token_id
     added = tokenizer(["a"], add_special_tokens=True, verbose=False)["input_ids"][0]
     return [bos] if bos is not None and list(added[:1]) == [bos] else []
-
-
-def _ending(text: str, tokenizer: Tokenizer, eos: int) -> list[int]:
-    """Return the tokens after a completion: what the template writes, up to exactly one end."""
-    (ids,) = _ids(tokenizer, [text]) if text else ([],)
-    if eos in ids:
-        return [*ids[: ids.index(eos)], eos]
-    (ids,) = _ids(tokenizer, [text.rstrip()]) if text.rstrip() else ([],)
-    return [*ids, eos]

@@ -68,12 +68,14 @@ def partition(
     shares = check_fractions(fractions)
     scheme = Scheme(by, clients, alpha, on, seed, min_examples)
     _check(scheme, limit)
+    if isinstance(unseen, bool):
+        raise RecipeError("unseen: expected a column, clients, a number or a fraction, got a bool")
     skipped = tasks.skipped
 
     examples = tasks.examples
     needed = {"dirichlet": on, "iid": None, "contiguous": None}.get(by, by)
     if needed is not None:
-        _require(examples, needed, tasks.source)
+        _require(examples, needed, tasks.source, "to partition by")
         lacking = [f"row {e.row}" for e in examples if needed not in e.columns]
         if lacking:
             skipped = skipped + Skipped({f"no {needed}": lacking})
@@ -131,11 +133,11 @@ def _check(scheme: Scheme, limit: int | None) -> None:
             raise RecipeError(f"partition: expected {name} of at least 1, got {value}")
 
 
-def _require(examples: Sequence[Example], column: str, source: str) -> None:
+def _require(examples: Sequence[Example], column: str, source: str, purpose: str) -> None:
     if not any(column in example.columns for example in examples):
         known = dict.fromkeys(name for example in examples for name in example.columns)
         raise DataError(
-            f"{source}: no column {column!r} to partition by; the columns are {', '.join(known)}"
+            f"{source}: no column {column!r} {purpose}; the columns are {', '.join(known)}"
         )
 
 
@@ -144,7 +146,7 @@ def _flagged(tasks: Tasks, examples: Sequence[Example], unseen: Unseen) -> set[i
     if not isinstance(unseen, str | None):
         return set()
     if unseen is not None:
-        _require(examples, unseen, tasks.source)
+        _require(examples, unseen, tasks.source, "to say who is held out")
     column = unseen or "unseen"
     words = {"true": True, "1": True, "false": False, "0": False, "": False}
     flagged = set()
@@ -153,7 +155,8 @@ def _flagged(tasks: Tasks, examples: Sequence[Example], unseen: Unseen) -> set[i
         if value.strip().lower() not in words:
             raise DataError(
                 f"{tasks.source}, row {example.row}: expected true or false in column {column!r}, "
-                f"which says who is held out, got {value!r}"
+                f"which says who is held out, got {value!r}; correct it, or say otherwise with "
+                "unseen (0 for nobody)"
             )
         if words[value.strip().lower()]:
             flagged.add(example.row)
@@ -162,14 +165,14 @@ def _flagged(tasks: Tasks, examples: Sequence[Example], unseen: Unseen) -> set[i
 
 def _choose(unseen: Sequence[str] | int | float, ids: Sequence[str], seed: int) -> set[str]:
     """Return the clients that a list names, or so many by the order of seeded hashes."""
-    if isinstance(unseen, bool) or not isinstance(unseen, int | float):
-        unknown = sorted(set(unseen) - set(ids)) if not isinstance(unseen, bool) else [unseen]
+    if not isinstance(unseen, int | float):
+        unknown = sorted(set(unseen) - set(ids))
         if unknown:
             raise DataError(
                 f"unseen: no client {unknown[0]!r}; the clients are {', '.join(ids[:10])}"
                 f"{', …' if len(ids) > 10 else ''}"
             )
-        return set(unseen)  # type: ignore[arg-type]
+        return set(unseen)
     count = unseen if isinstance(unseen, int) else round(unseen * len(ids))
     if isinstance(unseen, float):
         if not 0 <= unseen < 1:

@@ -55,6 +55,16 @@ class Source:
     def rows(self) -> list[Row]:
         """Return the rows in order; DataError if the source is missing or cannot be read."""
         kind = _kind(self)
+        used = {"separator": ["text"], "subset": ["folder", "hub"], "revision": ["hub"]}
+        given = {"separator": self.separator, "subset": self.subset, "revision": self.revision}
+        for setting, kinds in used.items():
+            if given[setting] is not None and kind not in kinds:
+                raise RecipeError(
+                    f"{self.name}: {setting} is for {' and '.join(kinds)} sources, this one is "
+                    f"{kind}; leave it out"
+                )
+        if self.separator == "":
+            raise RecipeError(f"{self.name}: expected a separator of at least one character")
         if kind not in READERS:
             raise RecipeError(
                 f"data format: expected auto or one of {', '.join(READERS)}, got {self.format!r}"

@@ -57,7 +57,7 @@ def split(
 
 
 def _draw(sizes: Sequence[int], target: int, most: int) -> list[int]:
-    """Return which groups to take for about `target` examples, in order: at least 1, at most `most`.
+    """Return which groups to take for about `target` examples, in order, but 1 … `most`.
 
     A group that would exceed the target is passed over; if every one would, the smallest is taken.
     """

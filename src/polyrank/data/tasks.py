@@ -13,6 +13,7 @@ from polyrank.errors import DataError, RecipeError
 
 EMPTY_PROMPT = "empty prompt"
 NO_COMPLETION = "no completion"
+BROKEN = "text that is not Unicode"
 
 
 def load_tasks(
@@ -88,6 +89,9 @@ def tasks_from_rows(
                 for column, value in row.items()
                 if (text := _scalar(value)) is not None
             }
+            if not _encodable([question, context, *references, *kept.values()]):
+                skipped.setdefault(BROKEN, []).append(f"row {number}")
+                continue
             examples.append(Example(question, references, number, kept, context))
     result = Tasks(tuple(examples), Skipped(skipped), source)
     if not examples:
@@ -133,7 +137,7 @@ def _texts(value: Any, column: str, place: str) -> list[str]:
     """Return a cell as texts: one for text or a number, all of a list, none for nothing."""
     if isinstance(value, str):
         return [value]
-    if value is None:
+    if value is None or value != value:  # a float that is not a number is a missing cell
         return []
     if isinstance(value, list | tuple):
         if any(isinstance(item, list | tuple) for item in value):
@@ -145,6 +149,15 @@ def _texts(value: Any, column: str, place: str) -> list[str]:
         f"{place}: expected text, a number or a list of them in column {column!r}, got "
         f"{type(value).__name__}; convert it, or choose another column"
     )
+
+
+def _encodable(texts: Iterable[str]) -> bool:
+    """Whether the texts can be written as UTF-8; halves of surrogate pairs cannot."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _scalar(value: Any) -> str | None:

@@ -33,17 +33,21 @@ class Tokenizer(Protocol):
 
 
 class Template(Protocol):
-    """Text around an example: the whole prompt before its completion, and what comes after.
+    """Text around an example: what comes before its completion and what after.
 
-    `leading` tells whether the tokenizer's own first tokens (bos) belong before the prompt; a chat
-    template writes them itself. `ending` is the text between completion and end of sequence.
+    `whole` says that the template writes the whole sequence: the tokenizer's own first tokens (bos)
+    are not added, and prompt and answer are one text, tokenised together. `before` and `after` are
+    what stands between prompt and completion, and between completion and end of sequence.
     """
 
     @property
-    def leading(self) -> bool: ...  # noqa: D102
+    def whole(self) -> bool: ...  # noqa: D102
 
     @property
-    def ending(self) -> str: ...  # noqa: D102
+    def before(self) -> str: ...  # noqa: D102
+
+    @property
+    def after(self) -> str: ...  # noqa: D102
 
     def prompts(self, examples: Sequence[Example]) -> list[str]:
         """Return the text that each example's completion is to follow."""
@@ -60,8 +64,9 @@ class PlainTemplate:
     """
 
     text: str = PLAIN
-    leading: bool = True
-    ending: str = ""
+    whole: bool = False
+    before: str = ""
+    after: str = ""
 
     def __post_init__(self) -> None:
         names = {name for _, name in parse(self.text) if name is not None}
@@ -101,15 +106,17 @@ class PlainTemplate:
 class ChatTemplate:
     """The tokenizer's own chat template: prompt and input as the user's turn.
 
-    What the template writes between its generation prompt and the assistant's words (the empty
-    thinking block of some models) counts as prompt, so that prompt, completion and `ending` are the
-    text of the whole conversation and generation starts where the training's completions start.
+    The text is that of the whole conversation, and generation is to start where the completions of
+    training start. So what the template writes between its generation prompt and the assistant's
+    words (the empty thinking block of some models: `opening`) counts as prompt; white space there
+    (`before`) counts as answer, since it may be one token with the first word.
     """
 
     tokenizer: Tokenizer
     opening: str
-    ending: str
-    leading: bool = False
+    before: str
+    after: str
+    whole: bool = True
 
     @staticmethod
     def of(tokenizer: Tokenizer) -> ChatTemplate:
@@ -124,9 +131,11 @@ class ChatTemplate:
                 "chat template: expected the assistant's words once and unchanged in the rendered "
                 "conversation; set the template to plain or to a text with {prompt}"
             )
-        before, _, ending = whole.partition(mark)
-        opening = before[len(start) :] if before.startswith(start) else ""
-        return ChatTemplate(tokenizer, opening, ending)
+        before, _, after = whole.partition(mark)
+        between = before[len(start) :] if before.startswith(start) else ""
+        if between.strip():
+            return ChatTemplate(tokenizer, opening=between, before="", after=after)
+        return ChatTemplate(tokenizer, opening="", before=between, after=after)
 
     def prompts(self, examples: Sequence[Example]) -> list[str]:
         """Return the conversation up to the assistant's first word."""
