@@ -3,7 +3,10 @@
 from polyrank.model.cohort import Cohort, Part, Slot
 from polyrank.model.describe import describe
 from polyrank.model.forward import logits_at, target_losses
-from polyrank.model.load import LoadedModel, load_model, wrap_model
+from polyrank.model.generation import generate
+from polyrank.model.load import LoadedModel, load_model, resolve_device, wrap_model
+from polyrank.model.merge import save_merged
+from polyrank.model.peft_folder import load_adapter, save_adapter
 from polyrank.model.sites import choose_sites, find_blocks
 
 __all__ = [
@@ -14,8 +17,13 @@ __all__ = [
     "choose_sites",
     "describe",
     "find_blocks",
+    "generate",
+    "load_adapter",
     "load_model",
     "logits_at",
+    "resolve_device",
+    "save_adapter",
+    "save_merged",
     "target_losses",
     "wrap_model",
 ]

@@ -21,7 +21,7 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     must be the same both times. Without gradients (generation) nothing changes.
     """
     for block in blocks:
-        block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
+        block.forward = _checkpointed(block.forward)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -130,9 +130,9 @@ def wrap_model(
 ) -> LoadedModel:
     """Return a model that is in memory already, frozen and described.
 
-    The module is put into evaluation mode, its parameters stop requiring gradients, and its
-    key-value cache is off unless asked for. A tokenizer without a padding token gets the
-    end-of-sequence token for one. `checkpointing` wraps the blocks of this module for good.
+    The module is put into evaluation mode and its parameters stop requiring gradients. A tokenizer
+    without a padding token gets the end-of-sequence token for one. `checkpointing` wraps the blocks
+    of this module for good.
 
     Raises ModelError if there is no end-of-sequence token or it is beyond the model's vocabulary;
     SiteError as `choose_sites`.
@@ -140,7 +140,6 @@ def wrap_model(
     spec = describe(module, sites=sites, exclude=exclude, groups=groups)
     _complete_tokenizer(tokenizer, module, source or type(module).__name__)
     module.eval().requires_grad_(False)
-    module.config.get_text_config().use_cache = False
     if checkpointing:
         checkpoint_blocks(find_blocks(module).modules)
     return LoadedModel(

@@ -64,8 +64,8 @@ def find_blocks(module: PreTrainedModel) -> Blocks:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Return (m, n) = (out, in) of a linear module; a Conv1D stores its weight as n×m."""
-    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)  # type: ignore[return-value]
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def choose_sites(
@@ -173,7 +173,7 @@ def _beside(name: str, place: str) -> bool:
 
 def _match(name: str, candidates: Mapping[str, object], refused: Mapping[str, str]) -> set[str]:
     is_glob = any(mark in name for mark in "*?[")
-    matched = {path for path in candidates if _names(name, path, is_glob)}
+    matched = [path for path in candidates if _names(name, path, is_glob)]
     if not matched:
         for path, reason in refused.items():
             if _names(name, path, is_glob) or name.startswith(f"{path}."):
@@ -189,7 +189,7 @@ def _match(name: str, candidates: Mapping[str, object], refused: Mapping[str, st
             f"sites: {name!r} is ambiguous: it stands for {_listed(roles)}; be specific with "
             f"{longer}, or write '*.{name}' to mean them all"
         )
-    return matched
+    return set(matched)
 
 
 def _names(name: str, path: str, is_glob: bool) -> bool:
