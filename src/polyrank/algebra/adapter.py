@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from polyrank.algebra.lowrank import LowRank
-from polyrank.errors import SiteError
+from polyrank.errors import FactorError, SiteError
 
 
 class Adapter(Mapping[str, LowRank]):
@@ -55,7 +55,14 @@ class Adapter(Mapping[str, LowRank]):
 
     def __add__(self, other: Adapter) -> Adapter:
         """Return the exact sum; a site that one of the two lacks counts as zero there."""
-        both = {site: self[site] + other[site] for site in self.keys() & other.keys()}
+        both = {site: self[site] for site in self.keys() & other.keys()}
+        for site, delta in both.items():
+            if delta.shape != other[site].shape:
+                raise FactorError(
+                    f"Adapter: {site!r} is {delta.shape} in one and {other[site].shape} in the "
+                    "other; adapters of different models cannot be added"
+                )
+            both[site] = delta + other[site]
         return Adapter({**self._deltas, **other._deltas, **both})
 
     def scale(self, factor: float) -> Adapter:
@@ -82,6 +89,8 @@ class Adapter(Mapping[str, LowRank]):
             for factor in (delta.b, delta.a):
                 head = f"{site}|{factor.dtype}|{tuple(factor.shape)}|"
                 digest.update(head.encode())
-                bits = factor.detach().cpu().reshape(-1).view(torch.uint8)
+                # A clone, because axes of length one keep odd strides through `contiguous`.
+                plain = factor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                bits = plain.reshape(-1).view(torch.uint8)
                 digest.update(bits.numpy().tobytes())
         return digest.hexdigest()
