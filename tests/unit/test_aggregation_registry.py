@@ -27,7 +27,7 @@ def test_an_unknown_name_suggests_the_nearest(name, nearest):
 
 
 def test_unknown_values_and_options_that_a_rule_lacks_are_refused():
-    with pytest.raises(RuleError, match="split 'balance'.*did you mean 'balanced'"):
+    with pytest.raises(RuleError, match=r"split 'balance'.*did you mean 'balanced'"):
         rule("flexlora", split="balance")
     with pytest.raises(RuleError, match="factorisation"):
         rule("flexlora", factorisation="svd")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from aggregation_rounds import (
     SITE,
     Client,
@@ -14,7 +15,6 @@ from aggregation_rounds import (
     product,
     widened,
 )
-
 from polyrank.aggregation import Contribution, FedIT, FleetSpec
 from polyrank.algebra import LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from aggregation_rounds import (
     SITE,
     best,
@@ -16,7 +17,6 @@ from aggregation_rounds import (
     product,
     widened,
 )
-
 from polyrank.aggregation import Contribution, Dealt, FleetSpec, FlexLoRA, State, deal
 from polyrank.algebra import LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError
@@ -282,7 +282,7 @@ def test_ranks_and_sites_that_do_not_fit_are_refused_before_the_run():
             rule.init(FleetSpec(shapes, {"ada": {SITE: 8}}, {SITE: rank}, 0))
         with pytest.raises(RankError, match=r"1…11"):
             rule.deal_site(trained(rule), SITE, rank, 1.0, 0)
-    with pytest.raises(SiteError, match="'ada'.*'other'"):
+    with pytest.raises(SiteError, match=r"'ada'.*'other'"):
         rule.init(FleetSpec(shapes, {"ada": {"other": 8}}, {SITE: 8}, 0))
     with pytest.raises(SiteError, match="no server rank"):
         rule.init(FleetSpec(shapes, {"ada": {SITE: 8}}, {}, 0))
