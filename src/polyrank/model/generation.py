@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from transformers import GenerationConfig
@@ -44,11 +45,9 @@ def generate(
                 f"generate: prompt {number} has {len(prompt)} tokens; expected 1 to {room}, the "
                 f"context of {model.spec.context} less {max_new_tokens} new ones"
             )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     with _applied(model, adapter):
-        for first in range(0, len(order), batch):
-            chosen = order[first : first + batch]
+        for chosen in _batches(prompts, batch, pad=model.dtype != torch.float64):
             answers = _generate_batch(model, [prompts[i] for i in chosen], max_new_tokens)
             for i, text in zip(chosen, answers, strict=True):
                 texts[i] = text
@@ -62,6 +61,20 @@ def _applied(model: LoadedModel, adapter: Adapter | None) -> Cohort:
     }
     frozen = Adapter({}) if adapter is None else adapter
     return Cohort(model, [Slot(Adapter(zero), dict.fromkeys(zero, 1.0), frozen)])
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch: int, *, pad: bool) -> Iterator[list[int]]:
+    """Yield the prompts' indices by length, at most `batch` at once; of one length unless `pad`.
+
+    Padding on the left gives rows of attention in which everything is masked. In float64 the eager
+    attention of transformers makes NaN of them (the mask's finfo(float64).min is -inf once it takes
+    its softmax in float32), and NaN spreads from padding to text.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    same = (list(group) for _, group in groupby(order, key=lambda i: len(prompts[i])))
+    for run in [order] if pad else same:
+        for first in range(0, len(run), batch):
+            yield run[first : first + batch]
 
 
 @torch.no_grad()

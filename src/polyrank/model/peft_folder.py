@@ -106,8 +106,8 @@ def load_adapter(folder: str | Path, model: LoadedModel) -> Adapter:
     foreign = [site for site in factors if site not in modules]
     if foreign:
         raise AdapterError(
-            f"{place}: {WEIGHTS} has factors for {foreign[:3]}, which {type(model.module).__name__} "
-            "does not have; does the folder belong to another model?"
+            f"{place}: {WEIGHTS} has factors for {foreign[:3]}, not modules of this "
+            f"{model.spec.architecture}; does the folder belong to another model?"
         )
     try:
         listed = config.target_modules not in (None, "all-linear")  # else nothing to compare with
