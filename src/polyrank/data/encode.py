@@ -76,7 +76,7 @@ def encode(
             if answer.count(eos) > ends:
                 skipped.setdefault(ENDS_INSIDE, []).append(row)
                 continue
-            answer = [*answer[: answer.index(eos)], eos] if ends else [*answer, eos]
+            answer = [*answer[: answer.index(eos)], eos] if eos in answer else [*answer, eos]
             surplus = len(leading) + len(prompt) + len(answer) - max_length
             if surplus > 0 and too_long == "error":
                 raise DataError(

@@ -73,6 +73,11 @@ def partition(
     skipped = tasks.skipped
 
     examples = tasks.examples
+    if len({example.row for example in examples}) < len(examples):
+        raise DataError(
+            f"{tasks.source}: expected every example to have a row number of its own; number the "
+            "examples of joined sources anew"
+        )
     needed = {"dirichlet": on, "iid": None, "contiguous": None}.get(by, by)
     if needed is not None:
         _require(examples, needed, tasks.source, "to partition by")
@@ -83,7 +88,13 @@ def partition(
 
     flagged = _flagged(tasks, examples, unseen)
     if by in EVEN:
-        groups = EVEN[by](scheme, [e for e in examples if e.row not in flagged])
+        dealt = [e for e in examples if e.row not in flagged]
+        if clients is not None and clients > len(dealt):
+            raise DataError(
+                f"{tasks.source}: {len(dealt)} examples are too few for {clients} clients; lower "
+                "clients"
+            )
+        groups = EVEN[by](scheme, dealt)
         if flagged:
             groups["unseen"] = [e for e in examples if e.row in flagged]
         held_out = {"unseen"} if flagged else set()

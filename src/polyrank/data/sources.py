@@ -99,12 +99,13 @@ def _kind(source: Source) -> str:
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
-    if path.exists() or path.suffix == ".gz":
+    if path.exists():
         raise DataError(
             f"{source.name}: the name does not tell the format; expected it to end in "
             f"{', '.join(SUFFIXES)} (and .gz), or set the format"
         )
-    if path.is_absolute() or source.name.startswith((".", "~")) or source.name.count("/") > 1:
+    local = path.is_absolute() or source.name.startswith((".", "~"))
+    if local or path.suffix == ".gz" or source.name.count("/") > 1:
         raise DataError(f"{source.name}: there is no such file or folder")
     return "hub"
 

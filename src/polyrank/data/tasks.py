@@ -62,6 +62,8 @@ def tasks_from_rows(
 ) -> Tasks:
     """Return the examples of rows in memory; columns are chosen as in `load_tasks`."""
     listed = list(rows)
+    if not listed:
+        raise DataError(f"{source}: not one usable example, it has no rows")
     columns = list(dict.fromkeys(column for row in listed for column in row))
     if prompt is None:
         prompt = "instruction" if "instruction" in columns else "input"
@@ -95,8 +97,7 @@ def tasks_from_rows(
             examples.append(Example(question, references, number, kept, context))
     result = Tasks(tuple(examples), Skipped(skipped), source)
     if not examples:
-        reasons = f": {result.skipped}" if result.skipped.count else ", it has no rows"
-        raise DataError(f"{source}: not one usable example{reasons}")
+        raise DataError(f"{source}: not one usable example: {result.skipped}")
     return result
 
 
