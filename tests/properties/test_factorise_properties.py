@@ -116,4 +116,4 @@ def test_randomised_stays_within_its_stated_error(case, seed):
     found = factorise(terms, rank, method="randomised", seed=seed)
     x = found.lowrank().to(dtype=torch.float64).dense()
     scale = math.fsum(term.norm() for term in terms)
-    assert float((d - x).norm()) - optimum <= 1e-3 * float(d.norm()) + 1e-5 * scale
+    assert float((d - x).norm()) - optimum <= 5e-3 * float(d.norm()) + 1e-5 * scale

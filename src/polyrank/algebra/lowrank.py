@@ -112,21 +112,6 @@ class LowRank:
             raise RankError(f"LowRank.prefix: expected a rank in 0…{self.rank}, got {rank}")
         return LowRank(self.b[:, :rank], self.a[:rank])
 
-    def balanced(self) -> LowRank:
-        """Return the same product with ‖B_j‖ = ‖A_j‖ for every j, and no j where one is zero.
-
-        The scale of B_j against A_j is arbitrary; once they are equal, the norms of the factors say
-        how large the terms of the sum Σ B_j A_j are.
-        """
-        norm_b = torch.linalg.vector_norm(self.b, dim=0)
-        norm_a = torch.linalg.vector_norm(self.a, dim=1)
-        keep = (norm_b > 0) & (norm_a > 0)
-        root_b, root_a = norm_b[keep].sqrt(), norm_a[keep].sqrt()
-        return LowRank(
-            self.b[:, keep] / root_b * root_a,
-            self.a[keep] / root_a[:, None] * root_b[:, None],
-        )
-
     def inner(self, other: LowRank) -> float:
         """Return ⟨B₁A₁, B₂A₂⟩_F = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), in float64, without forming a product."""
         if self.shape != other.shape:
@@ -161,4 +146,9 @@ class LowRank:
 
     def is_finite(self) -> bool:
         """Whether neither factor holds a NaN or an infinity."""
-        return bool(torch.isfinite(self.b).all() and torch.isfinite(self.a).all())
+        return _is_finite(self.b) and _is_finite(self.a)
+
+
+def _is_finite(x: Tensor) -> bool:
+    # A NaN or an infinity makes the sum one too; only a sum that overflows needs a second look.
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
