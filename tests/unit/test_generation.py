@@ -3,10 +3,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from kit import kit_path
 from models import EOS, VOCABULARY, random_adapter, tiny_loaded
 from polyrank.algebra import Adapter
 from polyrank.errors import DataError, SiteError
 from polyrank.model.generation import generate
+from polyrank.model.load import load_model
 
 
 def prompts_of(lengths, seed=0):
@@ -50,6 +52,14 @@ def test_batched_padded_and_cached_equals_one_by_one_without_cache(architecture,
     texts = generate(model, adapter, PROMPTS, max_new_tokens=6, batch=4)
     assert texts == [by_hand(model, adapter, prompt, 6) for prompt in PROMPTS]
     assert texts != generate(model, None, PROMPTS, max_new_tokens=6, batch=4)
+
+
+@pytest.mark.kit
+def test_a_small_pretrained_model_tells_its_published_story():
+    model = load_model(kit_path("models", "stories260K-hf"), device="cpu")
+    prompts = [model.tokenizer(text).input_ids for text in ("One day", "Once upon a time")]
+    texts = generate(model, None, prompts, max_new_tokens=30)
+    assert texts[1].startswith(", there was a little girl named Lily. She loved to play outside")
 
 
 def test_without_an_adapter_it_is_the_bare_base():

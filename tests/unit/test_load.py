@@ -144,6 +144,13 @@ def test_missing_tensors_are_not_filled_at_random(folder):
         load_model(folder)
 
 
+def test_a_given_module_is_frozen_and_leaves_training_mode():
+    module = tiny("gpt2").train()
+    model = wrap_model(module, tiny_tokenizer())
+    assert not any(part.training for part in model.module.modules())
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
 def test_a_tokenizer_without_padding_pads_with_the_end_of_sequence():
     model = wrap_model(tiny(), tiny_tokenizer(pad_token=None))
     assert model.tokenizer.pad_token_id == EOS
