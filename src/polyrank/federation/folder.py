@@ -61,10 +61,7 @@ class RunFolder:
                     f"{path}: exists already, and a run never overwrites one; choose another "
                     f"--out, or go on with it: polyrank resume {path}"
                 ) from None
-            folder = RunFolder.open(path)
-            for part in ("checkpoints", "updates"):
-                (path / part).mkdir()
-        return folder
+        return RunFolder.open(path)
 
     @staticmethod
     def open(path: Path) -> RunFolder:
@@ -82,7 +79,16 @@ class RunFolder:
             ) from None
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
+        for part in ("checkpoints", "updates"):
+            (path / part).mkdir(exist_ok=True)
         return RunFolder(path, lock)
+
+    @staticmethod
+    def peek(path: Path) -> RunFolder:
+        """Look into a folder without locking it: to read, also while a run goes on in it."""
+        if not path.is_dir():
+            raise RunError(f"{path}: no such run folder")
+        return RunFolder(path, -1)
 
     def close(self) -> None:
         """Release the lock; the folder can then be opened again."""
@@ -96,7 +102,7 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- records -----------------------------------------------------------------------------
+    # --- records ---
 
     def append_record(self, record: Mapping[str, Any]) -> None:
         """Add a line to rounds.jsonl and flush it; it counts once its checkpoint is there."""
@@ -130,7 +136,7 @@ class RunFolder:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         storage.write_text(self.path / "rounds.jsonl", "".join(lines))
 
-    # --- checkpoints ---------------------------------------------------------------------------
+    # --- checkpoints ---
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint beside the others, then let go of those before the last `KEEP`."""
@@ -155,8 +161,8 @@ class RunFolder:
     def load_checkpoint(self) -> Checkpoint | None:
         """Return the newest whole checkpoint, or None if none was ever begun.
 
-        A damaged one is set aside as ``damaged-…`` and named in `notes`, and the one before it is
-        taken. Raises CheckpointError if there are checkpoints and none is whole.
+        A damaged one is named in `notes`, set aside as ``damaged-…`` by the owner of the lock, and
+        the one before it is taken. Raises CheckpointError if there are checkpoints, none whole.
         """
         problems = []
         for number, path in self._checkpoints():
@@ -165,14 +171,14 @@ class RunFolder:
                 best = storage.read_state(path, "best") if (path / "best.json").exists() else None
                 progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
                 return Checkpoint(number, storage.read_state(path, "state"), progress, best)
-            aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
             problems.append(f"{path.name}: {problem}")
             self.notes.append(
-                f"checkpoint {path.name} is damaged ({problem}); it was set aside as {aside.name}, "
-                "and the one before it is used"
+                f"checkpoint {path.name} is damaged ({problem}); the one before it is used"
             )
+            if self._lock >= 0:  # Out of the way of the new one, but kept.
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
         if problems:
             raise CheckpointError(
                 f"{self.path / 'checkpoints'}: no checkpoint can be read whole "
@@ -185,7 +191,7 @@ class RunFolder:
         paths = (self.path / "checkpoints").glob("round-*")
         return sorted(((int(p.name.removeprefix("round-")), p) for p in paths), reverse=True)
 
-    # --- updates of the round in progress --------------------------------------------------------
+    # --- updates of the round in progress ---
 
     def update_path(self, round: int, attempt: int, client: str) -> Path:
         """Where an accepted update lies; client names are quoted to be safe in a file's name."""

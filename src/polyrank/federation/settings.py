@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from polyrank.errors import RecipeError
+from polyrank.planning import Scaling
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Encoding:
+    """How examples become tokens; see `polyrank.data.encode`.
+
+    `max_length` 0 means the model's context.
+    """
+
+    max_length: int = 0
+    template: str = "auto"
+    loss_on: Literal["completion", "all"] = "completion"
+    too_long: Literal["skip", "cut-prompt", "error"] = "skip"
+
+
+@dataclass(frozen=True)
 class EarlyStopping:
     """Stop after `patience` evaluations without a validation loss lower by `min_delta`.
 
@@ -116,3 +130,25 @@ class Faults:
     def __post_init__(self) -> None:
         if not 0 < self.quorum <= 1 or self.attempts < 1:
             raise RecipeError("faults: expected 0 < quorum <= 1 and at least one attempt")
+
+
+@dataclass(frozen=True)
+class Conduct:
+    """How a run is conducted, beside model, clients, fleet, rule and local training.
+
+    `server_rank` is the rank at which the server keeps the aggregate (default: per site, the
+    fleet's largest); `cohort` how many clients train in one pass (``auto``: as memory allows);
+    `target_loss` a validation loss whose reaching the summary reports.
+    """
+
+    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    weights: Weighting = field(default_factory=Weighting)
+    scaling: Scaling = field(default_factory=Scaling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    stopping: EarlyStopping | None = None
+    encoding: Encoding = field(default_factory=Encoding)
+    faults: Faults = field(default_factory=Faults)
+    server_rank: int | None = None
+    cohort: int | Literal["auto"] = "auto"
+    target_loss: float | None = None

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -137,3 +138,11 @@ def read_state(folder: Path, name: str) -> State:
     with safe_open(folder / f"{name}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     return State(tensors, json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; RunError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: expected readable JSON: {error}") from error

@@ -9,21 +9,10 @@ from typing import Literal
 
 from polyrank.data import ClientData, Encoded, Example, Skipped, encode
 from polyrank.errors import DataError
+from polyrank.federation.settings import Encoding
 from polyrank.model import LoadedModel
 
 Part = Literal["train", "validation", "test"]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How examples become tokens; see `polyrank.data.encode`.
-
-    `max_length` 0 means the model's context.
-    """
-
-    max_length: int = 0
-    loss_on: Literal["completion", "all"] = "completion"
-    too_long: Literal["skip", "cut-prompt", "error"] = "skip"
 
 
 @dataclass(frozen=True)
@@ -63,6 +52,7 @@ def prepare(
                 examples[part],
                 model.tokenizer,
                 max_length=length,
+                template=encoding.template,
                 loss_on=encoding.loss_on,
                 too_long=encoding.too_long,
                 label=id,

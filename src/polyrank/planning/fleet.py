@@ -128,6 +128,13 @@ class Fleet:
         random.Random(seed).shuffle(names)
         return Fleet(family, dict(zip(ids, names, strict=True)))
 
+    @staticmethod
+    def table(
+        clients: Mapping[str, str], *, types: str | Mapping[str, LoRAType] = "paper"
+    ) -> Fleet:
+        """Return a fleet from an explicit table client -> type."""
+        return Fleet(_named(TYPES, types, "a family of LoRA types"), dict(clients))
+
     def forced(self, name: str, spec: ModelSpec) -> Fleet:
         """Return the homogeneous control: every client of one type.
 

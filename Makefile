@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: quickstart test test-all check format bench clean
+
+quickstart: $(READY)  ## an unequal fleet learns together, in about two minutes
+	$(BIN)/polyrank run recipes/quickstart.toml
+
+test: $(READY)  ## everything but the slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)  ## the slow tests too
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)  ## the benchmarks at a size that fits a coffee break; docs/benchmarks.md has the full ones
+	$(BIN)/python benchmarks/server_step.py --quick
+	$(BIN)/python benchmarks/local_training.py --quick
+
+# torch first and pinned: unpinned, or as a dependency of another package, it may bring CUDA along.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

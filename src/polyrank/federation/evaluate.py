@@ -1,0 +1,139 @@
+"""Scores of an adapter on clients: loss, and exact match and ROUGE-L of generated text."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from polyrank.algebra import Adapter
+from polyrank.federation.settings import Evaluation
+from polyrank.federation.work import ClientWork, Part
+from polyrank.model import LoadedModel, generate
+from polyrank.training import token_losses
+from polyrank.training.metrics import exact_match, rouge_l
+
+Scores = dict[str, Any]
+"""JSON: per group ``loss``, ``loss_se``, ``exact_match``, ``rouge_l``, ``clients``."""
+
+
+def client_losses(
+    model: LoadedModel,
+    adapter: Adapter | None,
+    work: Sequence[ClientWork],
+    part: Part,
+    settings: Evaluation,
+) -> dict[str, float]:
+    """Return each client's loss: the mean over the target tokens of its first examples.
+
+    Clients without an example in this part are left out.
+    """
+    rows = {c.id: c.rows[part][: settings.examples or None] for c in work if c.rows[part]}
+    flat = [row for id in rows for row in rows[id]]
+    losses = iter(token_losses(model, adapter, flat, settings.batch))
+    found = {}
+    for id, own in rows.items():
+        pairs = [next(losses) for _ in own]
+        found[id] = sum(loss for loss, _ in pairs) / sum(count for _, count in pairs)
+    return found
+
+
+def client_texts(
+    model: LoadedModel,
+    adapter: Adapter | None,
+    work: Sequence[ClientWork],
+    part: Part,
+    settings: Evaluation,
+) -> dict[str, tuple[float, float]]:
+    """Return each client's (exact match, ROUGE-L) of greedy generations, both in 0…1."""
+    rows = [(c, row) for c in work for row in c.rows[part][: settings.generate]]
+    prompts = [row.input_ids[: row.prompt_length] for _, row in rows]
+    texts = generate(
+        model, adapter, prompts, max_new_tokens=settings.max_new_tokens, batch=settings.batch
+    )
+    scores: dict[str, list[tuple[float, float]]] = {}
+    for (client, row), text in zip(rows, texts, strict=True):
+        references = client.examples[part][row.example].references
+        pair = exact_match(text, references), rouge_l(text, references)
+        scores.setdefault(client.id, []).append(pair)
+    return {
+        id: (statistics.fmean(e for e, _ in pairs), statistics.fmean(r for _, r in pairs))
+        for id, pairs in scores.items()
+    }
+
+
+def evaluate(
+    model: LoadedModel,
+    adapter: Adapter | None,
+    work: Mapping[str, ClientWork],
+    part: Part,
+    settings: Evaluation,
+    *,
+    texts: bool,
+) -> Scores:
+    """Return the scores of an adapter (None: the bare base) on one part of every client's data.
+
+    ``seen`` and ``unseen`` give the mean over clients, each counting once, with the standard error
+    of the mean loss; ``per_category`` the same for seen and unseen clients of each category;
+    ``clients`` each client's own. A value that was not measured, or is not finite, is null.
+    """
+    clients = list(work.values())
+    losses = client_losses(model, adapter, clients, part, settings)
+    generated = (
+        client_texts(model, adapter, clients, part, settings) if texts and settings.generate else {}
+    )
+    each = {
+        id: {
+            "loss": _finite(loss),
+            "exact_match": generated[id][0] if id in generated else None,
+            "rouge_l": generated[id][1] if id in generated else None,
+        }
+        for id, loss in losses.items()
+    }
+
+    def group(seen: bool, categories: Collection[str]) -> Scores:
+        return summarise(
+            [each[id] for id in each if work[id].seen == seen and work[id].category in categories]
+        )
+
+    categories = sorted({work[id].category for id in each})
+    return {
+        "part": part,
+        "seen": group(True, categories),
+        "unseen": group(False, categories),
+        "per_category": {
+            name: {"seen": group(True, [name]), "unseen": group(False, [name])}
+            for name in categories
+        },
+        "clients": each,
+    }
+
+
+def summarise(scores: Sequence[Mapping[str, float | None]]) -> Scores:
+    """Return the mean of each score over clients, and the standard error of the mean loss."""
+    losses = [s["loss"] for s in scores if s["loss"] is not None]
+    spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    return {
+        "loss": _mean(losses),
+        "loss_se": spread,
+        "exact_match": _mean([s["exact_match"] for s in scores if s["exact_match"] is not None]),
+        "rouge_l": _mean([s["rouge_l"] for s in scores if s["rouge_l"] is not None]),
+        "clients": len(scores),
+    }
+
+
+def loss_only(losses: Mapping[str, float]) -> Scores:
+    """Return the mean of the clients' losses, its standard error, and their number."""
+    scores = summarise(
+        [{"loss": _finite(v), "exact_match": None, "rouge_l": None} for v in losses.values()]
+    )
+    return {key: scores[key] for key in ("loss", "loss_se", "clients")}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,117 @@
+"""What is written down of a round, and the summary of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SCHEMA = 1
+"""Version of the records' layout; a reader refuses what it does not know."""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of rounds.jsonl. Bytes are the tensors' of all clients; `seconds` is by phase.
+
+    `loss` is the mean training loss per target token over the accepted clients' local steps;
+    `energy` gives per site [‖D‖², what the cut to the server's rank took away]; `ranks` says how
+    many of the round's clients were of each LoRA type; `evaluation` is null where none was made.
+    Only `seconds` may differ between a run and its repetition.
+    """
+
+    schema: int
+    round: int
+    attempt: int
+    clients: list[str]
+    ranks: dict[str, int]
+    loss: float
+    tokens: int
+    bytes_down: int
+    bytes_up: int
+    energy: dict[str, list[float]]
+    rejected: dict[str, str]
+    evaluation: dict[str, Any] | None
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as a JSON object."""
+        return dataclasses.asdict(self)
+
+    @property
+    def discarded(self) -> float:
+        """The share of the aggregate's energy that the cut to the server's rank took away."""
+        total = sum(energy for energy, _ in self.energy.values())
+        return sum(lost for _, lost in self.energy.values()) / total if total else 0.0
+
+    @property
+    def validation_loss(self) -> float | None:
+        """The global adapter's loss on the seen clients' validation parts, if evaluated."""
+        return self.evaluation["server"]["seen"]["loss"] if self.evaluation else None
+
+    def __str__(self) -> str:
+        validation = self.validation_loss
+        evaluated = "" if validation is None else f"  validation {validation:.4f}"
+        return (
+            f"round {self.round}: loss {self.loss:.4f}{evaluated}"
+            f"  {len(self.clients) - len(self.rejected)} clients"
+            f"  up {mebibytes(self.bytes_up)}  down {mebibytes(self.bytes_down)}"
+            f"  discarded {self.discarded:.2%}  {self.seconds['total']:.1f} s"
+        )
+
+
+def mebibytes(count: int) -> str:
+    """Return a number of bytes as text, e.g. ``3.1 MiB``."""
+    return f"{count / 2**20:.1f} MiB"
+
+
+def summary(
+    *,
+    method: str,
+    records: Sequence[Mapping[str, Any]],
+    base: Mapping[str, Any],
+    final: Mapping[str, Any],
+    target: float | None,
+    stopped: str | None,
+    result_round: int,
+) -> dict[str, Any]:
+    """Return summary.json's content; `base` and `final` are evaluations on the test parts."""
+    keys = ("loss", "loss_se", "exact_match", "rouge_l", "clients")
+
+    def short(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        return {who: {k: evaluation[who][k] for k in keys} for who in ("seen", "unseen")}
+
+    return {
+        "schema": SCHEMA,
+        "method": method,
+        "rounds": len(records),
+        "result_round": result_round,
+        "stopped": stopped,
+        "seconds": sum(r["seconds"]["total"] for r in records),
+        "tokens": sum(r["tokens"] for r in records),
+        "bytes_up": sum(r["bytes_up"] for r in records),
+        "bytes_down": sum(r["bytes_down"] for r in records),
+        "to_target": to_target(records, target),
+        "base": short(base),
+        "final": short(final),
+        "per_category": final["per_category"],
+    }
+
+
+def to_target(records: Sequence[Mapping[str, Any]], loss: float | None) -> dict[str, Any] | None:
+    """Return rounds, bytes and seconds until the seen clients' validation loss fell to `loss`.
+
+    None if no target was given; values of None if it was not reached.
+    """
+    if loss is None:
+        return None
+    spent_bytes, seconds = 0, 0.0
+    for record in records:
+        spent_bytes += record["bytes_up"] + record["bytes_down"]
+        seconds += record["seconds"]["total"]
+        reached = record["evaluation"] and record["evaluation"]["server"]["seen"]["loss"]
+        if reached is not None and reached <= loss:
+            found = {"rounds": record["round"], "bytes": spent_bytes, "seconds": seconds}
+            return {"loss": loss, **found}
+    return {"loss": loss, "rounds": None, "bytes": None, "seconds": None}

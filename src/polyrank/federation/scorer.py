@@ -1,0 +1,78 @@
+"""What a run is measured by: the global adapter on its clients, at the server's and own ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from polyrank.aggregation import State
+from polyrank.algebra import Adapter
+from polyrank.federation.evaluate import Scores, client_losses, evaluate, loss_only
+from polyrank.federation.round import Round, RoundSettings
+from polyrank.federation.settings import Evaluation
+from polyrank.federation.work import ClientWork, Part
+from polyrank.model import LoadedModel
+from polyrank.planning import Fleet
+
+Progress = Callable[[str, int, int], None]
+"""(phase, done, total), told of every step forward; phases: ``evaluate``, ``train``, ``merge``."""
+
+
+class Scorer:
+    """Evaluates states of a rule on the clients of one run."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        work: Mapping[str, ClientWork],
+        fleet: Fleet,
+        round_settings: RoundSettings,
+        settings: Evaluation,
+        progress: Progress,
+    ):
+        self._model, self._work, self._fleet = model, work, fleet
+        self._round_settings, self._settings, self._progress = round_settings, settings, progress
+
+    def of(self, adapter: Adapter | None, part: Part, *, texts: bool) -> Scores:
+        """Return the scores of an adapter, or of the bare base, on one part of all clients."""
+        self._progress("evaluate", 0, 1)
+        scores = evaluate(self._model, adapter, self._work, part, self._settings, texts=texts)
+        self._progress("evaluate", 1, 1)
+        return scores
+
+    def of_round(self, state: State, number: int) -> dict[str, Any] | None:
+        """Return the scores due after round `number` on the validation parts, or None.
+
+        ``server`` is the global adapter at the server's rank; ``own_rank`` gives, per LoRA type and
+        for ``all`` seen clients, the loss with what each client would be dealt next.
+        """
+        settings = self._settings
+        if not settings.every or number % settings.every:
+            return None
+        texts = bool(settings.generate_every) and number % settings.generate_every == 0
+        adapter = self._round_settings.rule.adapter(state)
+        scores = self.of(adapter, "validation", texts=texts)
+        own = self._own_rank(state, number) if settings.own_rank else None
+        return {"server": scores, "own_rank": own}
+
+    def _own_rank(self, state: State, number: int) -> Scores:
+        dealt = Round(self._round_settings, state, number + 1, 0, list(self._round_settings.ranks))
+        losses = {
+            name: self._own_losses(dealt, clients) for name, clients in self._by_type().items()
+        }
+        everyone = {id: loss for found in losses.values() for id, loss in found.items()}
+        groups = {name: loss_only(found) for name, found in losses.items()}
+        return {**groups, "all": loss_only(everyone)}
+
+    def _own_losses(self, dealt: Round, clients: Sequence[str]) -> dict[str, float]:
+        assignment = dealt.assignment(clients[0])  # Clients of one type get the same.
+        adapter = assignment.start + assignment.frozen
+        work = [self._work[id] for id in clients]
+        return client_losses(self._model, adapter, work, "validation", self._settings)
+
+    def _by_type(self) -> dict[str, list[str]]:
+        """The seen clients of each LoRA type."""
+        groups: dict[str, list[str]] = {}
+        for id in self._round_settings.ranks:
+            groups.setdefault(self._fleet.assigned[id], []).append(id)
+        return dict(sorted(groups.items()))
