@@ -1,7 +1,16 @@
 """A client's work, and evaluation."""
 
+from polyrank.training.capacity import cohort_size, slot_bytes
 from polyrank.training.evaluation import token_losses
 from polyrank.training.local import Job, Trained, train_cohort
 from polyrank.training.recipe import LocalTraining
 
-__all__ = ["Job", "LocalTraining", "Trained", "token_losses", "train_cohort"]
+__all__ = [
+    "Job",
+    "LocalTraining",
+    "Trained",
+    "cohort_size",
+    "slot_bytes",
+    "token_losses",
+    "train_cohort",
+]
