@@ -15,7 +15,7 @@ from polyrank.errors import RecipeError, ResourceError
 from polyrank.federation.folder import KEEP
 from polyrank.federation.work import ClientWork
 from polyrank.model import LoadedModel
-from polyrank.training import LocalTraining, cohort_size
+from polyrank.training import LocalTraining, cohort_size, slot_bytes
 
 SHARE = 0.5
 """The share of the free memory that a cohort may take, by estimate."""
@@ -31,17 +31,21 @@ def resolve_cohort(
     """Return how many clients train in one pass; ResourceError if not even one fits memory."""
     if wanted != "auto" and wanted < 1:
         raise RecipeError(f"engine.cohort: expected auto or at least 1, got {wanted}")
-    longest = max(len(r.input_ids) for c in work.values() for r in c.rows["train"])
+    rows = [row for client in work.values() for row in client.rows["train"]]
+    longest = max(len(row.input_ids) for row in rows)
+    targets = max(row.targets for row in rows)
     largest = max(spec.ranks.values(), key=lambda ranks: sum(ranks.values()))
-    free = int(free_memory(model.device) * SHARE)
-    fits = cohort_size(model, largest, local, longest, free)
-    if fits < 1:
+    free = free_memory(model.device)
+    if slot_bytes(model, largest, local, longest, targets) > free:
         raise ResourceError(
-            f"memory: {free / SHARE / 2**20:.0f} MiB are free on {model.device}, too little to "
+            f"memory: {free / 2**20:.0f} MiB are free on {model.device}, by estimate too little to "
             f"train one client with batches of {local.batch} × {longest} tokens; lower local.batch "
             "or data.max_length, or set model.checkpointing = true"
         )
-    return min(fits, len(spec.ranks)) if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    fits = cohort_size(model, largest, local, longest, targets, int(free * SHARE))
+    return max(1, min(fits, len(spec.ranks)))
 
 
 def free_memory(device: torch.device) -> int:

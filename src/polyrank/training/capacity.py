@@ -19,24 +19,26 @@ def cohort_size(
     ranks: Mapping[str, int],
     local: LocalTraining,
     longest: int,
+    targets: int,
     available_bytes: int,
 ) -> int:
     """Return how many clients of these ranks fit into `available_bytes`, at most `MOST`; may be 0.
 
-    `ranks` are those of the largest client, `longest` its longest example in tokens.
+    `ranks` are those of the largest client, `longest` the tokens of the longest example and
+    `targets` the most tokens with loss in one example.
     """
-    return min(MOST, available_bytes // slot_bytes(model, ranks, local, longest))
+    return min(MOST, available_bytes // slot_bytes(model, ranks, local, longest, targets))
 
 
 def slot_bytes(
-    model: LoadedModel, ranks: Mapping[str, int], local: LocalTraining, longest: int
+    model: LoadedModel, ranks: Mapping[str, int], local: LocalTraining, longest: int, targets: int
 ) -> int:
     """Return an estimate of the bytes that one client adds to a pass.
 
     Its factors with gradients and moments, and the activations that its backward pass needs: per
     token and block the inputs and outputs of the sites and about twelve hidden states (norms,
     residuals, rotary embeddings, attention), or one hidden state a block and one block's
-    activations under checkpointing; and the logits with their gradient, as if every token had loss.
+    activations under checkpointing; and the logits at the targets with their gradient.
     An upper estimate in plain arithmetic, not a measurement: it errs on the side of fewer clients.
     """
     spec, width = model.spec, model.dtype.itemsize
@@ -46,4 +48,5 @@ def slot_bytes(
     everything = sites + 12 * spec.hidden * spec.blocks
     if model.checkpointing:
         everything = everything // spec.blocks + spec.hidden * spec.blocks
-    return factors + tokens * (everything * max(width, 4) + 3 * 4 * spec.vocabulary)
+    logits = 3 * 4 * spec.vocabulary * local.batch * targets
+    return factors + tokens * everything * max(width, 4) + logits
