@@ -260,6 +260,23 @@ def test_every_client_counts(rule, clients):
         assert distance(product(rule, moved), product(rule, rest)) > 1e-4
 
 
+@given(rules, fleets(), st.booleans())
+@relaxed
+def test_a_client_that_trains_one_factor_only_counts_in_full(rule, clients, only_b):
+    """Factors that agree with what was dealt in B alone, or in A alone, are not what was dealt."""
+    state = full_rank_start(rule, max(c.rank for c in clients))
+    d = product(rule, state)
+
+    def doubled(_, dealt):
+        b, a = dealt.start.b.clone(), dealt.start.a.clone()
+        return LowRank(2.0 * b, a) if only_b else LowRank(b, 2.0 * a)
+
+    after, _ = play(rule, state, clients, doubled)
+    mean = sum(c.weight * best(d, c.rank) for c in clients)
+    expected = {"replace": 2.0 * mean}.get(rule.mode, d + mean)
+    assert distance(product(rule, after), expected) < 1e-9
+
+
 @given(rules, fleets())
 @relaxed
 def test_aggregate_is_the_definition_in_dense_matrices(rule, clients):

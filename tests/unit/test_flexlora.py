@@ -51,6 +51,13 @@ def test_round_zero_deals_no_update_and_a_random_a_shared_by_all_ranks(mode, spl
     assert not torch.equal(other.start.a, large.start.a)
 
 
+def test_fresh_rows_differ_from_site_to_site():
+    shapes = {"q": (14, 11), "k": (14, 11)}
+    state = FlexLoRA().init(FleetSpec(shapes, {}, dict.fromkeys(shapes, 4), seed=0))
+    q, k = (FlexLoRA().deal_site(state, site, 4, 1.0, seed=5).start.a for site in shapes)
+    assert not torch.equal(q, k)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("scale", [0.25, 1.0, 16.0])
@@ -113,6 +120,9 @@ def test_dead_directions_are_repaired_so_that_they_can_train(mode, split):
     assert (b.grad.norm(dim=0) > 0).all()
     again = rule.deal_site(state, SITE, 6, 4.0, seed=3).start
     assert torch.equal(again.a[3:], start.a[3:6])
+    nothing_yet = fresh_state(rule, (14, 11), clients)
+    first = rule.deal_site(nothing_yet, SITE, 8, 2.0, seed=3).start
+    assert torch.equal(first.a[3:], start.a[3:]), "row j depends on seed, site and j alone"
 
 
 def _dealt(rank: int, m: int, n: int) -> Dealt:
