@@ -26,7 +26,7 @@ class FedIT:
     State: ``site/b`` m×r with s folded in, ``site/a`` r×n; at the start B = 0 and A random from the
     fleet's seed, the same for all. Weights must sum to one at every site.
 
-    Source: Zhang et al., arXiv 2305.05644, section 3.
+    Source: Zhang et al., arXiv 2305.05644; the error term and the gauge are derived here.
     """
 
     @property

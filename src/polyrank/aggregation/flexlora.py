@@ -43,7 +43,7 @@ class FlexLoRA:
     State: ``site/u`` m×k, ``site/s`` [k], ``site/v`` n×k at the server's rank k; float32, or
     float64 once contributions are. Weights must sum to one at every site.
 
-    Source: Bai et al., arXiv 2402.11505, section 3, and its released code; the shrinking also in
+    Source: Bai et al., arXiv 2402.11505, and its released code; the shrinking also in
     arXiv 2602.13486. Raises RuleError for an unknown mode, split or factorisation.
     """
 

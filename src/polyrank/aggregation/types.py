@@ -37,7 +37,7 @@ class FleetSpec:
     """What a rule is told of model and fleet before the first round.
 
     `shapes` gives (m, n) per site, `ranks` the ranks per client and site, `server_rank` the rank at
-    which the server keeps each site, `scale` the s of each rank (ΔW = s·B A inside training).
+    which the server keeps each site. `seed` is for what a rule draws before the first round.
     """
 
     shapes: Mapping[str, tuple[int, int]]

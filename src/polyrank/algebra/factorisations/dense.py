@@ -10,8 +10,6 @@ from torch import Tensor
 from polyrank.algebra.factorisation import Factorisation, finished
 from polyrank.algebra.factorisations.project import project
 
-# Up to this size a float64 SVD takes a fraction of a second and there is nothing to gain.
-SMALL = 512
 _ROWS = 512
 
 
@@ -35,14 +33,14 @@ class _Wide:
 
 
 def factor_dense(matrix: Tensor, rank: int) -> Factorisation:
-    """Factor an m×n matrix: by SVD in float64 if small or float64, else from its Gram matrix.
+    """Factor an m×n matrix: a float64 one by SVD, a float32 one from its Gram matrix in float64.
 
     The second way takes the leading eigenvectors of DᵀD (of DDᵀ if m < n), accumulated in float64,
     and factors D projected on them: singular values above 1e-8·σ₁ are kept. O(mn·min(m, n)) time;
     memory is one float64 matrix of min(m, n)² beside D.
     """
     m, n = matrix.shape
-    if matrix.dtype == torch.float64 or min(m, n) <= SMALL:
+    if matrix.dtype == torch.float64:
         return _by_svd(matrix, rank)
     if m < n:
         return factor_dense(matrix.T, rank).transposed()
@@ -62,7 +60,7 @@ def factor_dense(matrix: Tensor, rank: int) -> Factorisation:
 
 
 def _by_svd(matrix: Tensor, rank: int) -> Factorisation:
-    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     energy = float(s.square().sum())
     eps = torch.finfo(torch.float64).eps
     return finished(
