@@ -1,1 +1,82 @@
-"""Federated and split fine-tuning of language models with unequal LoRA ranks."""
+"""Fine-tune one language model together on machines that are not equal.
+
+Federated LoRA with a rank per client (FlexLoRA, arXiv 2402.11505), from a Hugging Face model and a
+set of tasks to a PEFT adapter. The names here are imported when they are first used, so that
+``import polyrank`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from polyrank.aggregation import FedIT, FlexLoRA
+    from polyrank.data import load_tasks, partition
+    from polyrank.errors import PolyrankError
+    from polyrank.federation import (
+        Conduct,
+        EarlyStopping,
+        Encoding,
+        Evaluation,
+        Faults,
+        Federation,
+        Sampling,
+        Weighting,
+    )
+    from polyrank.model import load_adapter, load_model, wrap_model
+    from polyrank.planning import Fleet, LoRAType, Scaling
+    from polyrank.training import LocalTraining
+
+__all__ = [
+    "Conduct",
+    "EarlyStopping",
+    "Encoding",
+    "Evaluation",
+    "Faults",
+    "FedIT",
+    "Federation",
+    "Fleet",
+    "FlexLoRA",
+    "LoRAType",
+    "LocalTraining",
+    "PolyrankError",
+    "Sampling",
+    "Scaling",
+    "Weighting",
+    "load_adapter",
+    "load_model",
+    "load_tasks",
+    "partition",
+    "wrap_model",
+]
+
+_HOMES = {
+    "aggregation": ("FedIT", "FlexLoRA"),
+    "data": ("load_tasks", "partition"),
+    "errors": ("PolyrankError",),
+    "federation": (
+        "Conduct",
+        "EarlyStopping",
+        "Encoding",
+        "Evaluation",
+        "Faults",
+        "Federation",
+        "Sampling",
+        "Weighting",
+    ),
+    "model": ("load_adapter", "load_model", "wrap_model"),
+    "planning": ("Fleet", "LoRAType", "Scaling"),
+    "training": ("LocalTraining",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"polyrank.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'polyrank' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line. Commands import what they need, so that help comes at once."""
 
 from __future__ import annotations
 
@@ -6,164 +6,172 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from polyrank import config, report, runner
-from polyrank.errors import InterruptedRunError, PolyrankError
-from polyrank.federation import Federation, RoundRecord, RunFolder
+from polyrank.errors import FolderExistsError, InterruptedRunError, PolyrankError
+
+if TYPE_CHECKING:
+    from polyrank.runner import Attendance, Outcome
+
+INTERRUPTED = 130
+"""Exit code of a run that was asked to stop (128 + SIGINT)."""
 
 app = typer.Typer(
     help="Fine-tune one language model together on machines that are not equal.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-error_console = Console(stderr=True, highlight=False)
 
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Changes to the recipe.")
+RunFolderArgument = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the summary as JSON on stdout, and nothing else.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 
-class Terminal:
-    """Shows a run's progress on the terminal (on stderr, so that stdout stays for results)."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            transient=True,
-        )
-        self._rounds = self.bar.add_task("rounds", visible=False)
-        self._phase = self.bar.add_task("", visible=False)
-
-    def begun(self, title: str, federation: Federation, rounds: int) -> None:
-        """Print the set-up and show the bar of rounds."""
-        by_type = {federation.fleet.assigned[id]: federation.ranks[id] for id in federation.seen}
-        unseen = len(federation.work) - len(federation.seen)
-        self.console.print(
-            f"[bold]{title}[/bold]: {len(federation.seen)} clients, {unseen} unseen, "
-            f"{len(federation.model.spec.sites)} sites, {federation.engine.cohort} clients in one "
-            f"pass; in {federation.folder.path}"
-        )
-        if federation.skipped.count:
-            reasons = ", ".join(f"{len(r)} {why}" for why, r in federation.skipped.rows.items())
-            self.console.print(f"skipped: {reasons}; named in skipped.json")
-        self.console.print(report.ranks(federation.fleet.counts(), by_type))
-        for note in federation.folder.notes:
-            self.console.print(f"[yellow]{note}[/yellow]")
-        if federation.round:
-            self.console.print(f"going on after round {federation.round}")
-        self.bar.update(
-            self._rounds, completed=federation.round, total=rounds, visible=True, refresh=True
-        )
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """Move the bar of the phase."""
-        self.bar.update(self._phase, description=phase, completed=done, total=total, visible=True)
-
-    def round(self, record: RoundRecord) -> None:
-        """Print a line and move the bar of rounds."""
-        self.console.print(str(record))
-        for client, why in record.rejected.items():
-            self.console.print(f"[yellow]  rejected {client}: {why}[/yellow]")
-        self.bar.update(self._rounds, completed=record.round)
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"polyrank {metadata.version('polyrank')}")
+        raise typer.Exit
 
 
-@contextmanager
-def stopping() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop; the second one ends at once."""
-    wish = threading.Event()
-
-    def note(*_: Any) -> None:
-        if wish.is_set():
-            raise KeyboardInterrupt
-        wish.set()
-        error_console.print("stopping after this step; once more to end at once")
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield wish
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+@app.callback()
+def polyrank(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Fine-tune one language model together on machines that are not equal."""
 
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML.")],
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; must not exist.")] = None,
+    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML.", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, e.g. local.lr=1e-3."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run; must not exist. Default: runs/NAME."),
+    ] = None,
     control: Annotated[
-        str | None, typer.Option(help="Also run the homogeneous control: weakest, or a type.")
+        str | None,
+        typer.Option(help="Also run the homogeneous control: weakest, or a LoRA type."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Carry out a recipe: train, evaluate, and write a PEFT adapter."""
-    changes = list(overrides or [])
-    if control is not None:
-        changes.append(f"control={json.dumps(control)}")
-    read = config.read(recipe, changes)
-    folder = out or _free(Path("runs") / read.name)
-    with stopping() as wish, _terminal() as terminal:
-        outcome = runner.start(read, folder, runner.Attendance(terminal, wish.is_set))
+    with _attending() as attendance:
+        from polyrank import config, runner
+
+        forced = [] if control is None else [f"control={json.dumps(control)}"]
+        read = config.read(recipe, [*(overrides or []), *forced])
+        outcome = runner.start(read, out or _free(Path("runs") / read.name), attendance)
     _show(outcome, as_json)
 
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    folder: RunFolderArgument,
     allow_inexact: Annotated[
-        bool, typer.Option(help="Go on in other surroundings; the bytes may differ.")
+        bool,
+        typer.Option("--allow-inexact", help="Go on in other surroundings; bytes may differ."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a run that was stopped or killed."""
-    with stopping() as wish, _terminal() as terminal:
-        attendance = runner.Attendance(terminal, wish.is_set, allow_inexact)
+    """Go on with a run that was stopped or killed, to the same bytes."""
+    with _attending(allow_inexact) as attendance:
+        from polyrank import runner
+
         outcome = runner.resume(folder, attendance)
     _show(outcome, as_json)
 
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    folder: RunFolderArgument,
     target: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
-    merged: Annotated[bool, typer.Option(help="Write base and adapter as one model.")] = False,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Write base and adapter as one model.")
+    ] = False,
 ) -> None:
     """Write a run's adapter at any rank, or merged into its base."""
     if merged and rank is not None:
         raise typer.BadParameter("give --rank or --merged, not both")
-    adapter = runner.opened(folder)
+    if target.exists():
+        raise FolderExistsError(f"{target}: exists already; choose another folder")
+    from polyrank import report, runner
+
+    adapter = runner.adapter_of(folder)
     if merged:
         adapter.save_merged(target)
-        typer.echo(f"{target}: the merged model")
-    else:
-        lost = adapter.save(target, rank=rank)
-        typer.echo(f"{target}: PEFT adapter, {lost:.3%} of the energy discarded")
+        typer.echo(f"{target}: base and adapter as one model")
+        return
+    lost = adapter.save(target, rank=rank)
+    if rank is not None:
+        typer.echo(f"rank {rank} keeps {1 - lost:.3%} of the energy")
+    typer.echo(report.loading(target))
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Show a run's rounds, ranks, spectra and discarded energy."""
-    console = Console()
-    records = [RoundRecord(**record) for record in RunFolder.peek(folder).records()]
-    console.print(report.rounds(records))
-    factors = runner.opened(folder).factors
-    console.print(report.spectra(factors, records[-1] if records else None))
+def inspect(folder: RunFolderArgument) -> None:
+    """Show a run's ranks, rounds, spectra and discarded energy; also while it goes on."""
+    from polyrank import report, runner
+
+    inside = runner.look(folder)
+    console = Console(highlight=False)
+    for note in inside.notes:
+        console.print(note, style="yellow", markup=False)
+    if inside.fleet is not None:
+        types = list(inside.fleet["clients"].values())
+        counts = {name: types.count(name) for name in inside.fleet["ranks"]}
+        console.print(report.ranks(counts, inside.fleet["ranks"]))
+    console.print(report.ROUND_HEADER, style="bold")
+    for record in inside.records:
+        console.print(report.round_line(record))
+    if inside.factors is None:
+        console.print("no round is finished yet")
+        return
+    console.print(report.spectra(inside.factors, inside.records[-1]))
+
+
+@contextmanager
+def _attending(allow_inexact: bool = False) -> Iterator[Attendance]:
+    """Show a run on stderr, and turn the first Ctrl-C or SIGTERM into a wish to stop.
+
+    The second one ends at once.
+    """
+    wish = threading.Event()
+    console = Console(stderr=True)
+
+    def note(*_: Any) -> None:
+        if wish.is_set():
+            raise KeyboardInterrupt
+        wish.set()
+        console.print("stopping after this step; once more to end at once", style="yellow")
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        from polyrank.runner import Attendance
+        from polyrank.terminal import Terminal
+
+        with Terminal(console) as terminal:
+            yield Attendance(terminal, wish.is_set, allow_inexact)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _free(path: Path) -> Path:
@@ -172,38 +180,45 @@ def _free(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-@contextmanager
-def _terminal() -> Iterator[Terminal]:
-    terminal = Terminal(error_console)
-    with terminal.bar:
-        yield terminal
-
-
-def _show(outcome: runner.Outcome, as_json: bool) -> None:
+def _show(outcome: Outcome, as_json: bool) -> None:
+    """Print the result of a run, and of its control, on stdout."""
     summary, control = outcome.summary, outcome.control
     if as_json:
-        content = dict(summary) if control is None else {**summary, "control": control}
+        content = {"folder": str(outcome.folder), **summary}
+        if control is not None:
+            content["control"] = control
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
-    columns = {"base": summary["base"], summary["method"]: summary["final"]}
-    if control is not None:
-        columns["control"] = control["final"]
-    console = Console()
-    console.print(report.scores("before and after, on the test parts", columns))
-    console.print(report.categories(summary))
-    console.print(f"adapter: {outcome.folder / 'adapter'}")
+    from polyrank import report
+
+    console = Console(highlight=False)
+    console.print(report.categories(summary["per_category"]))
+    console.print(
+        report.scores(
+            summary["base"],
+            summary["method"],
+            summary["final"],
+            control["final"] if control else None,
+            outcome.forced or "",
+        )
+    )
+    console.print(report.spent(summary))
+    console.print(report.loading(outcome.folder / "adapter"), soft_wrap=True, markup=False)
 
 
-def main() -> None:
-    """Run the command line; a PolyrankError becomes a message and exit code 1."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0; 1 after a PolyrankError; 2 wrong usage; 130 stopped."""
+    console = Console(stderr=True, highlight=False)
     try:
-        app()
+        app(arguments)
     except InterruptedRunError as error:
-        error_console.print(f"{error}", markup=False)
-        sys.exit(130)
+        console.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(INTERRUPTED)
     except PolyrankError as error:
-        error_console.print(f"[red]error[/red]: {type(error).__name__}", end=": ")
-        error_console.print(str(error), markup=False, soft_wrap=True)
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except OSError as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -1,101 +1,182 @@
-"""Tables for people: what a run did, beside its control, and what is inside its adapter."""
+"""Texts and tables for people: what a run did, beside its control, and what is in its adapter.
+
+Everything fits 80 columns, unless names of tasks and matrices are very long.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from polyrank.algebra import Adapter, factorise
 from polyrank.federation import RoundRecord
 
 _SCORES = (("loss", "loss", 4), ("exact_match", "exact match", 3), ("rouge_l", "ROUGE-L", 3))
+_GROUPS = ("seen", "unseen")
 
 
-def number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int, sign: str = "") -> str:
     """Return a score as text, or a dash where it was not measured."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:{sign}.{digits}f}"
 
 
-def scores(title: str, columns: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return a table of seen and unseen scores, one column per result (e.g. base, FlexLoRA)."""
-    table = Table(title=title, title_justify="left")
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def scores(
+    base: Mapping[str, Any],
+    method: str,
+    final: Mapping[str, Any],
+    control: Mapping[str, Any] | None = None,
+    forced: str = "",
+) -> Table:
+    """Return the scores on the test parts before and after, and beside the control's.
+
+    The last column is the run's score minus the control's, `forced` the type of the control.
+    """
+    table = _table("scores on the test parts")
     table.add_column("clients")
     table.add_column("score")
+    columns = {"before": base, method: final}
+    if control is not None:
+        columns[f"all {forced}"] = control
     for name in columns:
         table.add_column(name, justify="right")
-    for who in ("seen", "unseen"):
+    if control is not None:
+        table.add_column("difference", justify="right")
+    for who in _GROUPS:
         for key, label, digits in _SCORES:
             values = [column[who][key] for column in columns.values()]
-            if any(value is not None for value in values):
-                table.add_row(who, label, *(number(value, digits) for value in values))
+            if all(value is None for value in values):
+                continue
+            cells = [number(value, digits) for value in values]
+            if control is not None:
+                known = None not in values[1:]
+                cells.append(number(values[1] - values[2] if known else None, digits, "+"))
+            table.add_row(f"{who} ({final[who]['clients']})", label, *cells)
     return table
 
 
-def categories(summary: Mapping[str, Any]) -> Table:
-    """Return a table of the final scores per category."""
-    table = Table(title="by category, after the last round", title_justify="left")
+def categories(per_category: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """Return the final loss and exact match per category."""
+    table = _table("by category, after the last round")
     table.add_column("category")
-    table.add_column("clients", justify="right")
-    for who in ("seen", "unseen"):
-        for _, label, _ in _SCORES:
-            table.add_column(f"{who} {label}", justify="right")
-    for category, groups in summary["per_category"].items():
-        cells = [number(groups[w][k], d) for w in ("seen", "unseen") for k, _, d in _SCORES]
-        count = groups["seen"]["clients"] + groups["unseen"]["clients"]
-        table.add_row(category, str(count), *cells)
+    for who in _GROUPS:
+        for label in ("clients", "loss", "exact\nmatch"):
+            table.add_column(f"{who}\n{label}", justify="right")
+    for category, groups in per_category.items():
+        cells: list[str] = []
+        for who in _GROUPS:
+            group = groups[who]
+            cells.append(str(group["clients"]))
+            cells += [number(group["loss"], 3), number(group["exact_match"], 2)]
+        table.add_row(category, *cells)
     return table
 
 
 def ranks(counts: Mapping[str, int], by_type: Mapping[str, Mapping[str, int]]) -> Table:
-    """Return a table of LoRA types: how many clients, which ranks."""
-    table = Table(title="ranks dealt", title_justify="left")
-    for name in ("type", "clients", "ranks"):
-        table.add_column(name)
+    """Return a table of LoRA types: how many seen clients, which ranks at how many matrices."""
+    table = _table("ranks dealt")
+    table.add_column("type")
+    table.add_column("clients", justify="right")
+    table.add_column("ranks")
     for name, count in counts.items():
-        spread = sorted(set(by_type[name].values()))
-        table.add_row(name, str(count), " and ".join(str(rank) for rank in spread))
+        values = list(by_type[name].values())
+        spread = (f"{rank} at {values.count(rank)} matrices" for rank in sorted(set(values)))
+        table.add_row(name, str(count), ", ".join(spread))
     return table
 
 
-def rounds(records: Sequence[RoundRecord]) -> Table:
-    """Return a table of the rounds of a run."""
-    table = Table(title="rounds", title_justify="left")
-    for name in ("round", "loss", "validation", "clients", "up", "down", "discarded", "seconds"):
-        table.add_column(name, justify="right")
-    for r in records:
-        table.add_row(
-            str(r.round),
-            number(r.loss, 4),
-            number(r.validation_loss, 4),
-            str(len(r.clients) - len(r.rejected)),
-            f"{r.bytes_up / 2**20:.1f} MiB",
-            f"{r.bytes_down / 2**20:.1f} MiB",
-            f"{r.discarded:.2%}",
-            f"{r.seconds['total']:.1f}",
+ROUND_HEADER = "round     loss  validation  clients   up MiB  down MiB  discarded  seconds"
+"""The line above lines of `round_line`."""
+
+
+def round_line(record: RoundRecord) -> str:
+    """Return a finished round as one line under `ROUND_HEADER`."""
+    return (
+        f"{record.round:5}  {record.loss:7.4f}  {number(record.validation_loss, 4):>10}"
+        f"  {len(record.clients) - len(record.rejected):7}"
+        f"  {record.bytes_up / 2**20:7.1f}  {record.bytes_down / 2**20:8.1f}"
+        f"  {record.discarded:9.2%}  {record.seconds['total']:7.1f}"
+    )
+
+
+def spent(summary: Mapping[str, Any]) -> str:
+    """Return what a run took, and how it ended, in one or two sentences."""
+    text = (
+        f"{summary['rounds']} rounds in {duration(summary['seconds'])}, "
+        f"{summary['bytes_up'] / 2**20:.1f} MiB up, {summary['bytes_down'] / 2**20:.1f} MiB down."
+    )
+    if summary["stopped"]:
+        text += f" Stopped early: {summary['stopped']}; result of round {summary['result_round']}."
+    target = summary["to_target"]
+    if target and target["rounds"] is None:
+        text += f" The target loss {target['loss']:g} was not reached."
+    elif target:
+        text += (
+            f" The target loss {target['loss']:g} was reached after {target['rounds']} rounds, "
+            f"{target['bytes'] / 2**20:.1f} MiB and {duration(target['seconds'])}."
         )
-    return table
+    return text
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time, e.g. ``42 s`` or ``1 h 03 min``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def loading(adapter: Path) -> str:
+    """Return where the adapter lies and the lines that load it."""
+    return (
+        f"adapter: {adapter}\n"
+        "  from peft import AutoPeftModelForCausalLM\n"
+        f'  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")'
+    )
 
 
 def spectra(adapter: Adapter, last: RoundRecord | None) -> Table:
-    """Return per site the stored rank, the singular values, and the energy discarded last."""
-    table = Table(title="global adapter", title_justify="left")
-    for name in ("site", "matrix", "rank", "‖D‖", "σ₁", "σ½", "σᵣ", "90% in rank", "discarded"):
-        table.add_column(name, justify="left" if name == "site" else "right")
+    """Return per matrix the stored rank, the singular values, and the energy discarded last.
+
+    σ₁, σ½ and σᵣ are the largest, the middle and the smallest; "90%" is the rank that holds 90% of
+    the energy ‖D‖².
+    """
+    prefix = _common([*adapter])
+    table = _table(f"global adapter, matrices under {prefix}" if prefix else "global adapter")
+    table.add_column("matrix")
+    for name in ("rank", "of", "‖D‖", "σ₁", "σ½", "σᵣ", "90%", "discarded"):
+        table.add_column(name, justify="right")
     for site, delta in adapter.items():
         s = factorise(delta, max(1, delta.rank)).s.double()
         energy = (s**2).cumsum(0)
         total = float(energy[-1])
         ninety = int((energy < 0.9 * total).sum()) + 1 if total else 0
-        kept, lost = (last.energy.get(site, [0.0, 0.0])) if last else (0.0, 0.0)
+        before, lost = last.energy.get(site, [0.0, 0.0]) if last else (0.0, 0.0)
         table.add_row(
-            site,
-            f"{delta.shape[0]}×{delta.shape[1]}",
+            site.removeprefix(prefix),
             str(delta.rank),
+            str(min(delta.shape)),
             f"{total**0.5:.3g}",
             *(f"{float(s[i]):.2g}" for i in (0, len(s) // 2, -1)),
             str(ninety),
-            f"{lost / kept:.2%}" if kept else "–",
+            f"{lost / before:.2%}" if before else "–",
         )
     return table
+
+
+def _common(names: Sequence[str]) -> str:
+    """The dotted prefix that all names share, with its last dot."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for together in zip(*parts, strict=False):
+        if len(set(together)) > 1:
+            break
+        shared.append(together[0])
+    return "".join(f"{part}." for part in shared)

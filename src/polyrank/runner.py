@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from polyrank import config
+from polyrank.aggregation import rule
+from polyrank.algebra import Adapter
 from polyrank.config import Recipe
-from polyrank.errors import RunError
-from polyrank.federation import Federation, GlobalAdapter, RoundRecord, RunFolder, storage
+from polyrank.data import Clients
+from polyrank.errors import FolderExistsError, InterruptedRunError, RunError
+from polyrank.federation import (
+    Checkpoint,
+    Federation,
+    GlobalAdapter,
+    RoundRecord,
+    RunFolder,
+    storage,
+)
+from polyrank.model import LoadedModel
+from polyrank.planning import Fleet
 
 RECIPE = "recipe.toml"
+FLEET = "fleet.json"
 CONTROL = "control"
+BASE = "base.json"
+SUMMARY = "summary.json"
 
 
 class Listener(Protocol):
     """Someone who follows a run, such as a terminal."""
+
+    def loading(self, what: str) -> None:
+        """Tell that the data or the model is being loaded."""
+        ...
 
     def begun(self, title: str, federation: Federation, rounds: int) -> None:
         """Tell that a run was set up and will go on from its last finished round."""
@@ -35,15 +56,6 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The summaries of a run and of its control, if it has one, and where they lie."""
-
-    folder: Path
-    summary: Mapping[str, Any]
-    control: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
 class Attendance:
     """Who follows a run, when it is to stop, and whether it may go on in other surroundings."""
 
@@ -51,81 +63,187 @@ class Attendance:
     stop: Callable[[], bool]
     allow_inexact: bool = False
 
+    def check_stop(self) -> None:
+        """Raise InterruptedRunError if the run is to stop."""
+        if self.stop():
+            raise InterruptedRunError("stopped before the first step")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The summaries of a run and of its control, if it has one, and where they lie."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+    control: Mapping[str, Any] | None = None
+    forced: str | None = None
+
+
+class _Parts:
+    """What a run and its control have in common, loaded when first needed; data first."""
+
+    def __init__(self, recipe: Recipe, attendance: Attendance):
+        self._recipe, self._attendance = recipe, attendance
+        self.base: str | None = None
+        """The base's evaluation as JSON, once it was made."""
+
+    @cached_property
+    def clients(self) -> Clients:
+        self._attendance.listener.loading("data")
+        return self._recipe.clients()
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        return self._recipe.fleet_of(self.clients)
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        self._attendance.check_stop()
+        self._attendance.listener.loading("model")
+        return self._recipe.model.load()
+
 
 def start(recipe: Recipe, out: Path, attendance: Attendance) -> Outcome:
     """Carry out a recipe in a new folder `out`; with ``control``, also the homogeneous control.
 
     The control runs on the same clients, seeds and data with the fleet forced to one type, in
-    ``out/control``; ``control.json`` holds the differences.
+    ``out/control``; ``control.json`` holds the differences. Whatever can fail before training does
+    so before `out` is made, as far as it can be foreseen.
     """
-    return _carry_out(recipe, out, attendance, resume=False)
+    if out.exists():
+        raise FolderExistsError(
+            f"{out}: exists already, and a run never overwrites one; choose another --out, or go "
+            f"on with it: polyrank resume {out}"
+        )
+    return _carry_out(recipe.resolved(), out, attendance, resume=False)
 
 
 def resume(folder: Path, attendance: Attendance) -> Outcome:
     """Go on with what `start` began in this folder; what is finished is not done again."""
-    return _carry_out(config.read(_recipe(folder)), folder, attendance, resume=True)
+    return _carry_out(recipe_of(folder), folder, attendance, resume=True)
 
 
 def _carry_out(recipe: Recipe, folder: Path, attendance: Attendance, *, resume: bool) -> Outcome:
-    torch.set_num_threads(recipe.threads)
-    finished = _run(recipe, folder, attendance, resume=resume)
-    if recipe.control is None:
-        return Outcome(folder, finished)
-    forced = recipe.with_changes({"control": None, "fleet.force": recipe.control})
-    inside = folder / CONTROL
-    control = _run(forced, inside, attendance, resume=inside.exists())
+    torch.set_num_threads(recipe.resolved().engine.threads)
+    try:
+        parts = _Parts(recipe, attendance)
+        finished = _run(recipe, folder, attendance, parts, resume=resume)
+        if recipe.control is None:
+            return Outcome(folder, finished)
+        inside = folder / CONTROL
+        parts.base = (folder / BASE).read_text(encoding="utf-8")
+        forced = recipe.forced(recipe.control)
+        control = _run(forced, inside, attendance, parts, resume=inside.exists())
+    except (InterruptedRunError, KeyboardInterrupt) as error:
+        begun = (folder / RECIPE).is_file()
+        how = f"go on with: polyrank resume {folder}" if begun else "nothing was begun"
+        why = str(error) or "stopped at once; finished rounds and clients are saved"
+        raise InterruptedRunError(f"{why}\n{how}") from error
     storage.write_json(folder / "control.json", difference(finished, control))
-    return Outcome(folder, finished, control)
+    return Outcome(folder, finished, control, recipe.control)
 
 
 def _run(
-    recipe: Recipe, folder: Path, attendance: Attendance, *, resume: bool
+    recipe: Recipe, folder: Path, attendance: Attendance, parts: _Parts, *, resume: bool
 ) -> Mapping[str, Any]:
-    summary = folder / "summary.json"
-    if resume and summary.exists():
-        return storage.read_json(summary)
-    with _build(recipe, folder, attendance, resume=resume) as federation:
-        forced = f", all {recipe.fleet.force}" if recipe.fleet.force else ""
-        attendance.listener.begun(f"{recipe.aggregation.rule}{forced}", federation, recipe.rounds)
+    if resume and (folder / SUMMARY).exists():
+        return storage.read_json(folder / SUMMARY)
+    force = recipe.fleet.force
+    title = f"{recipe.aggregation.rule}{f', all clients {force}' if force else ''}"
+    with _build(recipe, folder, attendance, parts, resume=resume) as federation:
+        attendance.listener.begun(title, federation, recipe.rounds)
         for record in federation.rounds(recipe.rounds):
             attendance.listener.round(record)
         return federation.finish()
 
 
-def _build(recipe: Recipe, folder: Path, attendance: Attendance, *, resume: bool) -> Federation:
+def _build(
+    recipe: Recipe, folder: Path, attendance: Attendance, parts: _Parts, *, resume: bool
+) -> Federation:
     """Return the federation that a recipe describes, in a folder."""
-    model = recipe.model.load()
-    clients = recipe.clients()
+    fleet, model = parts.fleet, parts.model
+    if recipe.fleet.force:
+        fleet = fleet.forced(recipe.fleet.force, model.spec)
+    attendance.check_stop()
+    attachments = {RECIPE: recipe.to_toml(), FLEET: _fleet_json(fleet, model)}
+    if parts.base is not None:  # The control has the same base on the same data.
+        attachments[BASE] = parts.base
     return Federation(
         model,
-        clients,
-        recipe.fleet.build(sorted(clients.seen), model, recipe.seed),
+        parts.clients,
+        fleet,
         recipe.rule(),
         recipe.local.build(),
         recipe.conduct(),
         out=folder,
         resume=resume,
         allow_inexact=attendance.allow_inexact,
-        attachments={RECIPE: recipe.to_toml()},
+        attachments=attachments,
         progress=attendance.listener.progress,
         stop=attendance.stop,
     )
 
 
-def opened(folder: Path) -> GlobalAdapter:
-    """Return the adapter of a run as its last whole checkpoint has it, finished or not."""
-    recipe = config.read(_recipe(folder))
-    saved = RunFolder.peek(folder).load_checkpoint()
-    if saved is None:
-        raise RunError(f"{folder}: no round is finished yet; there is no adapter")
-    factors = recipe.rule().adapter(saved.best or saved.state)
-    return GlobalAdapter(factors, recipe.model.load(), recipe.conduct().scaling)
+def _fleet_json(fleet: Fleet, model: LoadedModel) -> str:
+    """Who has which type, and the rank of each type at each site."""
+    used = fleet.counts()
+    content = {
+        "schema": 1,
+        "clients": dict(sorted(fleet.assigned.items())),
+        "ranks": {name: fleet.types[name].resolve(model.spec) for name in used},
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _recipe(folder: Path) -> Path:
+def recipe_of(folder: Path) -> Recipe:
+    """Return the recipe of a run folder; RunError if there is none."""
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such run folder")
     if not (folder / RECIPE).is_file():
-        raise RunError(f"{folder}: expected a run folder with a {RECIPE} in it")
-    return folder / RECIPE
+        raise RunError(
+            f"{folder}: expected a folder that `polyrank run` made, with a {RECIPE} in it"
+        )
+    return config.read(folder / RECIPE)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What `polyrank inspect` shows of a run folder, whether or not the run is finished."""
+
+    records: list[RoundRecord]
+    fleet: Mapping[str, Any] | None
+    factors: Adapter | None
+    notes: list[str]
+
+
+def look(folder: Path) -> Inside:
+    """Read a run folder, without loading its model."""
+    opened = RunFolder.peek(folder)
+    about = storage.read_json(folder / "run.json")
+    saved = opened.load_checkpoint()
+    last = saved.round if saved else 0
+    return Inside(
+        records=[RoundRecord(**r) for r in opened.records() if r["round"] <= last],
+        fleet=storage.read_json(folder / FLEET) if (folder / FLEET).exists() else None,
+        factors=_factors(about["settings"]["rule"], saved) if saved and saved.round else None,
+        notes=opened.notes,
+    )
+
+
+def adapter_of(folder: Path) -> GlobalAdapter:
+    """Return the adapter of a run as its last whole checkpoint has it, finished or not."""
+    recipe = recipe_of(folder)
+    saved = RunFolder.peek(folder).load_checkpoint()
+    if saved is None or not saved.round:
+        raise RunError(
+            f"{folder}: no round is finished yet, so there is no adapter; polyrank resume {folder}"
+        )
+    factors = _factors(recipe.aggregation.rule, saved)
+    return GlobalAdapter(factors, recipe.model.load(), recipe.lora.build())
+
+
+def _factors(name: str, saved: Checkpoint) -> Adapter:
+    return rule(name).adapter(saved.best or saved.state)
 
 
 def difference(summary: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:

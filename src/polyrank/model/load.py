@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.logging import disable_progress_bar
 
 from polyrank.errors import ModelError
 from polyrank.model.checkpointing import checkpoint_blocks
@@ -73,6 +74,7 @@ def load_model(
     model, or lacks an end-of-sequence token; SiteError as `choose_sites`.
     """
     where = resolve_device(device)
+    disable_progress_bar()
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype: expected one of {list(DTYPES)}, got {dtype!r}")
     if where.type == "mps" and dtype == "float64":

@@ -1,0 +1,123 @@
+"""From a TOML file and ``key=value`` overrides to a validated recipe."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from polyrank.config.mistakes import mistakes
+from polyrank.config.recipe import Recipe
+from polyrank.config.sections import SAMPLE
+from polyrank.errors import PolyrankError, RecipeError
+
+PAIRS = (
+    ("local.epochs", "local.steps"),
+    ("sampling.fraction", "sampling.number"),
+    ("fleet.distribution", "fleet.clients"),
+)
+"""Keys of which a recipe gives one: an override of one takes the other back."""
+
+_OTHER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply ``key=value`` overrides.
+
+    Values are TOML (``local.lr=1e-3``, ``fleet.types={T1 = 4}``); what is not valid TOML is taken
+    as a string (``control=weakest``), and nothing (``control=``) takes a key back to its default.
+    Folders and files are looked for beside the recipe, then here; those of overrides only here.
+
+    Raises RecipeError for a missing or malformed file, unknown keys (with the nearest known one),
+    wrong types and impossible values, all that are found at once.
+    """
+    file = Path(path)
+    place = f"recipe {file}"
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{place}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{place}: not valid TOML: {error}") from error
+    _resolve_sources(content, file.parent, Path())
+    for override in overrides:
+        _override(content, override)
+    _resolve_sources(content, Path())
+    recipe = parse(content, place)
+    try:
+        recipe.check()
+    except PolyrankError as error:
+        raise RecipeError(f"{place}: {error}") from error
+    return recipe
+
+
+def parse(content: Mapping[str, Any], place: str = "recipe") -> Recipe:
+    """Return the validated recipe; RecipeError lists every mistake in it."""
+    found = [
+        f"{a.partition('.')[0]}: give {_last(a)} or {_last(b)}, not both"
+        for a, b in PAIRS
+        if _find(content, a) is not None and _find(content, b) is not None
+    ]
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        found = mistakes(Recipe, content, error) + found
+        raise RecipeError(_listed(place, found)) from error
+    if found:
+        raise RecipeError(_listed(place, found))
+    return recipe
+
+
+def _listed(place: str, found: Sequence[str]) -> str:
+    return f"{place}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{place}:", *found])
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Place one ``key=value``; an empty value takes the key away."""
+    key, equals, text = (part.strip() for part in override.partition("="))
+    if not equals or not all(key.split(".")):
+        raise RecipeError(f"override {override!r}: expected key=value, e.g. local.lr=1e-3")
+    *names, last = key.split(".")
+    section = content
+    for name in names:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise RecipeError(f"override {override!r}: {name} is a value, not a section")
+    if not text:
+        section.pop(last, None)
+        return
+    section[last] = _value(text)
+    if (other := _OTHER.get(key)) is not None:
+        section.pop(_last(other), None)
+
+
+def _value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _resolve_sources(content: Mapping[str, Any], *places: Path) -> None:
+    """Make a source that exists in one of the places an absolute path; others stay as they are."""
+    for name in ("model", "data"):
+        section = content.get(name)
+        source = section.get("source") if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(source, str) and source not in ("", SAMPLE):
+            paths = (place / Path(source).expanduser() for place in places)
+            section["source"] = next((str(p.resolve()) for p in paths if p.exists()), source)
+
+
+def _find(content: Any, key: str) -> Any:
+    """The value at a dotted key, or None."""
+    for name in key.split("."):
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]

@@ -1,0 +1,121 @@
+"""A recipe: everything about a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import tomli_w
+from pydantic import Field
+
+from polyrank.aggregation import Rule
+from polyrank.config.sections import (
+    AggregationSection,
+    DataSection,
+    EngineSection,
+    EvaluationSection,
+    FaultsSection,
+    FleetSection,
+    LocalSection,
+    LoRASection,
+    ModelSection,
+    SamplingSection,
+    Section,
+    StoppingSection,
+)
+from polyrank.data import Clients
+from polyrank.federation import Conduct
+from polyrank.planning import Fleet
+from polyrank.seeds import derive
+
+
+class Recipe(Section):
+    """Everything about a run. Its TOML sections are the fields here."""
+
+    name: str = "run"
+    """Names the run's folder where no `--out` is given: `runs/NAME`."""
+    seed: int = 0
+    """From it every random choice derives."""
+    rounds: int = Field(default=10, ge=1)
+    """How many rounds."""
+    control: str | None = None
+    """Also run the homogeneous control, all clients of one type: `weakest`, or a type."""
+    target_loss: float | None = None
+    """A validation loss; the summary tells the rounds, bytes and seconds until it was reached."""
+    model: ModelSection
+    data: DataSection
+    fleet: FleetSection
+    lora: LoRASection = LoRASection()
+    aggregation: AggregationSection = AggregationSection()
+    local: LocalSection = LocalSection()
+    sampling: SamplingSection = SamplingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    early_stopping: StoppingSection | None = None
+    faults: FaultsSection = FaultsSection()
+    engine: EngineSection = EngineSection()
+
+    def rule(self) -> Rule:
+        """Return the aggregation rule."""
+        return self.aggregation.build()
+
+    def clients(self) -> Clients:
+        """Load the tasks and deal them to clients."""
+        return self.data.load(derive(self.seed, "data"))
+
+    def fleet_of(self, clients: Clients) -> Fleet:
+        """Return the fleet of the seen clients, not yet forced to one type."""
+        return self.fleet.build(clients.seen, derive(self.seed, "fleet"))
+
+    def conduct(self) -> Conduct:
+        """Return how the run is conducted."""
+        return Conduct(
+            seed=self.seed,
+            sampling=self.sampling.build(),
+            weights=self.aggregation.weighting(),
+            scaling=self.lora.build(),
+            evaluation=self.evaluation.build(),
+            stopping=self.early_stopping.build() if self.early_stopping else None,
+            encoding=self.data.encoding(),
+            faults=self.faults.build(),
+            server_rank=self.aggregation.server_rank,
+            cohort=self.engine.clients_in_one_pass(),
+            target_loss=self.target_loss,
+        )
+
+    def check(self) -> None:
+        """Build every part that needs neither model nor data, so that mistakes show at once."""
+        self.rule()
+        self.conduct()
+        self.local.build()
+        self.fleet.check((self.fleet.force, self.control))
+
+    def resolved(self) -> Recipe:
+        """Return the recipe with the choices made that depend on this machine."""
+        threads = self.engine.threads or _cores()
+        return self.model_copy(
+            update={"engine": self.engine.model_copy(update={"threads": threads})}
+        )
+
+    def forced(self, force: str) -> Recipe:
+        """Return the homogeneous control: the same, with every client of one type."""
+        fleet = self.fleet.model_copy(update={"force": force})
+        return self.model_copy(update={"fleet": fleet, "control": None})
+
+    def to_toml(self) -> str:
+        """Return the recipe as TOML, defaults written out; keys without a value are left out."""
+        return tomli_w.dumps(_without_none(self.model_dump()))
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _without_none(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(item) if isinstance(item, dict) else item
+        for key, item in value.items()
+        if item is not None
+    }
