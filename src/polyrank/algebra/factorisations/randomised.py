@@ -25,7 +25,7 @@ def factor_randomised(
     round before, replaces the first columns of Ω, and then q = 1. Where the spectrum falls quickly
     behind σ_rank, as it does when clients moved little from what they were dealt, the result is
     exact to rounding. On a flat spectrum the error was seen to exceed the optimum by 5e-3·‖D‖ from
-    a cold start and by 2e-2·‖D‖ from a `warm` that has nothing to do with D; hence it runs only
+    a cold start and by 4e-2·‖D‖ from a `warm` that has nothing to do with D; hence it runs only
     when asked for by name. Everything runs in the dtype of D.
     Halko, Martinsson & Tropp, arXiv 0909.4061, algorithm 4.4.
     """
