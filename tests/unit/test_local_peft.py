@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
-from jobs import by_group, job
-from models import PAD, tiny, tiny_loaded
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import optimization
 
+from jobs import by_group, job
+from models import PAD, tiny, tiny_loaded
 from polyrank.algebra import Adapter, LowRank
 from polyrank.model import LoadedModel
 from polyrank.model.dropout import keep_mask

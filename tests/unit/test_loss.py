@@ -7,7 +7,7 @@ from jobs import examples
 from models import PAD, VOCABULARY, random_adapter, tiny_loaded
 from polyrank.data.collate import collate
 from polyrank.errors import ModelError
-from polyrank.model import logits_at, target_losses
+from polyrank.model import logits_at, losses_then_gradient, target_losses
 from polyrank.training import token_losses
 from polyrank.training.batches import assemble
 
@@ -79,14 +79,39 @@ def test_a_model_that_bypasses_its_output_embedding_is_refused(monkeypatch):
         logits_at(model, put.input_ids, put.positions)
 
 
-def test_losses_are_float32_for_bfloat16_logits():
-    logits, targets = torch.randn(6, 11).bfloat16(), torch.arange(6)
-    losses = target_losses(logits, targets)
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(
-        losses, torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    )
-    assert target_losses(logits.double(), targets).dtype == torch.float64
+@pytest.mark.parametrize("rows", [1, 5000])  # more than one chunk of rows on a CPU
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_losses_and_their_gradient_are_those_of_cross_entropy(rows, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(rows, VOCABULARY, generator=generator)).to(dtype)
+    targets = torch.randint(0, VOCABULARY, (rows,), generator=generator)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = torch.rand(rows, generator=generator, dtype=exact)
+    leaf = logits.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf.to(exact), targets, reduction="none")
+    (expected * weights).sum().backward()
+    found = target_losses(logits, targets)
+    assert found.dtype == exact
+    torch.testing.assert_close(found, expected.detach())
+    overwritten = logits.clone()
+    torch.testing.assert_close(losses_then_gradient(overwritten, targets, weights), found)
+    torch.testing.assert_close(overwritten, leaf.grad)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_backward_from_overwritten_logits_is_backward_of_the_loss(architecture):
+    model = tiny_loaded(architecture, dtype=torch.float64)
+    put = assemble(examples(3), PAD, model.device)
+    weights = torch.rand(len(put.targets), dtype=torch.float64)
+    weight = model.module.get_input_embeddings().weight.requires_grad_()
+    logits = logits_at(model, put.input_ids, put.positions)
+    losses_then_gradient(logits, put.targets, weights)
+    logits.backward(logits.detach())
+    ours, weight.grad = weight.grad, None
+    logits = logits_at(model, put.input_ids, put.positions)
+    losses = torch.nn.functional.cross_entropy(logits, put.targets, reduction="none")
+    (losses * weights).sum().backward()
+    torch.testing.assert_close(ours, weight.grad, rtol=0, atol=1e-12)
 
 
 def test_token_losses_come_in_the_order_given_whatever_the_batch():

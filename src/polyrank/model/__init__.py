@@ -2,9 +2,10 @@
 
 from polyrank.model.cohort import Cohort, Part, Slot
 from polyrank.model.describe import describe
-from polyrank.model.forward import logits_at, target_losses
+from polyrank.model.forward import logits_at
 from polyrank.model.generation import generate
 from polyrank.model.load import LoadedModel, load_model, resolve_device, wrap_model
+from polyrank.model.losses import losses_then_gradient, target_losses
 from polyrank.model.merge import save_merged
 from polyrank.model.peft_folder import load_adapter, save_adapter
 from polyrank.model.sites import choose_sites, find_blocks
@@ -21,6 +22,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "logits_at",
+    "losses_then_gradient",
     "resolve_device",
     "save_adapter",
     "save_merged",

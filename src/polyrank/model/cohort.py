@@ -63,11 +63,11 @@ class Cohort:
         shapes = model.spec.shapes
         for k, slot in enumerate(self.slots):
             _check(f"slot {k} of {len(self.slots)}", slot, shapes)
-        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         ranks = {s: max(slot.start[s].rank for slot in self.slots) for s in sorted(shapes)}
         self._split = sum(ranks[site] * shapes[site][1] for site in ranks)
         size = self._split + sum(ranks[site] * shapes[site][0] for site in ranks)
-        self._values = torch.zeros(len(self.slots), size, dtype=dtype, device=model.device)
+        self._values = torch.zeros(len(self.slots), size, dtype=self.dtype, device=model.device)
         self._gradients = torch.zeros_like(self._values)
         self._layers: dict[str, CohortLayer] = {}
         a_from, b_from = 0, self._split

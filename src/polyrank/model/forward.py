@@ -14,9 +14,10 @@ def logits_at(model: LoadedModel, input_ids: Tensor, positions: Tensor) -> Tenso
 
     `input_ids` is B×T, padded on the right; `positions` are P indices into the flattened B·T. The
     hidden states are gathered on their way into the output embedding and the model's own forward
-    finishes them, so that whatever it does to logits (Gemma 2's soft cap) is done. No attention
-    mask is built: in a causal model a token never attends to padding behind it, and the logits at
-    padding are never computed. Hence a row of padding alone does no harm.
+    finishes them, so that whatever it does to logits (Gemma 2's soft cap) is done. The attention
+    mask is all ones: in a causal model a token never attends to the padding behind it, and the
+    logits at padding are never computed, so the fast causal kernels need no mask. A row of padding
+    alone does no harm, where a mask over all that a token may see can give NaN.
 
     Raises ModelError if the model has no output embedding or the gathered positions do not come
     out of it.
@@ -34,7 +35,9 @@ def logits_at(model: LoadedModel, input_ids: Tensor, positions: Tensor) -> Tenso
 
     handle = head.register_forward_pre_hook(gather)
     try:
-        logits = model.module(input_ids=input_ids, use_cache=False).logits
+        logits = model.module(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
+        ).logits
     finally:
         handle.remove()
     if logits.shape[:-1] != (1, len(positions)):
@@ -43,9 +46,3 @@ def logits_at(model: LoadedModel, input_ids: Tensor, positions: Tensor) -> Tenso
             f"{tuple(logits.shape)}; this model does not compute its logits by its output embedding"
         )
     return logits[0]
-
-
-def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return −log p(target) for each of P rows, in float32 (float64 for float64 logits)."""
-    exact = logits if logits.dtype == torch.float64 else logits.float()
-    return nn.functional.cross_entropy(exact, targets, reduction="none")

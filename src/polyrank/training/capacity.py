@@ -1,17 +1,30 @@
-"""How many clients fit into one pass: an estimate of the memory that each of them takes."""
+"""How many clients fit into one pass: from the memory that each of them takes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from polyrank.model import LoadedModel
+import torch
+from torch import Tensor
+
+from polyrank.algebra import Adapter, LowRank
+from polyrank.model import Cohort, LoadedModel, Part, Slot, logits_at
 from polyrank.training.recipe import LocalTraining
 
 MOST = 16
 """Larger cohorts gain little: by then the base's own arithmetic fills the machine."""
 
-COPIES = 6
-"""Of a slot's factors: values, gradients, two moments, the dealt and the returned ones."""
+CPU_TOKENS = 2048
+"""Tokens in a pass that fill a CPU: with more, activations leave its caches and nothing is won."""
+
+MARGIN = 1.25
+"""For what is left out: temporaries of the backward pass, fragmentation of the memory."""
+
+_COPIES = 4
+"""Of a slot's factors, beside the moments: values, gradients, the dealt and the returned ones."""
+
+_LENGTHS = (8, 16, 24)
+"""Short rows whose activations are measured; bytes are a polynomial of degree 2 in the length."""
 
 
 def cohort_size(
@@ -24,10 +37,14 @@ def cohort_size(
 ) -> int:
     """Return how many clients of these ranks fit into `available_bytes`, at most `MOST`; may be 0.
 
-    `ranks` are those of the largest client, `longest` the tokens of the longest example and
-    `targets` the most tokens with loss in one example.
+    `ranks` are those of the largest client, since shorter ones are padded to them, `longest` the
+    tokens of the longest example and `targets` the most tokens with loss in one example. On a CPU a
+    pass of more than one client is also bounded by `CPU_TOKENS`.
     """
-    return min(MOST, available_bytes // slot_bytes(model, ranks, local, longest, targets))
+    size = available_bytes // slot_bytes(model, ranks, local, longest, targets)
+    if model.device.type == "cpu":
+        size = min(size, max(1, CPU_TOKENS // (local.batch * longest)))
+    return min(MOST, size)
 
 
 def slot_bytes(
@@ -35,18 +52,68 @@ def slot_bytes(
 ) -> int:
     """Return an estimate of the bytes that one client adds to a pass.
 
-    Its factors with gradients and moments, and the activations that its backward pass needs: per
-    token and block the inputs and outputs of the sites and about twelve hidden states (norms,
-    residuals, rotary embeddings, attention), or one hidden state a block and one block's
-    activations under checkpointing; and the logits at the targets with their gradient.
-    An upper estimate in plain arithmetic, not a measurement: it errs on the side of fewer clients.
+    Its factors with gradients and moments, and the activations of a microbatch of the longest
+    examples. These are measured on the model itself, whatever it saves and whichever attention it
+    uses: the bytes that autograd keeps in forward passes over three short rows give the polynomial
+    in the length. The logits at the targets are counted with them. Under checkpointing it is one
+    hidden state a block, and one block's activations by plain arithmetic.
     """
-    spec, width = model.spec, model.dtype.itemsize
-    factors = COPIES * 4 * sum(r * sum(spec.shapes[site]) for site, r in ranks.items())
-    tokens = local.batch * longest
-    sites = sum(m + n for m, n in spec.shapes.values()) + 4 * sum(ranks.values())
-    everything = sites + 12 * spec.hidden * spec.blocks
+    entries = sum(rank * sum(model.spec.shapes[site]) for site, rank in ranks.items())
+    itemsize = max(4, model.dtype.itemsize)
+    factors = (_COPIES + local.moments) * entries * itemsize
+    measured = {length: _kept(model, ranks, local, length, targets=1) for length in _LENGTHS}
+    per_target = _kept(model, ranks, local, _LENGTHS[0], targets=2) - measured[_LENGTHS[0]]
+    row = _extrapolate(measured, longest) + targets * per_target
     if model.checkpointing:
-        everything = everything // spec.blocks + spec.hidden * spec.blocks
-    logits = 3 * 4 * spec.vocabulary * local.batch * targets
-    return factors + tokens * everything * max(width, 4) + logits
+        row += longest * itemsize * _checkpointed(model)
+    return int(MARGIN * (factors + local.batch * row))
+
+
+def _extrapolate(measured: Mapping[int, int], at: int) -> int:
+    """Return the value at `at` of the polynomial through the measured points (Lagrange)."""
+    total = 0.0
+    for x, value in measured.items():
+        term = float(value)
+        for other in measured:
+            if other != x:
+                term *= (at - other) / (x - other)
+        total += term
+    return max(0, int(total))
+
+
+def _checkpointed(model: LoadedModel) -> int:
+    """Return values per token: the inputs of all blocks, and what the widest block computes."""
+    spec = model.spec
+    widths = [12 * spec.hidden] * spec.blocks
+    for site in spec.sites:
+        widths[site.block] += site.m + site.n
+    return spec.hidden * spec.blocks + max(widths)
+
+
+def _kept(
+    model: LoadedModel, ranks: Mapping[str, int], local: LocalTraining, length: int, targets: int
+) -> int:
+    """Return the bytes that autograd keeps for one row, each storage once, and of its logits."""
+    start = Adapter(
+        {
+            site: LowRank(torch.zeros(m, ranks[site]), torch.zeros(ranks[site], n))
+            for site, (m, n) in model.spec.shapes.items()
+        }
+    )
+    kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+    positions = torch.arange(targets, device=model.device)
+    slot = Slot(start, dict.fromkeys(start, 1.0), dropout=local.dropout)
+    with Cohort(model, [slot]) as cohort:
+        cohort.route([Part(0, 1, length, (0, 0))])
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            note(logits_at(model, ids, positions))
+        fixed = [*model.module.parameters(), *model.module.buffers(), *cohort.parameters(0)]
+    for tensor in fixed:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -13,8 +13,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter
 from polyrank.data.types import Encoded
-from polyrank.errors import DataError, TrainingError
-from polyrank.model import Cohort, LoadedModel, Part, Slot, logits_at, target_losses
+from polyrank.errors import DataError
+from polyrank.model import Cohort, LoadedModel, Part, Slot, logits_at, losses_then_gradient
 from polyrank.training.batches import assemble, step_groups
 from polyrank.training.recipe import LocalTraining
 
@@ -38,10 +38,14 @@ class Trained:
     ``first_loss`` and ``last_loss`` (the same of the first and last step), ``tokens`` (input
     tokens without padding), ``target_tokens``, ``steps``, and ``grad_norm`` (mean over the steps,
     before clipping).
+
+    `failure` says why the client gave up, at a loss or a gradient that was not finite; the factors
+    are then those before that step, and there are no metrics.
     """
 
     adapter: Adapter
     metrics: Mapping[str, float]
+    failure: str | None = None
 
 
 def train_cohort(
@@ -52,11 +56,11 @@ def train_cohort(
     Everything but the pass through the base is a client's own: the order of its examples, its
     batches, the mean of its loss, clipping, step count, schedule, optimizer and dropout. So a
     client's result does not depend on the cohort, up to rounding. A client that has finished leaves
-    the batch. `on_step` is called after every optimizer step of every client. The optimizers are
+    the batch, and so does one whose loss or gradient is not finite. `on_step` is called after every optimizer step of every client. The optimizers are
     dropped on return; the base is not changed.
 
-    Raises DataError if a client has no examples, TrainingError if a loss or a gradient is not
-    finite, SiteError or RankError if an assignment does not fit the model.
+    Raises DataError if a client has no examples, SiteError or RankError if an assignment does not
+    fit the model.
     """
     for job in jobs:
         if not job.examples:
@@ -76,7 +80,9 @@ def train_cohort(
     with Cohort(model, slots) as cohort:
         clients = [_Client(job, cohort, k) for k, job in enumerate(jobs)]
         for step in range(max(client.steps for client in clients)):
-            active = [client for client in clients if step < client.steps]
+            active = [c for c in clients if step < c.steps and c.failure is None]
+            if not active:
+                break
             cohort.zero_gradients()
             losses = _accumulate(model, cohort, active, step)
             norms = [client.clip() for client in active]
@@ -115,15 +121,14 @@ def _accumulate(
         batch = assemble(
             [row for rows in taken for row in rows], model.tokenizer.pad_token_id, model.device
         )
-        losses = target_losses(
-            logits_at(model, batch.input_ids, batch.positions), batch.targets
-        ).split([sum(row.targets for row in rows) for rows in taken])
-        total = losses[0].new_zeros(())
-        for i, part in zip(members, losses, strict=True):
-            summed = part.sum()
-            sums[i].append(summed.detach())
-            total = total + summed * weights[i]
-        total.backward()
+        counts = [sum(row.targets for row in rows) for rows in taken]
+        share = torch.tensor([weights[i] for i in members], dtype=cohort.dtype)
+        share = share.repeat_interleave(torch.tensor(counts)).to(model.device)
+        logits = logits_at(model, batch.input_ids, batch.positions)
+        losses = losses_then_gradient(logits, batch.targets, share)
+        logits.backward(logits.detach())
+        for i, part in zip(members, losses.split(counts), strict=True):
+            sums[i].append(part.sum())
     return [torch.stack(parts).sum() for parts in sums]
 
 
@@ -142,6 +147,7 @@ class _Client:
         self._targets: list[int] = []
         self._norms: list[float] = []
         self._tokens = 0
+        self.failure: str | None = None
 
     def next_group(self) -> list[list[Encoded]]:
         """Return the examples of the next optimizer step, by microbatch."""
@@ -155,13 +161,17 @@ class _Client:
         return clip_grad_norm_(self._parameters, self.job.local.clip)
 
     def advance(self, step: int, loss: float, norm: float) -> None:
-        """Take the optimizer step, given the summed loss and the norm of its gradient."""
+        """Take the optimizer step, given the summed loss and the norm of its gradient.
+
+        If one of them is not finite, give up instead.
+        """
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(
+            self.failure = (
                 f"client {self.job.client}, step {step + 1} of {self.steps}: loss {loss}, gradient "
                 f"norm {norm}; nothing of this step was applied. Lower local.lr, set local.clip, "
                 "add warm-up, or use a float32 base"
             )
+            return
         for group in self._optimizer.param_groups:
             group["lr"] = self.job.local.rate(step, self.steps)
         self._optimizer.step()
@@ -173,8 +183,11 @@ class _Client:
 
     def result(self) -> Trained:
         """Return the trained factors and the numbers of the training."""
+        factors = self._cohort.adapter(self.slot)
+        if self.failure is not None:
+            return Trained(factors, {}, self.failure)
         return Trained(
-            adapter=self._cohort.adapter(self.slot),
+            adapter=factors,
             metrics={
                 "loss": sum(self._losses) / sum(self._targets),
                 "first_loss": self._losses[0] / self._targets[0],

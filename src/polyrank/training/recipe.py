@@ -94,6 +94,11 @@ class LocalTraining:
             return self.lr * step / warm
         return self.lr * FACTORS[self.schedule]((step - warm) / max(1, steps - warm))
 
+    @property
+    def moments(self) -> int:
+        """Return how many values the optimizer keeps per parameter."""
+        return _MOMENTS[self.optimizer](self)
+
     def make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         """Return a fresh optimizer of these parameters."""
         return _OPTIMIZERS[self.optimizer](self, parameters)
@@ -118,6 +123,11 @@ def _sgd(local: LocalTraining, parameters: list[nn.Parameter]) -> Optimizer:
 _OPTIMIZERS: dict[str, Callable[[LocalTraining, list[nn.Parameter]], Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,
+}
+
+_MOMENTS: dict[str, Callable[[LocalTraining], int]] = {
+    "adamw": lambda _: 2,
+    "sgd": lambda local: int(local.momentum > 0),
 }
 
 
