@@ -9,7 +9,6 @@
     ├── RankError              ranks: zero, negative, or above what the matrix allows
     ├── RuleError              an aggregation rule: cannot take this fleet, or these weights
     ├── UpdateError            an update of a client that does not fit its assignment
-    ├── TrainingError          local training whose loss or gradient is not finite
     ├── AdapterError           a PEFT folder that cannot be read or written
     ├── ResourceError          memory or disk that will not suffice, seen before the start
     └── RunError               a run folder
@@ -58,10 +57,6 @@ class RuleError(PolyrankError):
 
 class UpdateError(PolyrankError):
     """A client's update does not fit what it was assigned; it is not aggregated."""
-
-
-class TrainingError(PolyrankError):
-    """A client's loss or gradient is not finite; the step was not taken."""
 
 
 class AdapterError(PolyrankError):

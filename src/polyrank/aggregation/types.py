@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
@@ -78,7 +79,11 @@ class Assignment:
         return self.start.nbytes + self.frozen.nbytes
 
     def hash(self) -> str:
-        """Return a SHA-256 (hex) over factors, frozen terms and scales, bit by bit."""
+        """Return a SHA-256 (hex) over factors, frozen terms and scales, bit by bit; made once."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
         scales = ";".join(f"{site}={self.scale[site].hex()}" for site in sorted(self.scale))
         text = f"{self.start.hash()}|{self.frozen.hash()}|{scales}"
         return hashlib.sha256(text.encode()).hexdigest()

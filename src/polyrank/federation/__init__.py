@@ -1,10 +1,11 @@
 """Rounds, run folders and engines."""
 
+from polyrank.federation.checkpoint import Checkpoint
 from polyrank.federation.federation import Federation
-from polyrank.federation.folder import Checkpoint, RunFolder
+from polyrank.federation.folder import RunFolder
 from polyrank.federation.records import RoundRecord
 from polyrank.federation.result import GlobalAdapter
-from polyrank.federation.round import Round, RoundSettings, Task
+from polyrank.federation.round import Failure, Round, RoundSettings, Task
 from polyrank.federation.settings import (
     Conduct,
     EarlyStopping,
@@ -23,6 +24,7 @@ __all__ = [
     "EarlyStopping",
     "Encoding",
     "Evaluation",
+    "Failure",
     "Faults",
     "Federation",
     "GlobalAdapter",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from polyrank.aggregation import Update
-from polyrank.federation.round import Task
-from polyrank.federation.work import ClientWork
+import torch
+
+from polyrank.aggregation import Assignment, Update
+from polyrank.errors import ResourceError
+from polyrank.federation.round import Failure, Task
+from polyrank.federation.work import ClientWork, at_every_site
 from polyrank.model import LoadedModel
 from polyrank.training import Job, LocalTraining, train_cohort
 
@@ -43,22 +47,48 @@ class InProcess:
 
     def execute(
         self, tasks: Sequence[Task], on_step: Callable[[], None] | None = None
-    ) -> Iterator[Update]:
-        """Train one cohort and yield its updates in the order of the tasks."""
+    ) -> Iterator[Update | Failure]:
+        """Train one cohort and yield its answers in the order of the tasks.
+
+        A client whose training diverges gives a Failure, and the others go on. Raises ResourceError
+        if the device's memory does not hold the cohort.
+        """
         jobs = [
-            Job(t.client, t.assignment, self.work[t.client].rows["train"], self.local, t.seed)
+            Job(
+                t.client,
+                self._at_every_site(t.assignment),
+                self.work[t.client].rows["train"],
+                self.local,
+                t.seed,
+            )
             for t in tasks
         ]
         started = time.perf_counter()
-        trained = train_cohort(self.model, jobs, on_step)
+        try:
+            trained = train_cohort(self.model, jobs, on_step)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"memory: {self.model.device} does not hold {len(jobs)} clients in one pass "
+                f"({error}); lower engine.cohort, local.batch or data.max_length"
+            ) from error
         seconds = (time.perf_counter() - started) / len(tasks)
         for task, one in zip(tasks, trained, strict=True):
+            if one.failure is not None:
+                yield Failure(task.client, task.round, task.attempt, one.failure)
+                continue
             yield Update(
                 client=task.client,
                 round=task.round,
                 attempt=task.attempt,
                 assignment=task.assignment.hash(),
                 examples=len(self.work[task.client].rows["train"]),
-                adapter=one.adapter.to(device="cpu"),
+                adapter=one.adapter.restrict(task.assignment.start).to(device="cpu"),
                 metrics={**one.metrics, "seconds": seconds},
             )
+
+    def _at_every_site(self, assignment: Assignment) -> Assignment:
+        """Return the assignment with a zero of rank 0 at the sites that the client leaves alone."""
+        start = at_every_site(assignment.start, self.model.spec)
+        return replace(
+            assignment, start=start, scale={**dict.fromkeys(start, 1.0), **assignment.scale}
+        )

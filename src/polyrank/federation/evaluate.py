@@ -9,7 +9,7 @@ from typing import Any
 
 from polyrank.algebra import Adapter
 from polyrank.federation.settings import Evaluation
-from polyrank.federation.work import ClientWork, Part
+from polyrank.federation.work import ClientWork, Part, at_every_site
 from polyrank.model import LoadedModel, generate
 from polyrank.training import token_losses
 from polyrank.training.metrics import exact_match, rouge_l
@@ -31,6 +31,7 @@ def client_losses(
     """
     rows = {c.id: c.rows[part][: settings.examples or None] for c in work if c.rows[part]}
     flat = [row for id in rows for row in rows[id]]
+    adapter = adapter and at_every_site(adapter, model.spec)
     losses = iter(token_losses(model, adapter, flat, settings.batch))
     found = {}
     for id, own in rows.items():
@@ -46,8 +47,14 @@ def client_texts(
     part: Part,
     settings: Evaluation,
 ) -> dict[str, tuple[float, float]]:
-    """Return each client's (exact match, ROUGE-L) of greedy generations, both in 0…1."""
-    rows = [(c, row) for c in work for row in c.rows[part][: settings.generate]]
+    """Return each client's (exact match, ROUGE-L) of greedy generations, both in 0…1.
+
+    Prompts that leave no room in the context for the new tokens are passed over; a client left
+    without any is left out.
+    """
+    room = model.spec.context - settings.max_new_tokens
+    short = {c.id: [row for row in c.rows[part] if row.prompt_length <= room] for c in work}
+    rows = [(c, row) for c in work for row in short[c.id][: settings.generate]]
     prompts = [row.input_ids[: row.prompt_length] for _, row in rows]
     texts = generate(
         model, adapter, prompts, max_new_tokens=settings.max_new_tokens, batch=settings.batch
@@ -76,7 +83,8 @@ def evaluate(
 
     ``seen`` and ``unseen`` give the mean over clients, each counting once, with the standard error
     of the mean loss; ``per_category`` the same for seen and unseen clients of each category;
-    ``clients`` each client's own. A value that was not measured, or is not finite, is null.
+    ``clients`` each client's own. A value that was not measured, or is not finite, is null, and so
+    is a mean over one that is not finite.
     """
     clients = list(work.values())
     losses = client_losses(model, adapter, clients, part, settings)
@@ -113,6 +121,8 @@ def evaluate(
 def summarise(scores: Sequence[Mapping[str, float | None]]) -> Scores:
     """Return the mean of each score over clients, and the standard error of the mean loss."""
     losses = [s["loss"] for s in scores if s["loss"] is not None]
+    if len(losses) < len(scores):  # A mean over the others would hide that one diverged.
+        losses = []
     spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
     return {
         "loss": _mean(losses),

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from polyrank.aggregation import FleetSpec, FlexLoRA, Rule, State
+from polyrank.aggregation import FlexLoRA, Rule, State, Update
 from polyrank.data import ClientData
-from polyrank.errors import (
-    InterruptedRunError,
-    RankError,
-    RoundFailedError,
-    UpdateError,
-)
-from polyrank.federation import preflight, storage, surroundings
+from polyrank.errors import InterruptedRunError, RoundFailedError, UpdateError
+from polyrank.federation import preflight, setup, storage, surroundings
+from polyrank.federation.checkpoint import Checkpoint
 from polyrank.federation.engine import InProcess
 from polyrank.federation.evaluate import Scores
-from polyrank.federation.folder import Checkpoint, RunFolder
-from polyrank.federation.records import SCHEMA, RoundRecord, summary
+from polyrank.federation.folder import RUN, SUMMARY, RunFolder
+from polyrank.federation.records import RoundRecord, summary
 from polyrank.federation.result import GlobalAdapter
-from polyrank.federation.round import Round, RoundSettings, sample_clients
+from polyrank.federation.round import Failure, Round, sample_clients
 from polyrank.federation.scorer import Progress, Scorer
 from polyrank.federation.settings import Conduct
 from polyrank.federation.work import fingerprint, prepare
@@ -67,78 +64,65 @@ class Federation:
         self._progress: Progress = progress or (lambda *_: None)
         self._stop: Callable[[], bool] = stop or (lambda: False)
 
+        setup.check_names(fleet, clients)
         self.work, self.skipped = prepare(clients, model, self.conduct.encoding)
         self.seen = [id for id, client in self.work.items() if client.seen]
-        self._settings = self._round_settings()
-        spec = self._fleet_spec()
-        state = self.rule.init(spec)
-        cohort = preflight.resolve_cohort(self.conduct.cohort, model, spec, self.local, self.work)
-        self.engine = InProcess(model, self.work, self.local, cohort)
+        preflight.check_measures(self.conduct, model, self.work)
+        self._settings = setup.round_settings(self.rule, fleet, model.spec, self.work, self.conduct)
+        spec = setup.fleet_spec(self._settings, model.spec, self.conduct.server_rank)
+        first = Checkpoint(0, self.rule.init(spec))
+        self.engine = InProcess(
+            model,
+            self.work,
+            self.local,
+            preflight.resolve_cohort(self.conduct.cohort, model, spec, self.local, self.work),
+        )
         self._scorer = Scorer(
             model, self.work, fleet, self._settings, self.conduct.evaluation, self._progress
         )
 
-        self._temporary = None if out else tempfile.TemporaryDirectory(prefix="polyrank-")
-        path = Path(out) if out else Path(self._temporary.name) / "run"  # type: ignore[union-attr]
-        self.folder = RunFolder.open(path) if resume else RunFolder.create(path)
-        try:
-            for name, text in (attachments or {}).items():
-                if not resume:
-                    storage.write_text(self.folder.path / name, text)
-            self._begin(state, spec, allow_inexact)
-        except BaseException:
-            self.folder.close()
-            raise
+        with ExitStack() as held:
+            made = None if out else TemporaryDirectory(prefix="polyrank-")
+            path = Path(held.enter_context(made)) / "run" if made else Path(out or "")
+            if resume:
+                self.folder = held.enter_context(RunFolder.open(path))
+                self._at = self._go_on(allow_inexact)
+            else:
+                preflight.check_disk(path, spec, self._round_size())
+                begun = RunFolder.create(path, self._begun(attachments or {}), first)
+                self.folder = held.enter_context(begun)
+                self._at = first
+            self._held = held.pop_all()
 
     # --- before the first round ---
 
-    def _round_settings(self) -> RoundSettings:
-        without = [id for id in self.seen if id not in self.fleet.assigned]
-        if without:
-            raise RankError(f"fleet: no LoRA type for the clients {without[:10]}; assign one each")
-        ranks = self.fleet.ranks(self.model.spec)
-        examples = {id: len(self.work[id].rows["train"]) for id in self.seen}
-        return RoundSettings(
-            rule=self.rule,
-            ranks={id: ranks[id] for id in self.seen},
-            weights=self.conduct.weights.weights(examples),
-            scaling=self.conduct.scaling,
-            seed=self.conduct.seed,
-            max_increment=self.conduct.faults.max_increment,
+    def _surroundings(self) -> dict[str, Any]:
+        settings = setup.described(
+            self.rule, self.fleet, self.local, self.conduct, self.engine.cohort
         )
+        return surroundings.describe(self.model, fingerprint(self.work), settings)
 
-    def _fleet_spec(self) -> FleetSpec:
-        ranks = self._settings.ranks
-        largest: dict[str, int] = {}
-        for own in {id(own): own for own in ranks.values()}.values():
-            for site, rank in own.items():
-                largest[site] = max(rank, largest.get(site, 0))
-        shapes = {site: self.model.spec.shapes[site] for site in largest}
-        if self.conduct.server_rank is not None:
-            largest = {s: min(self.conduct.server_rank, *shapes[s]) for s in largest}
-        return FleetSpec(shapes, ranks, largest, self.conduct.seed)
+    def _begun(self, attachments: Mapping[str, str]) -> dict[str, str]:
+        """Return the files that a new folder begins with."""
+        skipped = {"count": self.skipped.count, "rows": dict(self.skipped.rows)}
+        written = {RUN: self._surroundings(), "skipped.json": skipped}
+        return {**attachments, **{name: storage.to_json(it) for name, it in written.items()}}
 
-    def _begin(self, state: State, spec: FleetSpec, allow_inexact: bool) -> None:
-        fixed = {"rule": self.rule.name, "cohort": self.engine.cohort}
-        now = surroundings.describe(self.model, fingerprint(self.work), fixed)
-        file = self.folder.path / "run.json"
-        if file.exists():
-            before = storage.read_json(file)
-            if self.conduct.cohort == "auto":  # Resolved once, stored with the run.
-                self.engine.cohort = now["settings"]["cohort"] = before["settings"]["cohort"]
-            surroundings.check_same(before, now, allow_inexact=allow_inexact)
-        else:
-            preflight.check_disk(self.folder.path, spec, self._round_size())
-            storage.write_json(file, now)
-            skipped = {"count": self.skipped.count, "rows": dict(self.skipped.rows)}
-            storage.write_json(self.folder.path / "skipped.json", skipped)
+    def _go_on(self, allow_inexact: bool) -> Checkpoint:
+        """Return the checkpoint to go on from, after checking that the same run goes on."""
+        before = storage.read_json(self.folder.path / RUN)
+        surroundings.check_schema(before, self.folder.path / RUN)
+        if self.conduct.cohort == "auto":  # Resolved once, stored with the run.
+            self.engine.cohort = before["settings"]["cohort"]
         saved = self.folder.load_checkpoint()
-        if saved is None:
-            fresh = {"best_loss": None, "best_round": 0, "waited": 0, "stopped": None}
-            saved = Checkpoint(0, state, fresh)
-        self._at = saved
+        now = surroundings.carried_over(
+            before, self._surroundings(), round=saved.round, allow_inexact=allow_inexact
+        )
+        if now != before:
+            storage.write_json(self.folder.path / RUN, now)
         self.folder.keep_records(saved.round)
-        self.folder.clear_updates(before=saved.round + 1)
+        self.folder.clear_updates(last=saved.round)
+        return saved
 
     def _round_size(self) -> int:
         return self.conduct.sampling.count(len(self.seen))
@@ -158,7 +142,7 @@ class Federation:
     @property
     def stopped(self) -> str | None:
         """Why the run ended early, or None."""
-        return self._at.progress["stopped"]
+        return self._at.progress.stopped
 
     def rounds(self, until: int) -> Iterator[RoundRecord]:
         """Train up to round number `until`, yielding each finished round's record.
@@ -166,14 +150,15 @@ class Federation:
         Ends sooner by early stopping. Raises RoundFailedError if a round cannot be completed.
         """
         self.base()
-        if self._at.round == 0 and self.folder.load_checkpoint() is None:
-            self.folder.save_checkpoint(self._at)
+        self.folder.keep_records(self._at.round)  # Those of a round whose checkpoint failed go.
         while self._at.round < until and self.stopped is None:
             yield self._one_round()
 
     def _one_round(self) -> RoundRecord:
         started = time.perf_counter()
-        round = self._trained_round()
+        storage.remove(self.folder.path / SUMMARY)  # That of a shorter run, if it was finished.
+        attempts = self._attempts()
+        round = attempts[-1]
         trained = time.perf_counter()
         self._progress("merge", 0, 1)
         state, reports = round.aggregate(
@@ -183,51 +168,40 @@ class Federation:
         self._progress("merge", 1, 1)
         scores = self._scorer.of_round(state, round.number)
         ended = time.perf_counter()
-        receipts = [round.accepted[client] for client in sorted(round.accepted)]
-        targets = sum(r.metrics["target_tokens"] for r in receipts)
-        types = [self.fleet.assigned[client] for client in round.clients]
-        record = RoundRecord(
-            schema=SCHEMA,
-            round=round.number,
-            attempt=round.attempt,
-            clients=list(round.clients),
-            ranks={name: types.count(name) for name in sorted(set(types))},
-            loss=sum(r.metrics["loss"] * r.metrics["target_tokens"] for r in receipts) / targets,
-            tokens=int(sum(r.metrics["tokens"] for r in receipts)),
-            bytes_down=sum(round.assignment(client).nbytes for client in round.clients),
-            bytes_up=sum(r.nbytes for r in receipts),
-            energy={site: [r.energy, r.discarded] for site, r in sorted(reports.items())},
-            rejected=dict(sorted(round.rejected.items())),
-            evaluation=scores,
-            seconds={
-                "train": trained - started,
-                "merge": merged - trained,
-                "evaluate": ended - merged,
-                "total": ended - started,
-            },
-        )
+        seconds = {
+            "train": trained - started,
+            "merge": merged - trained,
+            "evaluate": ended - merged,
+            "total": ended - started,
+        }
+        record = RoundRecord.of(attempts, self.fleet.assigned, reports, scores, seconds)
         self.folder.append_record(record.to_json())
-        self._at = self._advance(state, record)
-        self.folder.save_checkpoint(self._at)
-        self.folder.clear_updates(before=round.number + 1)
+        after = self._checkpoint(state, record)
+        self.folder.save_checkpoint(after)
+        self._at = after
+        self.folder.clear_updates(last=round.number)
         return record
 
-    def _trained_round(self) -> Round:
-        number, conduct = self._at.round + 1, self.conduct
-        reasons: dict[str, str] = {}
-        for attempt in range(conduct.faults.attempts):
-            seed = (conduct.seed, number, attempt, "sample")
-            clients = sample_clients(self.seen, self._round_size(), *seed)
-            round = Round(self._settings, self._at.state, number, attempt, clients)
-            self._train(round)
-            if len(round.accepted) >= conduct.faults.quorum * len(clients):
-                return round
-            reasons |= round.rejected
-        listed = "\n  ".join(f"{client}: {why}" for client, why in sorted(reasons.items()))
+    def _attempts(self) -> list[Round]:
+        """Return the attempts at the next round, the last of which has enough updates.
+
+        Each asks clients drawn anew, and those that failed before only if there are no others.
+        """
+        number, faults = self._at.round + 1, self.conduct.faults
+        attempts: list[Round] = []
+        failed: dict[str, str] = {}
+        for attempt in range(faults.attempts):
+            seed = (self.conduct.seed, number, attempt, "sample")
+            clients = sample_clients(self.seen, self._round_size(), *seed, last=failed)
+            attempts.append(Round(self._settings, self._at.state, number, attempt, clients))
+            self._train(attempts[-1])
+            if attempts[-1].enough(faults.quorum):
+                return attempts
+            failed |= attempts[-1].rejected
+        listed = "\n  ".join(f"{client}: {why}" for client, why in sorted(failed.items()))
         raise RoundFailedError(
-            f"round {number}: fewer than {conduct.faults.quorum:.0%} of the updates were usable in "
-            f"each of {conduct.faults.attempts} attempts; the state is that of round {number - 1}"
-            f"\n  {listed}"
+            f"round {number}: fewer than {faults.quorum:.0%} of the updates were usable in each of "
+            f"{faults.attempts} attempts; the state is that of round {number - 1}\n  {listed}"
         )
 
     def _train(self, round: Round) -> None:
@@ -235,19 +209,34 @@ class Federation:
         done, total = 0, len(round.clients)
         self._progress("train", 0, total)
         for cohort in self.engine.cohorts(round.clients):
-            saved = [self.folder.load_update(round.number, round.attempt, c) for c in cohort]
-            updates = iter(u for u in saved if u) if all(saved) else self._execute(round, cohort)
-            for update in updates:
-                try:
-                    round.accept(update)
-                except UpdateError:
-                    continue  # Counted with its reason in round.rejected.
-                finally:
-                    done += 1
-                    self._progress("train", done, total)
-                self.folder.save_update(update)
+            for answer in self._saved(round, cohort) or self._execute(round, cohort):
+                self._take(round, answer)
+                done += 1
+                self._progress("train", done, total)
 
-    def _execute(self, round: Round, cohort: list[str]) -> Iterator[Any]:
+    def _take(self, round: Round, answer: Update | Failure) -> None:
+        """Accept and persist an update, or leave the reason why not in `round.rejected`."""
+        if isinstance(answer, Failure):
+            round.fail(answer)
+            return
+        try:
+            round.accept(answer)
+        except UpdateError:
+            return
+        self.folder.save_update(answer)
+
+    def _saved(self, round: Round, cohort: list[str]) -> list[Update]:
+        """Return the persisted updates of a cohort; none unless there is one of every client."""
+        found = []
+        for client in cohort:
+            expected = round.assignment_hash(client)
+            update = self.folder.load_update(round.number, round.attempt, client, expected)
+            if update is None:
+                return []
+            found.append(update)
+        return found
+
+    def _execute(self, round: Round, cohort: list[str]) -> Iterator[Update | Failure]:
         return self.engine.execute([round.task(client) for client in cohort], self._check_stop)
 
     def _check_stop(self) -> None:
@@ -257,21 +246,13 @@ class Federation:
                 f"updates of finished clients are saved in {self.folder.path}"
             )
 
-    def _advance(self, state: State, record: RoundRecord) -> Checkpoint:
-        progress, best = dict(self._at.progress), self._at.best
-        stopping, loss = self.conduct.stopping, record.validation_loss
-        if stopping and loss is not None:
-            known = progress["best_loss"]
-            if known is None or loss < known - stopping.min_delta:
-                progress |= {"best_loss": loss, "best_round": record.round, "waited": 0}
-                best = state if stopping.restore_best else None
-            else:
-                progress["waited"] += 1
-            if progress["waited"] >= stopping.patience:
-                progress["stopped"] = (
-                    f"no lower validation loss in {stopping.patience} evaluations since round "
-                    f"{progress['best_round']}"
-                )
+    def _checkpoint(self, state: State, record: RoundRecord) -> Checkpoint:
+        """Return the checkpoint after a round, early stopping considered."""
+        progress, best, stopping = self._at.progress, self._at.best, self.conduct.stopping
+        if stopping and record.evaluation is not None:
+            progress = progress.after(record.round, record.validation_loss, stopping)
+            if progress.best_round == record.round and stopping.restore_best:
+                best = state
         return Checkpoint(record.round, state, progress, best)
 
     # --- the result ---
@@ -298,7 +279,8 @@ class Federation:
         self._check_stop()
         final = self._scorer.of(self.adapter.factors, "test", texts=True)
         storage.write_json(self.folder.path / "evaluation.json", final)
-        self.adapter.save(self.folder.path / "adapter", overwrite=True)
+        with storage.disk_errors(self.folder.path / "adapter"):
+            self.adapter.save(self.folder.path / "adapter", overwrite=True)
         restored = self._at.best is not None
         content = summary(
             method=self.rule.name,
@@ -307,16 +289,14 @@ class Federation:
             final=final,
             target=self.conduct.target_loss,
             stopped=self.stopped,
-            result_round=self._at.progress["best_round"] if restored else self._at.round,
+            result_round=self._at.progress.best_round if restored else self._at.round,
         )
-        storage.write_json(self.folder.path / "summary.json", content)
+        storage.write_json(self.folder.path / SUMMARY, content)
         return content
 
     def close(self) -> None:
         """Release the folder; a temporary one is removed."""
-        self.folder.close()
-        if self._temporary:
-            self._temporary.cleanup()
+        self._held.close()
 
     def __enter__(self) -> Federation:
         return self

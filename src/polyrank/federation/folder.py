@@ -18,28 +18,19 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from polyrank.aggregation import State, Update
+from polyrank.aggregation import Update
 from polyrank.algebra import LowRank
-from polyrank.errors import CheckpointError, FolderExistsError, FolderInUseError, RunError
-from polyrank.federation import storage
+from polyrank.errors import FolderExistsError, FolderInUseError, RunError
+from polyrank.federation import checkpoint, storage
+from polyrank.federation.checkpoint import Checkpoint
 
-KEEP = 2
-"""Checkpoints kept: the newest, and the one before to fall back to."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Everything from which a run goes on after round `round` (0: before the first)."""
-
-    round: int
-    state: State
-    progress: Mapping[str, Any]
-    best: State | None = None
+RUN, SUMMARY = "run.json", "summary.json"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -50,45 +41,57 @@ class RunFolder:
         self.notes: list[str] = []
 
     @staticmethod
-    def create(path: Path) -> RunFolder:
-        """Make and lock a new folder; FolderExistsError if there is anything at `path`."""
-        with storage.disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    def create(path: Path, files: Mapping[str, str], first: Checkpoint) -> RunFolder:
+        """Make and lock a new folder that holds these files (text by name) and a first checkpoint.
+
+        It is made beside `path` and takes its name when it is complete, so that whatever stops the
+        making leaves no folder. FolderExistsError if there is anything at `path`.
+        """
+        partial = path.with_name(f".{path.name}.partial")
+        with storage.disk_errors(path), _refusal(path):
+            _require_nothing(path)
+            partial.mkdir(parents=True, exist_ok=True)
+            folder = _locked(partial)
             try:
-                path.mkdir()
-            except FileExistsError:
-                raise FolderExistsError(
-                    f"{path}: exists already, and a run never overwrites one; choose another "
-                    f"--out, or go on with it: polyrank resume {path}"
-                ) from None
-        return RunFolder.open(path)
+                for left in partial.iterdir():  # By a killed attempt.
+                    if left.name != LOCK:
+                        storage.remove(left)
+                folder.prepare()
+                for name, text in {"rounds.jsonl": "", **files}.items():
+                    storage.write_text(partial / name, text)
+                folder.save_checkpoint(first)
+                _require_nothing(path)
+                partial.rename(path)
+                storage.sync(path.parent)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                folder.close()
+                raise
+        folder.path = path
+        return folder
 
     @staticmethod
     def open(path: Path) -> RunFolder:
-        """Lock an existing folder; RunError if it is none, FolderInUseError if it is taken."""
-        if not path.is_dir():
-            raise RunError(f"{path}: no such run folder")
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.read(lock, 32).decode(errors="replace").strip()
-            os.close(lock)
-            raise FolderInUseError(
-                f"{path}: process {owner or '?'} works in this folder; wait for it or stop it"
-            ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
-        for part in ("checkpoints", "updates"):
-            (path / part).mkdir(exist_ok=True)
-        return RunFolder(path, lock)
+        """Lock an existing run folder; RunError if it is none, FolderInUseError if it is taken."""
+        _require_run(path)
+        folder = _locked(path)
+        folder.prepare()
+        return folder
 
     @staticmethod
     def peek(path: Path) -> RunFolder:
         """Look into a folder without locking it: to read, also while a run goes on in it."""
-        if not path.is_dir():
-            raise RunError(f"{path}: no such run folder")
+        _require_run(path)
         return RunFolder(path, -1)
+
+    def prepare(self) -> None:
+        """Make the folders inside, and remove what a kill left half written or half deleted."""
+        for part in ("checkpoints", "updates"):
+            (self.path / part).mkdir(exist_ok=True)
+        for pattern in (".*.partial", "checkpoints/.*", "updates/.*", ".adapter.*", "..adapter.*"):
+            for left in self.path.glob(pattern):
+                if left.is_file() or pattern != ".*.partial":  # The folder of another run, perhaps.
+                    storage.remove(left)
 
     def close(self) -> None:
         """Release the lock; the folder can then be opened again."""
@@ -138,109 +141,107 @@ class RunFolder:
 
     # --- checkpoints ---
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint beside the others, then let go of those before the last `KEEP`."""
-        root = self.path / "checkpoints"
-        target = root / f"round-{checkpoint.round:05d}"
-        partial = root / f".partial-{checkpoint.round:05d}"
-        with storage.disk_errors(target):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            storage.write_state(partial, "state", checkpoint.state)
-            if checkpoint.best is not None:
-                storage.write_state(partial, "best", checkpoint.best)
-            storage.write_json(partial / "progress.json", dict(checkpoint.progress))
-            hashes = {file.name: storage.sha256(file) for file in sorted(partial.iterdir())}
-            storage.write_json(partial / "manifest.json", hashes)
-            storage.sync(partial)
-            partial.rename(target)
-            storage.sync(root)
-        for _, old in self._checkpoints()[KEEP:]:
-            shutil.rmtree(old)
+    def save_checkpoint(self, saved: Checkpoint) -> None:
+        """Write a checkpoint beside the others, then let go of those before the last two."""
+        checkpoint.save(self.path / "checkpoints", saved)
 
-    def load_checkpoint(self) -> Checkpoint | None:
-        """Return the newest whole checkpoint, or None if none was ever begun.
+    def load_checkpoint(self) -> Checkpoint:
+        """Return the newest whole checkpoint.
 
-        A damaged one is named in `notes`, set aside as ``damaged-…`` by the owner of the lock, and
-        the one before it is taken. Raises CheckpointError if there are checkpoints, none whole.
+        Damaged ones are named in `notes` and, by the owner of the lock, set aside as ``damaged-…``.
+        Raises CheckpointError if none can be read whole.
         """
-        problems = []
-        for number, path in self._checkpoints():
-            problem = _damage(path)
-            if problem is None:
-                best = storage.read_state(path, "best") if (path / "best.json").exists() else None
-                progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-                return Checkpoint(number, storage.read_state(path, "state"), progress, best)
-            problems.append(f"{path.name}: {problem}")
+        found, damaged = checkpoint.load(self.path / "checkpoints")
+        for path, problem in damaged.items():
             self.notes.append(
-                f"checkpoint {path.name} is damaged ({problem}); the one before it is used"
+                f"checkpoint {path.name} is damaged ({problem}); that of round {found.round} is "
+                "used instead"
             )
             if self._lock >= 0:  # Out of the way of the new one, but kept.
                 aside = path.with_name(f"damaged-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
+                storage.remove(aside)
                 path.rename(aside)
-        if problems:
-            raise CheckpointError(
-                f"{self.path / 'checkpoints'}: no checkpoint can be read whole "
-                f"({'; '.join(problems)}); start the run anew in another folder"
-            )
-        return None
-
-    def _checkpoints(self) -> list[tuple[int, Path]]:
-        """(round, folder) of every finished checkpoint, newest first."""
-        paths = (self.path / "checkpoints").glob("round-*")
-        return sorted(((int(p.name.removeprefix("round-")), p) for p in paths), reverse=True)
+        return found
 
     # --- updates of the round in progress ---
 
     def update_path(self, round: int, attempt: int, client: str) -> Path:
-        """Where an accepted update lies; client names are quoted to be safe in a file's name."""
-        name = f"{round:05d}-{attempt}-{quote(client, safe=' ')}"
-        if len(name) > 200:  # Most file systems allow 255 bytes with the ending.
-            name = f"{name[:130]}-{hashlib.sha256(client.encode()).hexdigest()}"
-        return self.path / "updates" / f"{name}.safetensors"
+        """Where an accepted update lies: the client's name to read, its hash to be unique."""
+        name = f"{quote(client, safe=' ')[:100]}-{hashlib.sha256(client.encode()).hexdigest()[:16]}"
+        return self.path / "updates" / f"{round}-{attempt}-{name}.safetensors"
 
     def save_update(self, update: Update) -> None:
         """Persist an accepted update."""
         path = self.update_path(update.round, update.attempt, update.client)
         storage.write_update(path, update)
 
-    def load_update(self, round: int, attempt: int, client: str) -> Update | None:
-        """Return a persisted update, or None if there is none or it is damaged."""
+    def load_update(self, round: int, attempt: int, client: str, assignment: str) -> Update | None:
+        """Return a persisted update trained from the assignment of this hash.
+
+        None if there is none; one that is damaged, or was trained from another assignment, is
+        deleted, and named in `notes`.
+        """
         path = self.update_path(round, attempt, client)
         if not path.exists():
             return None
         try:
-            return storage.read_update(path)
+            update = storage.read_update(path)
         except RunError as error:
             self.notes.append(str(error))
-            path.unlink()
-            return None
+        else:
+            if update.assignment == assignment:
+                return update
+            self.notes.append(f"{path}: it was trained from another assignment")
+        path.unlink()
+        return None
 
     def factors(self, round: int, attempt: int, client: str, site: str) -> LowRank:
         """Read one site's factors of a persisted update."""
         return storage.read_factors(self.update_path(round, attempt, client), site)
 
-    def clear_updates(self, *, before: int) -> None:
-        """Delete the updates of rounds before `before`, and what a kill left half written."""
-        for path in (self.path / "updates").iterdir():
-            if path.name.startswith(".") or int(path.name[:5]) < before:
+    def clear_updates(self, *, last: int) -> None:
+        """Delete the updates of rounds up to `last`."""
+        for path in (self.path / "updates").glob("*.safetensors"):
+            if int(path.name.partition("-")[0]) <= last:
                 path.unlink()
 
-    def usage(self) -> Iterator[tuple[str, int]]:
-        """Yield (relative path, bytes) of every file in the folder."""
-        for path in sorted(self.path.rglob("*")):
-            if path.is_file():
-                yield str(path.relative_to(self.path)), path.stat().st_size
+
+def _require_nothing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FolderExistsError(
+            f"{path}: exists already, and a run never overwrites one; choose another --out, or go "
+            f"on with it: polyrank resume {path}"
+        )
 
 
-def _damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None if it is whole."""
+def _require_run(path: Path) -> None:
+    if not (path / RUN).is_file():
+        raise RunError(f"{path}: expected a run folder with a {RUN} in it")
+
+
+@contextmanager
+def _refusal(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses, other than for want of room, into a RunError."""
     try:
-        hashes = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name, expected in hashes.items():
-            if storage.sha256(path / name) != expected:
-                return f"{name} does not match its hash"
-    except (OSError, ValueError, AttributeError) as error:
-        return str(error)
-    return None
+        yield
+    except OSError as error:
+        if storage.is_full(error):
+            raise
+        raise RunError(f"{path}: the folder cannot be made: {error}") from error
+
+
+def _locked(path: Path) -> RunFolder:
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.read(lock, 32).decode(errors="replace").strip()
+        os.close(lock)
+        if isinstance(error, BlockingIOError):
+            raise FolderInUseError(
+                f"{path}: process {owner or '?'} works in this folder; wait for it or stop it"
+            ) from None
+        raise RunError(f"{path}: the folder cannot be locked: {error}") from error
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    return RunFolder(path, lock)

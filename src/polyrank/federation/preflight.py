@@ -11,8 +11,10 @@ import psutil
 import torch
 
 from polyrank.aggregation import FleetSpec
-from polyrank.errors import RecipeError, ResourceError
-from polyrank.federation.folder import KEEP
+from polyrank.errors import DataError, RecipeError, ResourceError
+from polyrank.federation import storage
+from polyrank.federation.checkpoint import KEEP
+from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork
 from polyrank.model import LoadedModel
 from polyrank.training import LocalTraining, cohort_size, slot_bytes
@@ -29,8 +31,6 @@ def resolve_cohort(
     work: Mapping[str, ClientWork],
 ) -> int:
     """Return how many clients train in one pass; ResourceError if not even one fits memory."""
-    if wanted != "auto" and wanted < 1:
-        raise RecipeError(f"engine.cohort: expected auto or at least 1, got {wanted}")
     rows = [row for client in work.values() for row in client.rows["train"]]
     longest = max(len(row.input_ids) for row in rows)
     targets = max(row.targets for row in rows)
@@ -48,6 +48,25 @@ def resolve_cohort(
     return max(1, min(fits, len(spec.ranks)))
 
 
+def check_measures(conduct: Conduct, model: LoadedModel, work: Mapping[str, ClientWork]) -> None:
+    """Raise RecipeError or DataError if something is asked for that could never be measured."""
+    measured, context = conduct.evaluation, model.spec.context
+    if (measured.generate or measured.generate_every) and measured.max_new_tokens >= context:
+        raise RecipeError(
+            f"evaluation.max_new_tokens: {measured.max_new_tokens} leave no room for a prompt in "
+            f"the context of {model.source}, {context} tokens; lower it"
+        )
+    wishes = {"early_stopping": conduct.stopping, "target_loss": conduct.target_loss}
+    for name in (name for name, wish in wishes.items() if wish is not None):
+        if not measured.every:
+            raise RecipeError(f"{name}: needs the validation loss; set evaluation.every")
+        if not any(client.seen and client.rows["validation"] for client in work.values()):
+            raise DataError(
+                f"{name}: no client that trains has a validation example; raise the share of "
+                "validation in data.fractions, or leave it out"
+            )
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device."""
     if device.type == "cuda":
@@ -60,7 +79,7 @@ def check_disk(folder: Path, spec: FleetSpec, clients: int) -> None:
     state = _bytes(spec, spec.server_rank)
     updates = clients * max(_bytes(spec, ranks) for ranks in spec.ranks.values())
     needed = (KEEP + 2) * 2 * state + updates  # A state and a best one each; one being written,
-    free = shutil.disk_usage(folder).free  # and the adapter.
+    free = shutil.disk_usage(storage.existing(folder)).free  # and the adapter.
     if needed > free:
         raise ResourceError(
             f"{folder}: a round needs up to {needed / 2**20:.0f} MiB on disk, {free / 2**20:.0f} "

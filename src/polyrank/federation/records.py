@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from polyrank.aggregation import SiteReport
+from polyrank.federation.round import Round
+
 SCHEMA = 1
 """Version of the records' layout; a reader refuses what it does not know."""
 
@@ -18,7 +21,9 @@ class RoundRecord:
     `loss` is the mean training loss per target token over the accepted clients' local steps;
     `energy` gives per site [‖D‖², what the cut to the server's rank took away]; `ranks` says how
     many of the round's clients were of each LoRA type; `evaluation` is null where none was made.
-    Only `seconds` may differ between a run and its repetition.
+    `rejected` gives the reason per client without an accepted update, `abandoned` the same for each
+    attempt before, which had too few; tokens and bytes count those attempts too. Only `seconds` may
+    differ between a run and its repetition.
     """
 
     schema: int
@@ -32,8 +37,39 @@ class RoundRecord:
     bytes_up: int
     energy: dict[str, list[float]]
     rejected: dict[str, str]
+    abandoned: list[dict[str, str]]
     evaluation: dict[str, Any] | None
     seconds: dict[str, float]
+
+    @staticmethod
+    def of(
+        attempts: Sequence[Round],
+        types: Mapping[str, str],
+        reports: Mapping[str, SiteReport],
+        evaluation: dict[str, Any] | None,
+        seconds: dict[str, float],
+    ) -> RoundRecord:
+        """Return the record of a round, given its attempts; the last is the one that succeeded."""
+        round = attempts[-1]
+        receipts = [round.accepted[client] for client in sorted(round.accepted)]
+        targets = sum(r.metrics["target_tokens"] for r in receipts)
+        present = [types[client] for client in round.clients]
+        return RoundRecord(
+            schema=SCHEMA,
+            round=round.number,
+            attempt=round.attempt,
+            clients=list(round.clients),
+            ranks={name: present.count(name) for name in sorted(set(present))},
+            loss=sum(r.metrics["loss"] * r.metrics["target_tokens"] for r in receipts) / targets,
+            tokens=int(sum(r.metrics["tokens"] for a in attempts for r in a.accepted.values())),
+            bytes_down=sum(attempt.bytes_down for attempt in attempts),
+            bytes_up=sum(attempt.bytes_up for attempt in attempts),
+            energy={site: [r.energy, r.discarded] for site, r in sorted(reports.items())},
+            rejected=dict(sorted(round.rejected.items())),
+            abandoned=[dict(sorted(attempt.rejected.items())) for attempt in attempts[:-1]],
+            evaluation=evaluation,
+            seconds=seconds,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object."""

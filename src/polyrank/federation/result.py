@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +48,13 @@ class GlobalAdapter:
         if not overwrite or not path.exists():
             save_adapter(path, factors, self.model, scaling=self.scaling)
             return lost
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
         shutil.rmtree(fresh, ignore_errors=True)
         save_adapter(fresh, factors, self.model, scaling=self.scaling)
-        shutil.rmtree(path)
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
         fresh.rename(path)
+        shutil.rmtree(old)
         return lost
 
     def save_merged(self, folder: str | Path) -> None:

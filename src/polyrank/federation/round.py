@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from polyrank.aggregation import Assignment, Contribution, Dealt, Rule, SiteReport, State, Update
 from polyrank.aggregation import deal as deal_all
@@ -13,6 +16,9 @@ from polyrank.algebra import LowRank
 from polyrank.errors import RuleError, UpdateError
 from polyrank.planning.scaling import Scaling
 from polyrank.seeds import derive
+
+METRICS = ("loss", "tokens", "target_tokens")
+"""The numbers that every update must carry, for the round's record."""
 
 ReadFactors = Callable[[str, str], LowRank]
 """(client, site) -> the accepted factors of that client at that site."""
@@ -27,6 +33,16 @@ class Task:
     attempt: int
     seed: int
     assignment: Assignment
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client's answer that there will be no update, and why."""
+
+    client: str
+    round: int
+    attempt: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,8 @@ class Round:
 
     The caller (an engine) trains, keeps the accepted factors wherever it likes, and hands a reader
     of them to `aggregate`, which goes site by site and client by client in the order of their ids,
-    so that neither memory nor the result depends on the order in which updates came.
+    so that neither memory nor the result depends on the order in which updates came. `rejected`
+    says why, per client; `bytes_up` counts all that arrived, also what was not accepted.
     """
 
     settings: RoundSettings
@@ -70,6 +87,7 @@ class Round:
     clients: Sequence[str]
     accepted: dict[str, Receipt] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
+    bytes_up: int = 0
     _dealt: dict[tuple[tuple[str, int], ...], tuple[Assignment, str]] = field(default_factory=dict)
     _by_client: dict[str, tuple[Assignment, str]] = field(default_factory=dict)
 
@@ -81,6 +99,15 @@ class Round:
     def assignment(self, client: str) -> Assignment:
         """Return what the rule deals this client; deterministic, so it can be asked again."""
         return self._deal(client)[0]
+
+    def assignment_hash(self, client: str) -> str:
+        """Return the hash that an update of this client must carry."""
+        return self._deal(client)[1]
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of the tensors that travel to all clients of the round."""
+        return sum(self.assignment(client).nbytes for client in self.clients)
 
     def _deal(self, client: str) -> tuple[Assignment, str]:
         """Return the client's assignment and its hash, made once per distinct set of ranks."""
@@ -97,6 +124,7 @@ class Round:
 
     def accept(self, update: Update) -> None:
         """Take an update in, or record why not and raise UpdateError; never both."""
+        self.bytes_up += update.nbytes
         try:
             self._validate(update)
         except UpdateError as error:
@@ -106,17 +134,31 @@ class Round:
         self.accepted[update.client] = Receipt(update.examples, update.nbytes, update.metrics)
         self.rejected.pop(update.client, None)
 
-    def _validate(self, update: Update) -> None:
-        place = f"update of client {update.client!r} in round {self.number}"
-        if update.client not in self.clients:
+    def fail(self, failure: Failure) -> None:
+        """Record that a client has no update to give; UpdateError if it was not asked for one."""
+        self._expected(failure)
+        self.rejected[failure.client] = failure.reason
+
+    def enough(self, quorum: float) -> bool:
+        """Whether at least this share of the clients has an accepted update."""
+        return len(self.accepted) >= quorum * len(self.clients) - 1e-9
+
+    def _expected(self, answer: Update | Failure) -> str:
+        """Return the place for messages, or raise UpdateError if this round awaits no answer."""
+        place = f"update of client {answer.client!r} in round {self.number}"
+        if answer.client not in self.clients:
             raise UpdateError(f"{place}: the client was not asked to take part in this round")
-        if (update.round, update.attempt) != (self.number, self.attempt):
+        if (answer.round, answer.attempt) != (self.number, self.attempt):
             raise UpdateError(
                 f"{place}: expected round {self.number}, attempt {self.attempt}; it answers round "
-                f"{update.round}, attempt {update.attempt}; it is not aggregated"
+                f"{answer.round}, attempt {answer.attempt}; it is not aggregated"
             )
-        if update.client in self.accepted:
+        if answer.client in self.accepted:
             raise UpdateError(f"{place}: an update of this client was accepted already")
+        return place
+
+    def _validate(self, update: Update) -> None:
+        place = self._expected(update)
         assignment, expected = self._deal(update.client)
         if update.assignment != expected:
             raise UpdateError(
@@ -127,6 +169,12 @@ class Round:
             raise UpdateError(
                 f"{place}: expected at least 1 training example, got {update.examples}"
             )
+        for name in METRICS:
+            value = update.metrics.get(name)
+            if value is None or not math.isfinite(value):
+                raise UpdateError(f"{place}: expected a finite number as {name!r}, got {value}")
+        if update.metrics["target_tokens"] < 1:
+            raise UpdateError(f"{place}: expected at least 1 target token")
         missing = sorted(assignment.start.keys() - update.adapter.keys())
         extra = sorted(update.adapter.keys() - assignment.start.keys())
         if missing or extra:
@@ -138,6 +186,8 @@ class Round:
                     f"{place}: at {site} expected {start.shape} of rank {start.rank}, got "
                     f"{result.shape} of rank {result.rank}"
                 )
+            if not result.b.dtype.is_floating_point:
+                raise UpdateError(f"{place}: at {site} expected real numbers, got {result.b.dtype}")
             if not result.is_finite():
                 raise UpdateError(
                     f"{place}: NaN or infinite entries at {site}; lower the learning rate or clip"
@@ -149,9 +199,10 @@ class Round:
         if bound is None:
             return
         squared = sum(
-            (update.adapter[s] - start).norm() ** 2 for s, start in assignment.start.items()
+            (update.adapter[s].to(dtype=torch.float64) - start.to(dtype=torch.float64)).norm() ** 2
+            for s, start in assignment.start.items()
         )
-        if squared**0.5 > bound:
+        if not squared**0.5 <= bound:
             raise UpdateError(
                 f"{place}: its increment has norm {squared**0.5:.4g}, more than max_increment = "
                 f"{bound}"
@@ -185,7 +236,15 @@ class Round:
             yield Contribution(weight, dealt, read(client, site))
 
 
-def sample_clients(clients: Sequence[str], count: int, *seed: int | str) -> list[str]:
-    """Return `count` of the clients without replacement, sorted, from a seed of these parts."""
-    chosen = random.Random(derive(*seed)).sample(sorted(clients), min(count, len(clients)))
-    return sorted(chosen)
+def sample_clients(
+    clients: Sequence[str], count: int, *seed: int | str, last: Collection[str] = ()
+) -> list[str]:
+    """Return `count` of the clients without replacement, sorted, from a seed of these parts.
+
+    Clients named in `last` are taken only where the others do not suffice.
+    """
+    draw = random.Random(derive(*seed))
+    first = sorted(set(clients) - set(last))
+    chosen = draw.sample(first, min(count, len(first)))
+    rest = sorted(set(clients) & set(last))
+    return sorted(chosen + draw.sample(rest, min(count - len(chosen), len(rest))))

@@ -130,6 +130,10 @@ class Faults:
     def __post_init__(self) -> None:
         if not 0 < self.quorum <= 1 or self.attempts < 1:
             raise RecipeError("faults: expected 0 < quorum <= 1 and at least one attempt")
+        if self.max_increment is not None and not self.max_increment > 0:
+            raise RecipeError(
+                f"faults.max_increment: expected a number above 0, got {self.max_increment}"
+            )
 
 
 @dataclass(frozen=True)
@@ -152,3 +156,13 @@ class Conduct:
     server_rank: int | None = None
     cohort: int | Literal["auto"] = "auto"
     target_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.server_rank is not None and self.server_rank < 1:
+            raise RecipeError(
+                f"aggregation.server_rank: expected at least 1, got {self.server_rank}"
+            )
+        if self.cohort != "auto" and self.cohort < 1:
+            raise RecipeError(f"engine.cohort: expected auto or at least 1, got {self.cohort}")
+        if self.target_loss is not None and not math.isfinite(self.target_loss):
+            raise RecipeError(f"target_loss: expected a finite number, got {self.target_loss}")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from polyrank.aggregation import State, Update
 from polyrank.algebra import Adapter, LowRank
-from polyrank.errors import ResourceError, RunError
+from polyrank.errors import AdapterError, ResourceError, RunError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -28,23 +28,32 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn 'disk full' inside the block into a ResourceError that names the path."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except (OSError, SafetensorError, AdapterError) as error:
+        if is_full(error):
             raise _full(path, error) from error
         raise
-    except SafetensorError as error:
-        # safetensors hides the errno in its text.
-        if any(os.strerror(code) in str(error) for code in _FULL):
-            raise _full(path, error) from error
-        raise
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or the one that caused it, says that the disk is full."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    if isinstance(error, SafetensorError):  # It hides the errno in its text.
+        return any(os.strerror(code) in str(error) for code in _FULL)
+    return error is not None and is_full(error.__cause__)
 
 
 def _full(path: Path, error: Exception) -> ResourceError:
-    free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+    free = shutil.disk_usage(existing(path)).free
     return ResourceError(
         f"{path}: could not be written ({error}); {free / 2**20:.0f} MiB are free. Nothing that "
         "was saved before is lost: make room, then `polyrank resume`"
     )
+
+
+def existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    return next((p for p in (path, *path.absolute().parents) if p.exists()), Path.cwd())
 
 
 def sync(path: Path) -> None:
@@ -67,8 +76,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write indented JSON atomically; NaN and infinity are refused, since JSON has none."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write indented JSON atomically."""
+    write_text(path, to_json(value))
+
+
+def to_json(value: object) -> str:
+    """Return indented JSON; ValueError for NaN and infinity, since JSON has none."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_tensors(
@@ -81,6 +95,14 @@ def write_tensors(
         save_file(ready, partial, dict(metadata))
         sync(partial)
         partial.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
@@ -102,7 +124,8 @@ def write_update(path: Path, update: Update) -> None:
         "examples": update.examples,
         "metrics": dict(update.metrics),
     }
-    write_tensors(path, tensors, {"update": json.dumps(head)})
+    metadata = {"update": json.dumps(head), "factors": update.adapter.hash()}
+    write_tensors(path, tensors, metadata)
 
 
 def read_update(path: Path) -> Update:
@@ -111,8 +134,10 @@ def read_update(path: Path) -> Update:
         with safe_open(path, "pt") as file:
             head = json.loads(file.metadata()["update"])
             sites = {name.rsplit("|", 1)[0] for name in file.keys()}  # noqa: SIM118
-            factors = {s: _factors(file, s) for s in sites}
-        return Update(adapter=Adapter(factors), **head)
+            adapter = Adapter({site: _factors(file, site) for site in sites})
+            if adapter.hash() != file.metadata()["factors"]:
+                raise ValueError("its factors do not match their hash")
+        return Update(adapter=adapter, **head)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path}: not a readable update ({error}); delete it and resume") from error
 
@@ -124,7 +149,15 @@ def read_factors(path: Path, site: str) -> LowRank:
 
 
 def _factors(file: safe_open, site: str) -> LowRank:
-    return LowRank(file.get_tensor(f"{site}|b"), file.get_tensor(f"{site}|a"))
+    return LowRank(_tensor(file, f"{site}|b"), _tensor(file, f"{site}|a"))
+
+
+def _tensor(file: safe_open, name: str) -> torch.Tensor:
+    """Read a tensor into memory of its own, aligned as torch allocates it.
+
+    Kernels may round differently on memory aligned as in a file, and a resumed run must not.
+    """
+    return file.get_tensor(name).clone()
 
 
 def write_state(folder: Path, name: str, state: State) -> None:
@@ -136,7 +169,7 @@ def write_state(folder: Path, name: str, state: State) -> None:
 def read_state(folder: Path, name: str) -> State:
     """Read what `write_state` wrote."""
     with safe_open(folder / f"{name}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: _tensor(file, key) for key in file.keys()}  # noqa: SIM118
     return State(tensors, json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
 
 

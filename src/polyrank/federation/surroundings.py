@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from polyrank.errors import InexactResumeError
+from polyrank.errors import InexactResumeError, RunError
 from polyrank.model import LoadedModel
+
+SCHEMA = 1
+"""Version of run.json's layout."""
 
 PACKAGES = ("polyrank", "torch", "transformers", "tokenizers", "numpy")
 """Distributions whose version can change a run's numbers."""
@@ -19,11 +24,12 @@ PACKAGES = ("polyrank", "torch", "transformers", "tokenizers", "numpy")
 
 def describe(model: LoadedModel, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the surroundings as JSON; `data` is the data's fingerprint."""
-    return {
-        "schema": 1,
+    found = {
+        "schema": SCHEMA,
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "kernels": torch.backends.cpu.get_cpu_capability(),
         "device": _device(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -31,6 +37,7 @@ def describe(model: LoadedModel, data: str, settings: Mapping[str, Any]) -> dict
         "data": data,
         "settings": dict(settings),
     }
+    return json.loads(json.dumps(found))  # As it is read again: tuples are lists.
 
 
 def _device(device: torch.device) -> str:
@@ -38,39 +45,66 @@ def _device(device: torch.device) -> str:
 
 
 def fingerprint(model: LoadedModel) -> str:
-    """Return a SHA-256 (hex) over every parameter's name, shape, dtype, sum and a sample of it.
+    """Return a SHA-256 (hex) over the configuration and every parameter's name, shape and bits.
 
-    Cheap, not cryptographic: it tells another checkpoint or a changed file, not a forgery.
+    Of the bits only their sum and a sample are taken: cheap, exact in any order, and not
+    cryptographic. It tells another checkpoint or a changed file, not a forgery.
     """
-    digest = hashlib.sha256()
+    config = model.module.config.to_dict()
+    kept = {key: config[key] for key in config.keys() - _NOT_OF_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, parameter in model.module.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes()
-        total = flat.sum(dtype=torch.float64 if flat.device.type != "mps" else torch.float32)
-        digest.update(
-            f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{total.item()!r}".encode()
-        )
-        digest.update(sample)
+        flat = parameter.detach().reshape(-1).cpu()
+        bits = flat.view(_INTEGERS[flat.element_size()])
+        head = f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{bits.sum(dtype=torch.int64)}"
+        digest.update(head.encode())
+        digest.update(bits[:: max(1, bits.numel() // 64)].contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], *, allow_inexact: bool) -> None:
-    """Raise InexactResumeError, naming every difference, unless `allow_inexact`.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}
 
-    Where the model lies may differ, its fingerprint may not.
-    """
+
+def check_schema(found: Any, path: Path) -> None:
+    """Raise RunError unless what was read from run.json has the layout of this version."""
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise RunError(f"{path}: expected schema {SCHEMA}, got {schema}; another version wrote it")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return every difference as a line; where the model lies may differ, its fingerprint not."""
     old, new = _flat(before), _flat(now)
-    differ = [
+    return [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if key != "model.source" and old.get(key) != new.get(key)
+        if not key.startswith(_FREE) and old.get(key) != new.get(key)
     ]
-    if differ and not allow_inexact:
+
+
+_FREE = ("model.source", "inexact")
+
+
+def carried_over(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, round: int, allow_inexact: bool
+) -> dict[str, Any]:
+    """Return what a resumed run's surroundings are, given those that it was begun in.
+
+    Raises InexactResumeError, naming every difference, unless `allow_inexact`: then they are noted
+    under ``inexact`` with the round after which they came.
+    """
+    found = differences(before, now)
+    if not found:
+        return dict(before)
+    if not allow_inexact:
+        listed = "\n  ".join(found)
         raise InexactResumeError(
             "the run was begun in other surroundings, so that its bytes could not be the same:\n  "
-            + "\n  ".join(differ)
-            + "\nrestore them, or resume with --allow-inexact"
+            f"{listed}\nrestore them, or resume with --allow-inexact"
         )
+    note = {"after_round": round, "differences": found}
+    return {**now, "inexact": [*before.get("inexact", []), note]}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

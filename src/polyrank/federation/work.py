@@ -7,17 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from polyrank.algebra import Adapter, LowRank
 from polyrank.data import ClientData, Encoded, Example, Skipped, encode
 from polyrank.errors import DataError
 from polyrank.federation.settings import Encoding
 from polyrank.model import LoadedModel
+from polyrank.planning import ModelSpec
 
 Part = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
 class ClientWork:
-    """A client's encoded examples; ``rows[part][i].example`` indexes ``examples[part]``."""
+    """A client's encoded examples; ``rows[part][i].example`` indexes ``examples[part]``.
+
+    A client that is held out has nothing to train on: those examples are among its test examples.
+    """
 
     id: str
     category: str
@@ -46,7 +51,11 @@ def prepare(
     for id, client in sorted(clients.items()):
         rows: dict[Part, Sequence[Encoded]] = {}
         parts: tuple[Part, ...] = ("train", "validation", "test")
-        examples = {part: getattr(client, part) for part in parts}
+        examples: dict[Part, Sequence[Example]] = {
+            "train": client.train if client.seen else (),
+            "validation": client.validation,
+            "test": client.test if client.seen else client.train + client.test,
+        }
         for part in parts:
             rows[part], missed = encode(
                 examples[part],
@@ -79,3 +88,9 @@ def fingerprint(work: Mapping[str, ClientWork]) -> str:
             for row in work[id].rows[part]:
                 digest.update(f"{id}|{part}|{row.loss_from}|{row.input_ids}".encode())
     return digest.hexdigest()
+
+
+def at_every_site(adapter: Adapter, spec: ModelSpec) -> Adapter:
+    """Return the adapter with a zero of rank 0 at every site of the model that it lacks."""
+    lacking = {s: LowRank.zero(*shape) for s, shape in spec.shapes.items() if s not in adapter}
+    return Adapter({**lacking, **adapter})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import random
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,30 +20,46 @@ class LoRAType:
     """A kind of client: the LoRA rank of each site, by pattern.
 
     A key of `ranks` is ``all``, a group (``attention``, ``feed-forward``), or a site: its last
-    name (``q_proj``), its full name, or a glob over full names. The most specific key wins: a site
-    over a group over ``all``. A site that no key names is not trained by clients of this type.
+    name (``q_proj``), a glob over full names, or its full name. The most specific key wins: a full
+    name over a last name or glob, over a group, over ``all``; two of the same kind that say
+    different ranks for a site are refused. A site that no key names is not trained by clients of
+    this type.
     """
 
     name: str
     ranks: Mapping[str, int]
 
     def resolve(self, spec: ModelSpec) -> dict[str, int]:
-        """Return the rank per site; RankError for rank 0, a rank above the matrix, a dead key."""
+        """Return the rank per site.
+
+        Raises RankError for rank 0, a rank above the matrix, a key that matches no site, keys that
+        contradict each other, and a type without any site.
+        """
         matched: set[str] = set()
         resolved: dict[str, int] = {}
         for site in spec.sites:
-            keys = sorted((_specificity(k, site), k) for k in self.ranks)
-            matched.update(key for level, key in keys if level)
-            if keys and keys[-1][0]:
-                resolved[site.name] = self._checked(keys[-1][1], site)
+            levels = {key: _specificity(key, site) for key in self.ranks}
+            matched.update(key for key, level in levels.items() if level)
+            top = max(levels.values(), default=0)
+            if top:
+                keys = sorted(key for key, level in levels.items() if level == top)
+                resolved[site.name] = self._agreed(keys, site)
         dead = sorted(set(self.ranks) - matched)
-        if dead:
+        if dead or not resolved:
             groups = sorted({site.group for site in spec.sites})
             raise RankError(
                 f"LoRA type {self.name}: {dead} match no site of {spec.architecture}; expected "
                 f"'all', a group of {groups}, or a site such as {spec.sites[0].name!r}"
             )
         return resolved
+
+    def _agreed(self, keys: Sequence[str], site: Site) -> int:
+        if len({self.ranks[key] for key in keys}) > 1:
+            raise RankError(
+                f"LoRA type {self.name}: {keys} give {site.name} different ranks, and none is more "
+                "specific; name the site in full"
+            )
+        return self._checked(keys[0], site)
 
     def _checked(self, key: str, site: Site) -> int:
         rank, limit = self.ranks[key], min(site.shape)
@@ -100,9 +117,7 @@ class Fleet:
     assigned: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.assigned.values()) - set(self.types))
-        if unknown:
-            raise RankError(f"Fleet: no LoRA type {unknown}; there are {sorted(self.types)}")
+        _known(self.assigned.values(), self.types)
         if not self.assigned:
             raise RankError("Fleet: expected at least one client, got none")
 
@@ -122,6 +137,7 @@ class Fleet:
         """
         family = _named(TYPES, types, "a family of LoRA types")
         shares = _named(DISTRIBUTIONS, distribution, "a resource distribution")
+        _known(shares, family)
         ids = sorted(clients)
         counts = _counts(shares, len(ids))
         names = [name for name in sorted(counts) for _ in range(counts[name])]
@@ -155,8 +171,13 @@ class Fleet:
 
     def counts(self) -> dict[str, int]:
         """Return how many clients each type has, types without clients left out."""
-        names = list(self.assigned.values())
-        return {name: names.count(name) for name in sorted(set(names))}
+        return dict(sorted(Counter(self.assigned.values()).items()))
+
+
+def _known(names: Iterable[str], types: Mapping[str, LoRAType]) -> None:
+    unknown = sorted(set(names) - set(types))
+    if unknown:
+        raise RankError(f"Fleet: no LoRA type {unknown}; there are {sorted(types)}")
 
 
 def _named(table: Mapping[str, T], value: str | T, what: str) -> T:
@@ -169,10 +190,12 @@ def _named(table: Mapping[str, T], value: str | T, what: str) -> T:
 
 def _counts(shares: Mapping[str, float], total: int) -> dict[str, int]:
     """Round shares of `total` to whole numbers that sum to it, by largest remainder."""
-    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+    whole = sum(shares.values())
+    if not (all(share >= 0 for share in shares.values()) and abs(whole - 1) <= 1e-6):
         raise RankError(f"Fleet: shares must be at least 0 and sum to 1, got {dict(shares)}")
-    counts = {name: int(share * total + 1e-9) for name, share in shares.items()}
-    rest = sorted(shares, key=lambda name: (counts[name] - shares[name] * total, name))
+    due = {name: share / whole * total for name, share in shares.items()}
+    counts = {name: int(exact + 1e-9) for name, exact in due.items()}
+    rest = sorted(shares, key=lambda name: (counts[name] - due[name], name))
     for name in rest[: total - sum(counts.values())]:
         counts[name] += 1
     return counts

@@ -56,8 +56,8 @@ def train_cohort(
     Everything but the pass through the base is a client's own: the order of its examples, its
     batches, the mean of its loss, clipping, step count, schedule, optimizer and dropout. So a
     client's result does not depend on the cohort, up to rounding. A client that has finished leaves
-    the batch, and so does one whose loss or gradient is not finite. `on_step` is called after every optimizer step of every client. The optimizers are
-    dropped on return; the base is not changed.
+    the batch, and so does one whose loss or gradient is not finite. `on_step` is called after every
+    optimizer step of every client. The optimizers are dropped on return; the base is not changed.
 
     Raises DataError if a client has no examples, SiteError or RankError if an assignment does not
     fit the model.
