@@ -1,0 +1,250 @@
+"""One small run, killed by SIGKILL at many moments and resumed each time; prints what came of it.
+
+    python kill_driver.py FOLDER MOMENTS SEED
+
+Every run is a process of its own, forked after the imports. Moments are calls that write, move or
+delete files (before the call, and with the write half done) and steps of training; some kills come
+from outside at a random time instead. The hooks live here: the product knows nothing of them.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import runs
+from polyrank.algebra import Adapter
+from polyrank.federation import Conduct, EarlyStopping, Faults, RunFolder, Sampling, storage
+from polyrank.model import peft_folder
+
+ROUNDS = 4
+CONDUCT = Conduct(
+    seed=3,
+    sampling=Sampling(number=3),
+    evaluation=runs.MEASURED,
+    stopping=EarlyStopping(patience=3),
+    faults=Faults(quorum=0.6, attempts=2),
+    cohort=2,
+    target_loss=4.4,
+)
+
+
+class Moments:
+    """Counts the moments of a process and kills it at the chosen one."""
+
+    def __init__(self, fatal: int | None, log: Path | None):
+        self.fatal, self.log, self.names = fatal, log, []
+
+    def pass_by(self, name: str, half: Callable[[], object] = lambda: None) -> None:
+        self.names.append(name)
+        if len(self.names) - 1 == self.fatal:
+            half()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_log(self) -> None:
+        if self.log:
+            self.log.write_text(json.dumps(self.names))
+
+
+def hook(moments: Moments) -> None:
+    """Make every call that changes the disk two moments: before it, and half done."""
+
+    def before(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args, **rest):
+            moments.pass_by(f"{name} {args[0] if args else ''}")
+            return real(*args, **rest)
+
+        setattr(owner, name, call)
+
+    def written(owner: object, name: str, where: int) -> None:
+        real = getattr(owner, name)
+
+        def call(*args, **rest):
+            path = Path(args[where])
+
+            def half() -> None:
+                real(*args, **rest)
+                os.truncate(path, path.stat().st_size // 2)
+
+            moments.pass_by(f"{name} {path}")
+            moments.pass_by(f"half of {name} {path}", half)
+            return real(*args, **rest)
+
+        setattr(owner, name, call)
+
+    real_rmtree = shutil.rmtree
+
+    def rmtree(path, *args, **rest):
+        if Path(path).is_dir():
+            half = sorted(Path(path).iterdir())[:2]
+            moments.pass_by(f"half of rmtree {path}", lambda: [p.unlink() for p in half])
+        real_rmtree(path, *args, **rest)
+
+    real_append = RunFolder.append_record
+
+    def append_record(self, record):
+        def half() -> None:
+            with (self.path / "rounds.jsonl").open("a") as file:
+                file.write(json.dumps(record)[:100])
+
+        moments.pass_by("half of append", half)
+        real_append(self, record)
+
+    for owner, name in (
+        *((os, name) for name in ("fsync", "ftruncate")),
+        *((Path, name) for name in ("replace", "rename", "mkdir", "unlink")),
+        (tempfile, "mkdtemp"),
+    ):
+        before(owner, name)
+    written(Path, "write_text", 0)
+    written(storage, "save_file", 1)
+    written(peft_folder, "save_file", 1)
+    shutil.rmtree = rmtree
+    RunFolder.append_record = append_record
+
+
+def spoil_first_attempt_of_round_two(federation) -> None:
+    """Let too few updates of one attempt be usable, so that a second one is made."""
+    real = federation.engine.execute
+
+    def execute(tasks, on_step=None):
+        for answer in real(tasks, on_step):
+            if (answer.round, answer.attempt) == (2, 0) and answer.client != tasks[0].client:
+                broken = {s: d.scale(float("nan")) for s, d in answer.adapter.items()}
+                answer = replace(answer, adapter=Adapter(broken))
+            yield answer
+
+    federation.engine.execute = execute
+
+
+def run(folder: Path, model, data, fatal: int | None = None, log: Path | None = None) -> None:
+    """Carry the run out in this process, or go on with it."""
+    moments = Moments(fatal, log)
+    hook(moments)
+
+    def step() -> bool:
+        moments.pass_by("step")
+        return False
+
+    federation = runs.federation(
+        folder,
+        model=model,
+        data=data,
+        conduct=CONDUCT,
+        resume=folder.exists(),
+        attachments={"recipe.toml": "name = 'tiny'\n"},
+        stop=step,
+    )
+    with federation:
+        spoil_first_attempt_of_round_two(federation)
+        for _ in federation.rounds(ROUNDS):
+            pass
+        federation.finish()
+    moments.write_log()
+
+
+def child(work: Callable[[], None]) -> int:
+    """Return the id of a forked process that does this work and nothing else."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return process
+
+
+def outcome(process: int) -> str:
+    status = os.waitpid(process, 0)[1]
+    if os.WIFSIGNALED(status):
+        return signal.Signals(os.WTERMSIG(status)).name
+    return f"exit {os.WEXITSTATUS(status)}"
+
+
+def without_seconds(value):
+    """Return JSON without the only fields that may differ."""
+    if isinstance(value, dict):
+        return {k: without_seconds(v) for k, v in value.items() if k != "seconds"}
+    return [without_seconds(v) for v in value] if isinstance(value, list) else value
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Return every file of a run, comparable: bytes as hex, JSON with seconds left out."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or name == ".lock":
+            continue
+        if name == "rounds.jsonl":
+            lines = path.read_text().splitlines()
+            found[name] = json.dumps([without_seconds(json.loads(line)) for line in lines])
+        elif name == "summary.json":
+            found[name] = json.dumps(without_seconds(json.loads(path.read_text())))
+        else:
+            found[name] = path.read_bytes().hex()
+    return found
+
+
+def choose(names: list[str], count: int, draw: random.Random) -> list[int]:
+    """Return moments: a third in checkpoints, a third in updates, the others anywhere."""
+    kinds = [
+        [i for i, name in enumerate(names) if "checkpoints/" in name],
+        [i for i, name in enumerate(names) if "updates/" in name],
+        list(range(len(names))),
+    ]
+    chosen: set[int] = set()
+    while len(chosen) < count:
+        chosen.add(draw.choice(kinds[len(chosen) % 3]))
+    return sorted(chosen)
+
+
+def main(root: Path, count: int, seed: int) -> None:
+    torch.set_num_threads(1)
+    draw = random.Random(seed)
+    model, data = runs.one_block(), runs.clients()
+    log = root / "moments.json"
+    started = time.monotonic()
+    whole = outcome(child(lambda: run(root / "whole", model, data, log=log)))
+    assert whole == "exit 0", whole
+    seconds = time.monotonic() - started
+    expected, names = content(root / "whole"), json.loads(log.read_text())
+    report = []
+    outside = count // 6
+    plans: list[int | None] = [*choose(names, count - outside, draw), *([None] * outside)]
+    for number, moment in enumerate(plans):
+        folder = root / f"killed-{number}"
+        process = child(lambda: run(folder, model, data, fatal=moment))  # noqa: B023
+        if moment is None:
+            time.sleep(draw.random() * seconds * 0.8)
+            os.kill(process, signal.SIGKILL)
+        ended = [outcome(process)]
+        if number % 3 == 0:  # Killed again while it goes on, sometimes before the first step.
+            again = draw.randrange(len(names) // 2)
+            ended.append(outcome(child(lambda: run(folder, model, data, fatal=again))))  # noqa: B023
+        ended.append(outcome(child(lambda: run(folder, model, data))))  # noqa: B023
+        got = content(folder)
+        differing = sorted(n for n in got.keys() | expected.keys() if got.get(n) != expected.get(n))
+        where = "from outside" if moment is None else names[moment].replace(str(root), "")
+        report.append({"moment": where, "ended": ended, "differing": differing})
+        shutil.rmtree(folder)
+    beside = sorted(p.name for p in root.iterdir() if p.name not in ("whole", "moments.json"))
+    print(json.dumps({"moments": names, "runs": report, "beside": beside, "files": [*expected]}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
