@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-import runs
+import federations
 from polyrank.algebra import Adapter
 from polyrank.federation import Conduct, EarlyStopping, Faults, RunFolder, Sampling, storage
 from polyrank.model import peft_folder
@@ -30,7 +30,7 @@ ROUNDS = 4
 CONDUCT = Conduct(
     seed=3,
     sampling=Sampling(number=3),
-    evaluation=runs.MEASURED,
+    evaluation=federations.MEASURED,
     stopping=EarlyStopping(patience=3),
     faults=Faults(quorum=0.6, attempts=2),
     cohort=2,
@@ -137,7 +137,7 @@ def run(folder: Path, model, data, fatal: int | None = None, log: Path | None = 
         moments.pass_by("step")
         return False
 
-    federation = runs.federation(
+    federation = federations.federation(
         folder,
         model=model,
         data=data,
@@ -216,7 +216,7 @@ def choose(names: list[str], count: int, draw: random.Random) -> list[int]:
 def main(root: Path, count: int, seed: int) -> None:
     torch.set_num_threads(1)
     draw = random.Random(seed)
-    model, data = runs.one_block(), runs.clients()
+    model, data = federations.one_block(), federations.clients()
     log = root / "moments.json"
     started = time.monotonic()
     whole = outcome(child(lambda: run(root / "whole", model, data, log=log)))

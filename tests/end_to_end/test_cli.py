@@ -1,0 +1,260 @@
+import json
+import re
+import signal
+import tomllib
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from runs import (
+    adapter_bytes,
+    command,
+    lines_with,
+    polyrank,
+    process,
+    widest,
+    write_recipe,
+)
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its control; its recipe lies beside it."""
+    folder = tmp_path_factory.mktemp("cli")
+    recipe = write_recipe(folder)
+    done = polyrank("run", recipe, "--out", folder / "run", "--control", "weakest")
+    assert done.code == 0, done.err
+    (folder / "out.txt").write_text(done.out, encoding="utf-8")
+    (folder / "err.txt").write_text(done.err, encoding="utf-8")
+    return folder / "run"
+
+
+def test_a_run_tells_its_set_up_and_rounds_on_stderr_and_its_result_on_stdout(
+    finished: Path,
+) -> None:
+    out, err = ((finished.parent / name).read_text() for name in ("out.txt", "err.txt"))
+    assert "4 clients and 2 unseen" in err
+    assert lines_with(err, "T2", "2 at 8 matrices, 6 at 6 matrices")
+    assert "flexlora, all clients weakest" in err
+    assert len(re.findall(r"^ +[12]  ", err, re.MULTILINE)) == 4  # Two rounds, twice.
+    assert lines_with(out, "score", "before", "flexlora", "all weakest", "difference")
+    assert len(lines_with(out, "seen (4)", "loss")) == 1
+    assert len(lines_with(out, "unseen (2)", "exact match")) == 1
+    assert "2 rounds in" in out
+    # Paths may be longer than a line; nothing else is.
+    texts = [line for line in (out + err).splitlines() if str(finished) not in line]
+    assert widest("\n".join(texts)) <= 80
+    assert "\x1b" not in out + err
+
+
+def test_the_lines_at_the_end_load_the_adapter(finished: Path) -> None:
+    out = (finished.parent / "out.txt").read_text().splitlines()
+    at = next(i for i, line in enumerate(out) if line.startswith("adapter: "))
+    scope: dict[str, object] = {}
+    exec("\n".join(line.strip() for line in out[at + 1 : at + 3]), scope)
+    assert isinstance(scope["model"], PeftModel)
+
+
+def test_the_folder_holds_the_recipe_the_fleet_the_control_and_their_difference(
+    finished: Path,
+) -> None:
+    recipe = tomllib.loads((finished / "recipe.toml").read_text())
+    assert (recipe["rounds"], recipe["control"], recipe["engine"]["threads"]) == (2, "weakest", 1)
+    fleet = json.loads((finished / "fleet.json").read_text())
+    assert sorted(fleet["clients"].values()) == ["T1", "T1", "T2", "T2"]
+    assert set(fleet["ranks"]["T1"].values()) == {1}
+    control = json.loads((finished / "control" / "fleet.json").read_text())
+    assert set(control["clients"].values()) == {"T1"}
+    assert (finished / "control" / "base.json").read_bytes() == (
+        finished / "base.json"
+    ).read_bytes()
+    summaries = [
+        json.loads((folder / "summary.json").read_text())
+        for folder in (finished, finished / "control")
+    ]
+    assert summaries[0]["base"] == summaries[1]["base"]
+    difference = json.loads((finished / "control.json").read_text())
+    for who in ("seen", "unseen"):
+        run, control = (s["final"][who]["loss"] for s in summaries)
+        told = difference[who]["loss"]
+        assert told == {"run": run, "control": control, "difference": run - control}
+
+
+def test_a_run_never_overwrites_a_folder(finished: Path) -> None:
+    before = sorted(finished.rglob("*"))
+    again = polyrank("run", finished.parent / "tiny.toml", "--out", finished)
+    assert again.code == 1
+    assert "exists already" in again.err
+    assert f"polyrank resume {finished}" in again.err
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_resuming_a_finished_run_shows_it_again_and_trains_nothing(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    again = polyrank("resume", finished)
+    assert again.code == 0
+    assert again.out == (finished.parent / "out.txt").read_text()
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
+
+
+def test_json_is_all_there_is_on_stdout(finished: Path) -> None:
+    told = json.loads(polyrank("resume", finished, "--json").out)
+    summary = json.loads((finished / "summary.json").read_text())
+    control = json.loads((finished / "control" / "summary.json").read_text())
+    assert told == {"folder": str(finished), **summary, "control": control}
+
+
+def test_inspect_shows_ranks_rounds_spectra_and_what_was_lost(finished: Path) -> None:
+    done = polyrank("inspect", finished)
+    assert done.code == 0, done.err
+    assert lines_with(done.out, "T2", "2 at 8 matrices, 6 at 6 matrices")
+    assert len(re.findall(r"^ +[12]  ", done.out, re.MULTILINE)) == 2
+    assert "at the clients' own" in done.out
+    assert len(lines_with(done.out, "_proj", "%")) == 14
+    assert widest(done.out) <= 80
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=models.batch()).logits
+
+
+def test_an_export_at_a_smaller_rank_is_a_smaller_adapter_of_the_same_base(
+    finished: Path, tmp_path: Path
+) -> None:
+    done = polyrank("export", finished, "--rank", 1, tmp_path / "one")
+    assert done.code == 0, done.err
+    assert re.search(r"rank 1 keeps \d+\.\d+% of the energy", done.out)
+    small = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "one")
+    full = AutoPeftModelForCausalLM.from_pretrained(finished / "adapter")
+    ranks = {tuple(p.shape) for name, p in small.named_parameters() if "lora_A" in name}
+    assert {shape[0] for shape in ranks} == {1}
+    assert not torch.equal(logits(small), logits(full))
+
+
+def test_an_export_at_a_larger_rank_than_stored_keeps_everything(
+    finished: Path, tmp_path: Path
+) -> None:
+    assert "100.000%" in polyrank("export", finished, tmp_path / "all", "--rank", 99).out
+    full = AutoPeftModelForCausalLM.from_pretrained(finished / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "all")
+    # Refactored in float32: the products agree up to rounding.
+    torch.testing.assert_close(logits(again), logits(full), rtol=1e-4, atol=1e-4)
+
+
+def test_the_merged_export_is_the_base_with_the_adapter(finished: Path, tmp_path: Path) -> None:
+    done = polyrank("export", finished, tmp_path / "merged", "--merged")
+    assert done.code == 0, done.err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(finished / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(finished.parent / "base")
+    # One float32 addition per weight apart.
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(merged), logits(base), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["export", "RUN", "BASE"], 1, "exists already"),
+        (["export", "RUN", "new", "--rank", "0"], 2, "--rank"),
+        (["export", "RUN", "new", "--rank", "2", "--merged"], 2, "not both"),
+        (["export", "BASE", "new"], 1, "expected a folder that `polyrank run` made"),
+        (["resume", "BASE"], 1, "expected a folder that `polyrank run` made"),
+        (["resume", "nowhere"], 1, "nowhere: no such run folder"),
+        (["inspect", "nowhere"], 1, "nowhere: no such run folder"),
+        (["inspect", "BASE"], 1, "expected a run folder, with a run.json in it"),
+        (["run"], 2, "RECIPE"),
+        (["walk"], 2, "walk"),
+    ],
+)
+def test_wrong_usage_is_told_and_has_its_exit_code(
+    finished: Path, arguments: list[str], code: int, said: str
+) -> None:
+    places = {"RUN": finished, "BASE": finished.parent / "base"}
+    done = polyrank(*(places.get(argument, argument) for argument in arguments))
+    assert done.code == code
+    assert said in done.err
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("local.lrr=1", "did you mean local.lr?"),
+        ("model.source=/nowhere", "/nowhere"),
+        ("data.source=nowhere.jsonl", "nowhere.jsonl: there is no such file"),
+        ("data.by=colour", "colour"),
+        ("data.max_length=65", "more than the context"),
+        ("data.max_length=2", "no client has a usable training example"),
+        ("model.sites=zebra", "'zebra' matches no"),
+        ("fleet.types={T1 = 0, T2 = 1}", "rank 0"),
+        ("fleet.types={T1 = 17, T2 = 1}", "rank 17"),
+        ("fleet.types={T1 = {zebra = 1}, T2 = 1}", "['zebra'] match no site"),
+        ("fleet.clients={task0 = 'T1'}", "no LoRA type for the clients"),
+        ("fleet.clients={zebra = 'T1'}", "['zebra'] are no seen clients"),
+        ("aggregation.rule=fedit", "rank"),
+    ],
+)
+def test_what_can_be_foreseen_fails_before_a_run_folder_is_made(
+    finished: Path, tmp_path: Path, override: str, said: str
+) -> None:
+    done = polyrank("run", finished.parent / "tiny.toml", override, "--out", tmp_path / "run")
+    assert done.code == 1
+    assert said in done.err
+    assert done.err.startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_place_is_an_error_and_no_traceback(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = polyrank("run", finished.parent / "tiny.toml", "--out", tmp_path / "file" / "run")
+    assert done.code == 1
+    assert "error: " in done.err
+
+
+def test_without_out_runs_are_numbered(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fast = ["rounds=1", "local.steps=1", "evaluation.generate=0", "name=short"]
+    for folder in ("short", "short-2"):
+        done = polyrank("run", finished.parent / "tiny.toml", *fast, "--json")
+        assert json.loads(done.out)["folder"] == f"runs/{folder}"
+        assert "control" not in json.loads(done.out)
+
+
+def test_ctrl_c_saves_and_resume_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    """One SIGINT to a process in training; the run goes on in another process."""
+    recipe, long = finished.parent / "tiny.toml", ["rounds=6", "local.steps=20", "control=T1"]
+    running = process(tmp_path, "run", recipe, *long, "--out", "cut")
+    assert running.stderr is not None
+    said = ""
+    for line in running.stderr:
+        said += line
+        if line.startswith("    2  "):
+            running.send_signal(signal.SIGINT)
+            break
+    out, rest = running.communicate(timeout=120)
+    assert running.returncode == 130, said + rest
+    assert out == ""
+    assert "go on with: polyrank resume cut" in rest
+    assert not (tmp_path / "cut" / "summary.json").exists()
+
+    resumed = command(tmp_path, "resume", "cut", "--json")
+    assert resumed.code == 0, resumed.err
+    whole = polyrank("run", recipe, *long, "--out", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+    cut, whole_summary = (
+        json.loads(resumed.out),
+        json.loads((tmp_path / "whole" / "summary.json").read_text()),
+    )
+    assert {k: cut[k] for k in ("rounds", "base", "final", "bytes_up")} == {
+        k: whole_summary[k] for k in ("rounds", "base", "final", "bytes_up")
+    }
+    for part in ("control/adapter/adapter_model.safetensors", "recipe.toml", "fleet.json"):
+        assert (tmp_path / "cut" / part).read_bytes() == (tmp_path / "whole" / part).read_bytes()
