@@ -121,7 +121,7 @@ class RunFolder:
         if not path.exists():
             return []
         found = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n")[:-1]:
             try:
                 found.append(json.loads(line))
             except ValueError:
