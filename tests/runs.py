@@ -16,7 +16,6 @@ from io import StringIO
 from pathlib import Path
 
 import models
-
 from polyrank import cli
 
 RECIPE = """\

@@ -58,7 +58,7 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe in TOML.", metavar="RECIPE")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to it, e.g. local.lr=1e-3."),
+        typer.Argument(metavar="KEY=VALUE", help="Changes to it, e.g. local.lr=1e-3."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -100,7 +100,9 @@ def resume(
 @app.command()
 def export(
     folder: RunFolderArgument,
-    target: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    target: Annotated[
+        Path, typer.Argument(help="Folder to write; must not exist.", metavar="FOLDER")
+    ],
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
     merged: Annotated[
         bool, typer.Option("--merged", help="Write base and adapter as one model.")
@@ -143,6 +145,9 @@ def inspect(folder: RunFolderArgument) -> None:
     if inside.factors is None:
         console.print("no round is finished yet")
         return
+    measured = [text for record in inside.records if (text := report.own_rank(record))]
+    if measured:
+        console.print(measured[-1])
     console.print(report.spectra(inside.factors, inside.records[-1]))
 
 

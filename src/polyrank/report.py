@@ -25,7 +25,13 @@ def number(value: float | None, digits: int, sign: str = "") -> str:
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
 
 
 def scores(
@@ -106,6 +112,19 @@ def round_line(record: RoundRecord) -> str:
     )
 
 
+def own_rank(record: RoundRecord) -> str | None:
+    """Return the validation loss of what clients get at their own ranks, if it was measured."""
+    if record.evaluation is None or record.evaluation["own_rank"] is None:
+        return None
+    losses = {name: scores["loss"] for name, scores in record.evaluation["own_rank"].items()}
+    everyone = losses.pop("all")
+    by_type = ", ".join(f"{name} {number(loss, 4)}" for name, loss in losses.items())
+    return (
+        f"validation after round {record.round}: {number(record.validation_loss, 4)} at the "
+        f"server's rank, {number(everyone, 4)} at the clients' own ({by_type})"
+    )
+
+
 def spent(summary: Mapping[str, Any]) -> str:
     """Return what a run took, and how it ended, in one or two sentences."""
     text = (
@@ -146,17 +165,17 @@ def spectra(adapter: Adapter, last: RoundRecord | None) -> Table:
     """Return per matrix the stored rank, the singular values, and the energy discarded last.
 
     σ₁, σ½ and σᵣ are the largest, the middle and the smallest; "90%" is the rank that holds 90% of
-    the energy ‖D‖².
+    the energy ‖D‖²; "lost" what the last cut to the server's rank discarded.
     """
     prefix = _common([*adapter])
     table = _table(f"global adapter, matrices under {prefix}" if prefix else "global adapter")
-    table.add_column("matrix")
-    for name in ("rank", "of", "‖D‖", "σ₁", "σ½", "σᵣ", "90%", "discarded"):
+    table.add_column("matrix", overflow="fold")
+    for name in ("rank", "of", "‖D‖", "σ₁", "σ½", "σᵣ", "90%", "lost"):
         table.add_column(name, justify="right")
     for site, delta in adapter.items():
         s = factorise(delta, max(1, delta.rank)).s.double()
         energy = (s**2).cumsum(0)
-        total = float(energy[-1])
+        total = float(energy.amax()) if len(s) else 0.0  # A matrix that nobody moved has none.
         ninety = int((energy < 0.9 * total).sum()) + 1 if total else 0
         before, lost = last.energy.get(site, [0.0, 0.0]) if last else (0.0, 0.0)
         table.add_row(
@@ -164,7 +183,7 @@ def spectra(adapter: Adapter, last: RoundRecord | None) -> Table:
             str(delta.rank),
             str(min(delta.shape)),
             f"{total**0.5:.3g}",
-            *(f"{float(s[i]):.2g}" for i in (0, len(s) // 2, -1)),
+            *(f"{float(s[i]):.2g}" if len(s) else "–" for i in (0, len(s) // 2, -1)),
             str(ninety),
             f"{lost / before:.2%}" if before else "–",
         )

@@ -31,6 +31,7 @@ from polyrank.planning import Fleet
 RECIPE = "recipe.toml"
 FLEET = "fleet.json"
 CONTROL = "control"
+ABOUT = "run.json"
 BASE = "base.json"
 SUMMARY = "summary.json"
 
@@ -219,7 +220,7 @@ class Inside:
 def look(folder: Path) -> Inside:
     """Read a run folder, without loading its model."""
     opened = RunFolder.peek(folder)
-    about = storage.read_json(folder / "run.json")
+    about = storage.read_json(folder / ABOUT)
     saved = opened.load_checkpoint()
     last = saved.round if saved else 0
     return Inside(

@@ -54,7 +54,7 @@ class Terminal:
         say(
             f"{len(federation.seen)} clients and {unseen} unseen, "
             f"{len(federation.model.spec.sites)} adapted matrices, "
-            f"up to {federation.engine.cohort} clients trained in one pass",
+            f"{federation.engine.cohort} clients in one pass",
             highlight=False,
         )
         if federation.skipped.count:

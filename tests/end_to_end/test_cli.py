@@ -4,10 +4,12 @@ import signal
 import tomllib
 from pathlib import Path
 
-import models
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
+
+import models
 from runs import (
     adapter_bytes,
     command,
@@ -17,7 +19,6 @@ from runs import (
     widest,
     write_recipe,
 )
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_inspect_shows_ranks_rounds_spectra_and_what_was_lost(finished: Path) ->
     assert done.code == 0, done.err
     assert lines_with(done.out, "T2", "2 at 8 matrices, 6 at 6 matrices")
     assert len(re.findall(r"^ +[12]  ", done.out, re.MULTILINE)) == 2
-    assert "at the clients' own" in done.out
+    assert "at the clients' own" in " ".join(done.out.split())
     assert len(lines_with(done.out, "_proj", "%")) == 14
     assert widest(done.out) <= 80
 
@@ -165,8 +166,8 @@ def test_the_merged_export_is_the_base_with_the_adapter(finished: Path, tmp_path
         (["export", "BASE", "new"], 1, "expected a folder that `polyrank run` made"),
         (["resume", "BASE"], 1, "expected a folder that `polyrank run` made"),
         (["resume", "nowhere"], 1, "nowhere: no such run folder"),
-        (["inspect", "nowhere"], 1, "nowhere: no such run folder"),
-        (["inspect", "BASE"], 1, "expected a run folder, with a run.json in it"),
+        (["inspect", "nowhere"], 1, "nowhere: expected a run folder"),
+        (["inspect", "BASE"], 1, "expected a run folder with a run.json in it"),
         (["run"], 2, "RECIPE"),
         (["walk"], 2, "walk"),
     ],
@@ -229,13 +230,13 @@ def test_without_out_runs_are_numbered(
 
 def test_ctrl_c_saves_and_resume_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     """One SIGINT to a process in training; the run goes on in another process."""
-    recipe, long = finished.parent / "tiny.toml", ["rounds=6", "local.steps=20", "control=T1"]
+    recipe, long = finished.parent / "tiny.toml", ["rounds=4", "local.steps=10", "control=T1"]
     running = process(tmp_path, "run", recipe, *long, "--out", "cut")
     assert running.stderr is not None
     said = ""
     for line in running.stderr:
         said += line
-        if line.startswith("    2  "):
+        if line.startswith("    1  "):
             running.send_signal(signal.SIGINT)
             break
     out, rest = running.communicate(timeout=120)

@@ -76,13 +76,18 @@ def _type(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "one of " + ", ".join(repr(choice) for choice in arguments)
-    if origin is list:
-        return f"a list of {_WORDS[arguments[0]][1]}"
-    if origin is dict:
-        return "a table"
+    if origin in (list, dict):
+        kind = "list" if origin is list else "table"
+        return f"a {kind} of {_plural(arguments[-1])}"
     if origin in (Union, types.UnionType):
         return " or ".join(_type(a) for a in arguments if a is not types.NoneType)
     raise TypeError(f"no words for {annotation}; give the key an Expected")
+
+
+def _plural(annotation: Any) -> str:
+    if annotation in _WORDS:
+        return _WORDS[annotation][1]
+    return f"lists of {_plural(get_args(annotation)[0])}"
 
 
 def _explain(
@@ -98,29 +103,24 @@ def _explain(
         what = f"section [{where}]" if subsection(field) else f"key {where}"
         return f"missing; a recipe must have the {what}"
     value = _at(content, where)
-    if item["type"].endswith(("_type", "_error", "_instance_of")) or len(item["loc"]) > 1 + (
-        where.count(".")
-    ):
-        return f"expected {words(field)}, got {_shown(value)}{_quotes(field, value)}"
-    expected = (
-        item["msg"].replace("Input should be", "expected").replace("List should", "expected to")
-    )
-    return f"{expected}, got {_shown(value)}"
+    if item["type"] == "greater_than_equal":
+        return f"expected at least {item['ctx']['ge']}, got {_shown(value)}"
+    if item["type"] == "finite_number":
+        return f"expected a finite number, got {_shown(value)}"
+    return f"expected {words(field)}, got {_shown(value)}{_quotes(field, value)}"
 
 
 def _suggestion(recipe: type[Section], where: str) -> str:
-    """The nearest key of the section, or one of that name elsewhere, or all of the section."""
+    """A key of that name elsewhere, or the nearest of the section, or all of the section."""
     *path, last = where.split(".")
     section = recipe
     for name in path:
         section = subsection(section.model_fields[name]) or section
+    elsewhere = [key for key, _ in keys(recipe) if key.rpartition(".")[2] == last]
     near = difflib.get_close_matches(last, section.model_fields, 1, 0.6)
-    if near:
-        return f"did you mean {'.'.join([*path, near[0]])}?"
-    everywhere = [key for key, _ in keys(recipe)]
-    elsewhere = [key for key in everywhere if key.rpartition(".")[2] == last]
-    if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
+    meant = elsewhere or [".".join([*path, name]) for name in near]
+    if meant:
+        return f"did you mean {' or '.join(meant)}?"
     here = f"[{'.'.join(path)}]" if path else "a recipe"
     return f"{here} has {', '.join(section.model_fields)}"
 

@@ -36,6 +36,7 @@ Unseen = Annotated[
     str | list[str] | int | float | None,
     Expected("a column, a list of clients, a number or a fraction of clients"),
 ]
+Fractions = Annotated[list[float], Expected("a list of three numbers")]
 Cohort = Annotated[Literal["auto"] | int, Expected("'auto' or a whole number")]
 Types = Annotated[
     str | dict[str, int | dict[str, int]],
@@ -126,7 +127,7 @@ class DataSection(Section):
     unseen: Unseen = None
     """Who is held out entirely for zero-shot evaluation; left out, the column `unseen` decides if
     there is one; 0 for nobody."""
-    fractions: list[float] = Field(default=[0.8, 0.1, 0.1], min_length=3, max_length=3)
+    fractions: Fractions = Field(default=[0.8, 0.1, 0.1], min_length=3, max_length=3)
     """Training, validation and test part of each client."""
     limit: int | None = None
     """At most so many examples per client, chosen by the seed."""
