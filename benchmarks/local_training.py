@@ -12,6 +12,7 @@ that both sides report the same losses and learn the same. On a machine that oth
 from __future__ import annotations
 
 import argparse
+import copy
 import platform
 import statistics
 import tempfile
@@ -229,7 +230,10 @@ class Stopwatch(TrainerCallback):
 
 
 class PeftTrainer:
-    """The Hugging Face Trainer on a peft model over the very module that polyrank trains on."""
+    """The Hugging Face Trainer on a peft model over a copy of the module that polyrank trains on.
+
+    A copy, because peft changes the module: polyrank would train on top of peft's layers.
+    """
 
     def __init__(
         self,
@@ -243,15 +247,13 @@ class PeftTrainer:
         start = job.assignment.start
         rank = next(iter(start.values())).rank
         config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=[*start])
-        self.adapted: PeftModel = get_peft_model(model.module, config)
+        self.adapted: PeftModel = get_peft_model(copy.deepcopy(model.module), config)
         self._folder = tempfile.TemporaryDirectory()
 
     def __enter__(self) -> PeftTrainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.adapted.unload()
-        self.model.module.eval().requires_grad_(False)
         self._folder.cleanup()
 
     def trainer(self, logging: bool) -> Trainer:
