@@ -253,6 +253,21 @@ def test_nothing_accepted_is_nothing_to_aggregate():
         round.aggregate(lambda *_: pytest.fail("nothing is read"))
 
 
+def test_an_aggregate_beyond_all_numbers_is_an_error_not_a_state():
+    chosen = settings()
+    start = begin(chosen).state
+    round = Round(chosen, start, 2, 0, ["a", "b"])
+    huge = {c: answer(round, c) for c in "ab"}
+    huge = {
+        c: replace(u, adapter=u.adapter.to(dtype=torch.float64).scale(1e200))
+        for c, u in huge.items()
+    }
+    for update in huge.values():
+        round.accept(update)
+    with pytest.raises(RuleError, match="too large for its numbers"):
+        round.aggregate(lambda client, site: huge[client].adapter[site])
+
+
 @pytest.mark.parametrize(
     ("accepted", "quorum", "enough"), [(0, 0.1, 0), (2, 0.5, 1), (1, 0.5, 0), (4, 1.0, 1)]
 )

@@ -34,7 +34,8 @@ def resolve_cohort(
     rows = [row for client in work.values() for row in client.rows["train"]]
     longest = max(len(row.input_ids) for row in rows)
     targets = max(row.targets for row in rows)
-    largest = max(spec.ranks.values(), key=lambda ranks: sum(ranks.values()))
+    most = max(spec.ranks.values(), key=lambda ranks: sum(ranks.values()))
+    largest = {**dict.fromkeys(model.spec.shapes, 0), **most}
     free = free_memory(model.device)
     if slot_bytes(model, largest, local, longest, targets) > free:
         raise ResourceError(

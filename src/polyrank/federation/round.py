@@ -218,7 +218,13 @@ class Round:
             if clients:
                 weights = normalised({c: self.settings.weights[c] for c in clients})
                 contributions = self._contributions(site, clients, weights, read)
-                state, reports[site] = self.settings.rule.merge_site(state, site, contributions)
+                state, report = self.settings.rule.merge_site(state, site, contributions)
+                if not math.isfinite(report.energy):
+                    raise RuleError(
+                        f"round {self.number}: the aggregate at {site} is too large for its "
+                        "numbers; lower the learning rate, clip, or set faults.max_increment"
+                    )
+                reports[site] = report
         return state, reports
 
     def sites(self) -> list[str]:

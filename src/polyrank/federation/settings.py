@@ -44,7 +44,9 @@ class Weighting:
     cap: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.by == "capped") != (self.cap is not None) or (self.cap or 1) < 1:
+        if (self.by == "capped") != (self.cap is not None) or (
+            self.cap is not None and self.cap < 1
+        ):
             raise RecipeError("weights: by = 'capped' needs cap, at least 1; the others take none")
 
     def weights(self, examples: Mapping[str, int]) -> dict[str, float]:

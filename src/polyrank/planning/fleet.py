@@ -118,6 +118,8 @@ class Fleet:
 
     def __post_init__(self) -> None:
         _known(self.assigned.values(), self.types)
+        if "all" in self.types:
+            raise RankError("Fleet: 'all' means every client in reports; name the type otherwise")
         if not self.assigned:
             raise RankError("Fleet: expected at least one client, got none")
 
