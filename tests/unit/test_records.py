@@ -1,0 +1,98 @@
+"""Records and the summary that is made of them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from polyrank.aggregation import SiteReport
+from polyrank.federation import RoundRecord
+from polyrank.federation.records import summary, to_target
+from polyrank.federation.round import Receipt
+
+SECONDS = {"train": 1.0, "merge": 0.5, "evaluate": 0.5, "total": 2.0}
+
+
+class Attempt:
+    """As much of a round as a record asks for."""
+
+    number, bytes_down, bytes_up = 4, 100, 60
+
+    def __init__(self, attempt, accepted, rejected):
+        self.attempt, self.rejected = attempt, rejected
+        self.clients = sorted([*accepted, *rejected])
+        self.accepted = {
+            client: Receipt(1, 0, {"loss": loss, "tokens": 10.0, "target_tokens": targets})
+            for client, (loss, targets) in accepted.items()
+        }
+
+
+def record(**changes) -> RoundRecord:
+    attempts = [
+        Attempt(0, {"a": (9.0, 1.0)}, {"c": "NaN", "b": "late"}),
+        Attempt(1, {"b": (1.0, 30.0), "a": (3.0, 10.0)}, {"d": "rank 1"}),
+    ]
+    types = {"a": "T1", "b": "T2", "c": "T1", "d": "T1"}
+    reports = {"v": SiteReport(3.0, 1.0), "q": SiteReport(5.0, 1.0)}
+    return replace(RoundRecord.of(attempts, types, reports, None, SECONDS), **changes)
+
+
+def test_a_record_tells_of_the_attempt_that_succeeded_and_counts_what_all_cost():
+    made = record()
+    assert (made.round, made.attempt, made.clients) == (4, 1, ["a", "b", "d"])
+    assert made.ranks == {"T1": 2, "T2": 1}
+    assert made.loss == pytest.approx((1.0 * 30 + 3.0 * 10) / 40)
+    assert (made.bytes_down, made.bytes_up, made.tokens) == (200, 120, 30)
+    assert made.rejected == {"d": "rank 1"}
+    assert made.abandoned == [{"b": "late", "c": "NaN"}]
+    assert made.discarded == pytest.approx(2 / 8)
+    assert list(made.energy) == ["q", "v"]
+
+
+def test_a_record_is_json_and_comes_back():
+    made = record()
+    assert RoundRecord(**json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_a_record_is_one_line_for_people():
+    line = str(record())
+    assert "round 4: loss 1.5000" in line
+    assert "2 clients" in line
+    assert "discarded 25.00%" in line
+    measured = record(evaluation={"server": {"seen": {"loss": 1.25}}, "own_rank": None})
+    assert "validation 1.2500" in str(measured)
+
+
+def told(loss, number):
+    evaluation = None if loss == "none" else {"server": {"seen": {"loss": loss}}}
+    return record(round=number, evaluation=evaluation).to_json()
+
+
+def test_the_target_counts_everything_up_to_the_round_that_reached_it():
+    records = [told("none", 1), told(3.0, 2), told(None, 3), told(2.0, 4), told(1.0, 5)]
+    assert to_target(records, 2.0) == {"loss": 2.0, "rounds": 4, "bytes": 4 * 320, "seconds": 8.0}
+    assert to_target(records, 0.5) == {"loss": 0.5, "rounds": None, "bytes": None, "seconds": None}
+    assert to_target(records, None) is None
+
+
+def test_a_summary_holds_what_readers_rely_on():
+    group = {"loss": 1.0, "loss_se": 0.1, "exact_match": 0.5, "rouge_l": 0.6, "clients": 3}
+    scores = {"seen": group, "unseen": {**group, "loss": 2.0}, "per_category": {"a": {}}}
+    made = summary(
+        method="flexlora",
+        records=[told(1.0, 1), told(1.0, 2)],
+        base=scores,
+        final={**scores, "clients": {"many": 1}},
+        target=None,
+        stopped=None,
+        result_round=2,
+    )
+    assert {"schema", "method", "rounds", "seconds", "tokens", "bytes_up", "bytes_down"} <= set(
+        made
+    )
+    assert (made["rounds"], made["tokens"], made["bytes_up"], made["seconds"]) == (2, 60, 240, 4.0)
+    for when in ("base", "final"):
+        for who in ("seen", "unseen"):
+            assert {"loss", "exact_match", "rouge_l"} <= set(made[when][who])
+    assert made["per_category"] == {"a": {}}
+    json.dumps(made, allow_nan=False)
