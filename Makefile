@@ -28,10 +28,10 @@ bench: $(READY)  ## the benchmarks at a size that fits a coffee break; docs/benc
 	$(BIN)/python benchmarks/server_step.py --quick
 	$(BIN)/python benchmarks/local_training.py --quick
 
-# torch first and pinned: unpinned, or as a dependency of another package, it may bring CUDA along.
+# torch first: as a dependency of another package it may come in another build than asked for.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 

@@ -4,19 +4,20 @@ import re
 import shlex
 from pathlib import Path
 
-import models
 import pytest
-from runs import write_tasks
 
+import models
 import polyrank
 from polyrank.model import LoadedModel, load_model
+from runs import write_tasks
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    fenced = re.findall(r"^```(.*?)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
 
 
 def test_the_python_of_the_readme_runs_as_it_stands(
