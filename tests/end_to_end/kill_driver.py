@@ -1,12 +1,14 @@
-"""One small run, killed by SIGKILL at many moments and resumed each time; prints what came of it.
+"""One small run, ended early at many moments and resumed each time; prints what came of it.
 
-    python kill_driver.py FOLDER MOMENTS SEED
+    python kill_driver.py kill|full FOLDER MOMENTS SEED
 
-Every run is a process of its own, forked after the imports. Moments are calls that write, move or
-delete files (before the call, and with the write half done) and steps of training; some kills come
-from outside at a random time instead. The hooks live here: the product knows nothing of them.
+``kill`` ends it by SIGKILL, ``full`` lets the disk be full. Every run is a process of its own,
+forked after the imports. Moments are calls that write, move or delete files (before the call, and
+with the write half done) and steps of training; some kills come from outside at a random time
+instead. The hooks live here: the product knows nothing of them.
 """
 
+import errno
 import json
 import os
 import random
@@ -23,6 +25,7 @@ import torch
 
 import federations
 from polyrank.algebra import Adapter
+from polyrank.errors import ResourceError
 from polyrank.federation import Conduct, EarlyStopping, Faults, RunFolder, Sampling, storage
 from polyrank.model import peft_folder
 
@@ -38,17 +41,29 @@ CONDUCT = Conduct(
 )
 
 
-class Moments:
-    """Counts the moments of a process and kills it at the chosen one."""
+REFUSED = 7
+"""The exit status of a run that ended with a ResourceError."""
 
-    def __init__(self, fatal: int | None, log: Path | None):
-        self.fatal, self.log, self.names = fatal, log, []
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Moments:
+    """Counts the moments of a process and ends it at the chosen one."""
+
+    def __init__(self, fatal: int | None, end: Callable[[], None], log: Path | None):
+        self.fatal, self.end, self.log, self.names = fatal, end, log, []
 
     def pass_by(self, name: str, half: Callable[[], object] = lambda: None) -> None:
         self.names.append(name)
         if len(self.names) - 1 == self.fatal:
             half()
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.end()
 
     def write_log(self) -> None:
         if self.log:
@@ -128,9 +143,16 @@ def spoil_first_attempt_of_round_two(federation) -> None:
     federation.engine.execute = execute
 
 
-def run(folder: Path, model, data, fatal: int | None = None, log: Path | None = None) -> None:
+def run(
+    folder: Path,
+    model,
+    data,
+    fatal: int | None = None,
+    end: Callable[[], None] = kill,
+    log: Path | None = None,
+) -> None:
     """Carry the run out in this process, or go on with it."""
-    moments = Moments(fatal, log)
+    moments = Moments(fatal, end, log)
     hook(moments)
 
     def step() -> bool:
@@ -162,6 +184,9 @@ def child(work: Callable[[], None]) -> int:
         try:
             work()
             status = 0
+        except ResourceError as error:
+            print(error, file=sys.stderr)
+            status = REFUSED
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -200,12 +225,16 @@ def content(folder: Path) -> dict[str, str]:
     return found
 
 
-def choose(names: list[str], count: int, draw: random.Random) -> list[int]:
+WRITES = ("write_text", "save_file", "fsync", "mkdir", "mkdtemp", "half of write", "half of save")
+
+
+def choose(names: list[str], count: int, draw: random.Random, how: str) -> list[int]:
     """Return moments: a third in checkpoints, a third in updates, the others anywhere."""
+    usable = [i for i, name in enumerate(names) if how == "kill" or name.startswith(WRITES)]
     kinds = [
-        [i for i, name in enumerate(names) if "checkpoints/" in name],
-        [i for i, name in enumerate(names) if "updates/" in name],
-        list(range(len(names))),
+        [i for i in usable if "checkpoints/" in names[i]],
+        [i for i in usable if "updates/" in names[i]],
+        usable,
     ]
     chosen: set[int] = set()
     while len(chosen) < count:
@@ -213,9 +242,10 @@ def choose(names: list[str], count: int, draw: random.Random) -> list[int]:
     return sorted(chosen)
 
 
-def main(root: Path, count: int, seed: int) -> None:
+def main(how: str, root: Path, count: int, seed: int) -> None:
     torch.set_num_threads(1)
     draw = random.Random(seed)
+    end = {"kill": kill, "full": fill_disk}[how]
     model, data = federations.one_block(), federations.clients()
     log = root / "moments.json"
     started = time.monotonic()
@@ -224,27 +254,30 @@ def main(root: Path, count: int, seed: int) -> None:
     seconds = time.monotonic() - started
     expected, names = content(root / "whole"), json.loads(log.read_text())
     report = []
-    outside = count // 6
-    plans: list[int | None] = [*choose(names, count - outside, draw), *([None] * outside)]
+    outside = count // 6 if how == "kill" else 0
+    plans: list[int | None] = [*choose(names, count - outside, draw, how), *([None] * outside)]
     for number, moment in enumerate(plans):
-        folder = root / f"killed-{number}"
-        process = child(lambda: run(folder, model, data, fatal=moment))  # noqa: B023
+        folder = root / f"ended-{number}"
+
+        def part(fatal: int | None, folder: Path = folder) -> int:
+            return child(lambda: run(folder, model, data, fatal=fatal, end=end))
+
+        process = part(moment)
         if moment is None:
             time.sleep(draw.random() * seconds * 0.8)
             os.kill(process, signal.SIGKILL)
         ended = [outcome(process)]
-        if number % 3 == 0:  # Killed again while it goes on, sometimes before the first step.
-            again = draw.randrange(len(names) // 2)
-            ended.append(outcome(child(lambda: run(folder, model, data, fatal=again))))  # noqa: B023
-        ended.append(outcome(child(lambda: run(folder, model, data))))  # noqa: B023
+        if how == "kill" and number % 3 == 0:  # Again, sometimes before the first step.
+            ended.append(outcome(part(draw.randrange(len(names) // 2))))
+        ended.append(outcome(part(None)))
         got = content(folder)
         differing = sorted(n for n in got.keys() | expected.keys() if got.get(n) != expected.get(n))
         where = "from outside" if moment is None else names[moment].replace(str(root), "")
         report.append({"moment": where, "ended": ended, "differing": differing})
         shutil.rmtree(folder)
     beside = sorted(p.name for p in root.iterdir() if p.name not in ("whole", "moments.json"))
-    print(json.dumps({"moments": names, "runs": report, "beside": beside, "files": [*expected]}))
+    print(json.dumps({"runs": report, "beside": beside, "files": [*expected]}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -25,7 +25,7 @@ from urllib.parse import quote
 
 from polyrank.aggregation import Update
 from polyrank.algebra import LowRank
-from polyrank.errors import FolderExistsError, FolderInUseError, RunError
+from polyrank.errors import FolderExistsError, FolderInUseError, ResourceError, RunError
 from polyrank.federation import checkpoint, storage
 from polyrank.federation.checkpoint import Checkpoint
 
@@ -48,7 +48,7 @@ class RunFolder:
         making leaves no folder. FolderExistsError if there is anything at `path`.
         """
         partial = path.with_name(f".{path.name}.partial")
-        with storage.disk_errors(path), _refusal(path):
+        with _refusal(path):
             _require_nothing(path)
             partial.mkdir(parents=True, exist_ok=True)
             folder = _locked(partial)
@@ -74,8 +74,9 @@ class RunFolder:
     def open(path: Path) -> RunFolder:
         """Lock an existing run folder; RunError if it is none, FolderInUseError if it is taken."""
         _require_run(path)
-        folder = _locked(path)
-        folder.prepare()
+        with storage.disk_errors(path):
+            folder = _locked(path)
+            folder.prepare()
         return folder
 
     @staticmethod
@@ -221,12 +222,16 @@ def _require_run(path: Path) -> None:
 
 @contextmanager
 def _refusal(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses, other than for want of room, into a RunError."""
+    """Turn what keeps a folder from being made into a ResourceError or RunError that says so."""
     try:
-        yield
+        with storage.disk_errors(path):
+            yield
+    except ResourceError as error:
+        raise ResourceError(
+            f"{path}: the folder could not be written ({error.__cause__}), and nothing of it is "
+            "left; make room, or choose another --out"
+        ) from error
     except OSError as error:
-        if storage.is_full(error):
-            raise
         raise RunError(f"{path}: the folder cannot be made: {error}") from error
 
 

@@ -1,0 +1,103 @@
+"""What is foreseen before training: memory, disk, measures that could never be taken."""
+
+from collections import namedtuple
+
+import pytest
+
+from federations import LOCAL, MEASURED, clients, fleet, one_block
+from polyrank.aggregation import FleetSpec, FlexLoRA
+from polyrank.errors import RecipeError, ResourceError
+from polyrank.federation import Conduct, Evaluation, Faults, Sampling, preflight, prepare, setup
+from polyrank.federation.checkpoint import KEEP
+from polyrank.federation.settings import Encoding
+
+Usage = namedtuple("Usage", "free")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """(model, what the rule is told, the clients' work)."""
+    model, data = one_block(), clients()
+    work, _ = prepare(data, model, Encoding())
+    settings = setup.round_settings(FlexLoRA(), fleet(data), model.spec, work, Conduct())
+    return model, setup.fleet_spec(settings, model.spec, None), work
+
+
+def resolve(parts, wanted):
+    model, spec, work = parts
+    return preflight.resolve_cohort(wanted, model, spec, LOCAL, work)
+
+
+def test_a_cohort_is_as_large_as_memory_allows_and_no_larger_than_the_fleet(parts, monkeypatch):
+    sizes = {}
+    for free in (2**20, 2**21, 2**22, 2**34):
+        monkeypatch.setattr(preflight, "free_memory", lambda _, free=free: free)
+        sizes[free] = resolve(parts, "auto")
+    assert list(sizes.values()) == sorted(sizes.values())
+    assert sizes[2**34] == 4, "there are four clients"
+    assert resolve(parts, 7) == 7
+
+
+def test_memory_that_one_client_does_not_fit_is_told(parts, monkeypatch):
+    monkeypatch.setattr(preflight, "free_memory", lambda _: 2**10)
+    for wanted in ("auto", 1):
+        with pytest.raises(ResourceError, match=r"memory: 0 MiB are free on cpu.*batches of 2 × "):
+            resolve(parts, wanted)
+
+
+def test_disk_is_reckoned_from_states_and_updates_of_a_round(tmp_path, monkeypatch):
+    ranks = {"a": {"q": 4}, "b": {"q": 1}}
+    spec = FleetSpec({"q": (1000, 500)}, ranks, {"q": 4}, 0)
+    factors = 4 * 4 * 1500
+    needed = (KEEP + 2) * 2 * factors + 10 * factors
+    place = tmp_path / "not" / "there" / "yet"
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Usage(needed))
+    preflight.check_disk(place, spec, 10)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Usage(needed - 1))
+    with pytest.raises(ResourceError, match="a round needs up to"):
+        preflight.check_disk(place, spec, 10)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Conduct(cohort=0), "engine.cohort"),
+        (lambda: Conduct(server_rank=0), "aggregation.server_rank"),
+        (lambda: Conduct(target_loss=float("nan")), "target_loss"),
+        (lambda: Faults(quorum=0.0), "quorum"),
+        (lambda: Faults(quorum=1.1), "quorum"),
+        (lambda: Faults(attempts=0), "attempt"),
+        (lambda: Faults(max_increment=0.0), "max_increment"),
+        (lambda: Faults(max_increment=float("nan")), "max_increment"),
+        (lambda: Sampling(0.5, 3), "not both"),
+        (lambda: Sampling(fraction=0.0), "fraction"),
+        (lambda: Sampling(fraction=1.5), "fraction"),
+        (lambda: Sampling(number=0), "number"),
+        (lambda: Evaluation(every=-1), "evaluation.every"),
+        (lambda: Evaluation(batch=0), "evaluation.batch"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused_by_name(make, message):
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "clients", "expected"),
+    [
+        (Sampling(fraction=0.05), 1613, 80),  # FlexLoRA's own
+        (Sampling(fraction=0.29), 100, 29),  # 0.29 × 100 is 28.999… in floating point
+        (Sampling(fraction=0.01), 7, 1),
+        (Sampling(number=9), 4, 4),
+        (Sampling(number=3), 4, 3),
+        (Sampling(), 4, 4),
+    ],
+)
+def test_how_many_take_part(sampling, clients, expected):
+    assert sampling.count(clients) == expected
+
+
+def test_a_measure_that_is_possible_passes(parts):
+    model, _, work = parts
+    preflight.check_measures(Conduct(evaluation=MEASURED, target_loss=1.0), model, work)
