@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 import torch
-from models import VOCABULARY, random_adapter
 
+from models import VOCABULARY, random_adapter
 from polyrank.aggregation.types import Assignment
 from polyrank.data.types import Encoded
 from polyrank.model import LoadedModel
