@@ -37,7 +37,7 @@ def clients(seen: int = 4, unseen: int = 1, examples: int = 5) -> dict[str, Clie
 
     def example(row: int) -> Example:
         words = [f"w{i}" for i in torch.randint(4, VOCABULARY, (5,), generator=draw).tolist()]
-        return Example(" ".join(words[:3]), (" ".join(words[3:]),), row)
+        return Example(" ".join(words[:3]), (" ".join(words[3 + row % 2 :]),), row)
 
     def client(id: str, number: int, seen: bool) -> ClientData:
         parts = [tuple(map(example, range(count))) for count in (examples + number % 3, 2, 2)]

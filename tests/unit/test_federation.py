@@ -20,6 +20,7 @@ from polyrank.errors import (
     PolyrankError,
     RankError,
     RecipeError,
+    ResourceError,
     RoundFailedError,
     RuleError,
     RunError,
@@ -173,6 +174,22 @@ def test_a_damaged_checkpoint_costs_one_round_and_no_byte(tmp_path, model):
         federation(tmp_path / "run", model=model, resume=True)
     lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
     assert len(lines) == 3, "what is left is not thrown away"
+
+
+def test_a_round_whose_checkpoint_failed_is_recorded_once_when_it_is_tried_again(tmp_path, model):
+    with federation(tmp_path / "run", model=model, conduct=PLAIN) as parts:
+        real = parts.folder.save_checkpoint
+
+        def full(saved):
+            parts.folder.save_checkpoint = real
+            raise ResourceError("no room")
+
+        parts.folder.save_checkpoint = full
+        with pytest.raises(ResourceError, match="no room"):
+            list(parts.rounds(2))
+        assert [record.round for record in parts.rounds(2)] == [1, 2]
+        assert [record["round"] for record in parts.folder.records()] == [1, 2]
+    federation(tmp_path / "run", model=model, conduct=PLAIN, resume=True).close()
 
 
 @pytest.mark.parametrize(
@@ -404,15 +421,17 @@ def test_a_client_that_diverges_does_not_stop_its_cohort(model, monkeypatch):
 
 
 def test_below_the_quorum_others_are_asked_and_the_failed_attempt_is_told_of(model):
-    conduct = replace(PLAIN, sampling=Sampling(number=2), faults=Faults(quorum=1.0, attempts=2))
-    with federation(model=model, conduct=conduct) as parts:
-        spoil(parts, lambda a: a.attempt == 0, nan)
-        (record,) = parts.rounds(1)
-    assert record.attempt == 1
-    (failed,) = record.abandoned
-    assert len(failed) == 2
-    assert not set(failed) & set(record.clients)
-    assert record.rejected == {}
+    for seed in range(4):  # Drawn without regard to who failed, the two would meet again.
+        faults = Faults(quorum=1.0, attempts=2)
+        conduct = replace(PLAIN, sampling=Sampling(number=2), faults=faults, seed=seed)
+        with federation(model=model, conduct=conduct) as parts:
+            spoil(parts, lambda a: a.attempt == 0, nan)
+            (record,) = parts.rounds(1)
+        assert record.attempt == 1
+        (failed,) = record.abandoned
+        assert len(failed) == 2
+        assert not set(failed) & set(record.clients)
+        assert record.rejected == {}
 
 
 def test_a_round_that_fails_in_every_attempt_changes_nothing(tmp_path, model):

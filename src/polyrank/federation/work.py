@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -85,8 +86,11 @@ def fingerprint(work: Mapping[str, ClientWork]) -> str:
     digest = hashlib.sha256()
     for id in sorted(work):
         for part in ("train", "validation", "test"):
-            for row in work[id].rows[part]:
-                digest.update(f"{id}|{part}|{row.loss_from}|{row.input_ids}".encode())
+            rows = work[id].rows[part]
+            digest.update(f"{len(id)}|{id}|{part}|{len(rows)}|".encode("utf-8", "surrogatepass"))
+            for row in rows:
+                digest.update(f"{row.loss_from}|{len(row.input_ids)}|".encode())
+                digest.update(array("q", row.input_ids).tobytes())
     return digest.hexdigest()
 
 
