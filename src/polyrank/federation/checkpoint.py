@@ -50,11 +50,16 @@ def save(root: Path, checkpoint: Checkpoint) -> None:
         storage.sync(partial)
         partial.rename(target)
         storage.sync(root)
-        for _, old in _finished(root)[KEEP:]:
-            going = root / f".{old.name}.old"  # So that half a checkpoint never has its name.
-            storage.remove(going)
-            old.rename(going)
-            storage.remove(going)
+        prune(root)
+
+
+def prune(root: Path) -> None:
+    """Let go of the checkpoints before the last `KEEP`."""
+    for _, old in _finished(root)[KEEP:]:
+        going = root / f".{old.name}.old"  # So that half a checkpoint never has its name.
+        storage.remove(going)
+        old.rename(going)
+        storage.remove(going)
 
 
 def load(root: Path) -> tuple[Checkpoint, dict[Path, str]]:

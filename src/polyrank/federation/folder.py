@@ -162,6 +162,8 @@ class RunFolder:
                 aside = path.with_name(f"damaged-{path.name}")
                 storage.remove(aside)
                 path.rename(aside)
+        if self._lock >= 0:  # A kill may have come before this.
+            checkpoint.prune(self.path / "checkpoints")
         return found
 
     # --- updates of the round in progress ---
