@@ -222,11 +222,10 @@ def look(folder: Path) -> Inside:
     opened = RunFolder.peek(folder)
     about = storage.read_json(folder / ABOUT)
     saved = opened.load_checkpoint()
-    last = saved.round if saved else 0
     return Inside(
-        records=[RoundRecord(**r) for r in opened.records() if r["round"] <= last],
+        records=[RoundRecord(**r) for r in opened.records() if r["round"] <= saved.round],
         fleet=storage.read_json(folder / FLEET) if (folder / FLEET).exists() else None,
-        factors=_factors(about["settings"]["rule"], saved) if saved and saved.round else None,
+        factors=_factors(about["settings"]["rule"], saved) if saved.round else None,
         notes=opened.notes,
     )
 
@@ -235,7 +234,7 @@ def adapter_of(folder: Path) -> GlobalAdapter:
     """Return the adapter of a run as its last whole checkpoint has it, finished or not."""
     recipe = recipe_of(folder)
     saved = RunFolder.peek(folder).load_checkpoint()
-    if saved is None or not saved.round:
+    if not saved.round:
         raise RunError(
             f"{folder}: no round is finished yet, so there is no adapter; polyrank resume {folder}"
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -211,6 +212,17 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(AdapterError, match="No space left"):
         save_adapter(tmp_path / "a", random_adapter(model), model)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    model = tiny_loaded("llama")
+    before = os.umask(0o022)
+    try:
+        save_adapter(tmp_path / "out", random_adapter(model), model)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {0o644}
 
 
 def test_an_empty_folder_may_be_used_and_parents_are_made(tmp_path):

@@ -32,9 +32,11 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise AdapterError(f"{target} cannot be written: {error}") from error
     try:
         yield work
-        work.chmod(0o777 & ~_umask())
+        mask = _umask()
+        work.chmod(0o777 & ~mask)
         for path in work.rglob("*"):
             if path.is_file():
+                path.chmod(0o666 & ~mask)  # safetensors makes files that only the owner reads.
                 _sync(path)
         work.replace(target)
     except OSError as error:
