@@ -55,13 +55,21 @@ def test_every_number_format_has_a_fingerprint(dtype):
     assert len(surroundings.fingerprint(one_block(dtype))) == 64
 
 
-def test_the_fingerprint_of_the_data_tells_tokens_parts_and_loss_apart(model):
+def with_reference(client):
+    """Return the client with one more acceptable answer to its first test example."""
+    first, *rest = client.test
+    return replace(client, test=(replace(first, references=(*first.references, "or this")), *rest))
+
+
+def test_the_fingerprint_of_the_data_tells_apart_what_training_and_scores_read(model):
     data = clients()
     known = {
         name: fingerprint(prepare(given, model, encoding)[0])
         for name, given, encoding in (
             ("as is", data, Encoding()),
             ("loss on all", data, Encoding(loss_on="all")),
+            ("another reference", {**data, "c0": with_reference(data["c0"])}, Encoding()),
+            ("another category", {**data, "c0": replace(data["c0"], category="z")}, Encoding()),
             (
                 "one fewer",
                 {**data, "c0": replace(data["c0"], train=data["c0"].train[1:])},

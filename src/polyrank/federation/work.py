@@ -82,15 +82,23 @@ def prepare(
 
 
 def fingerprint(work: Mapping[str, ClientWork]) -> str:
-    """Return a SHA-256 (hex) over every client's token ids, parts and loss positions."""
+    """Return a SHA-256 (hex) over all that training and scores read of the clients.
+
+    That is who is seen, categories, parts, token ids with the positions of prompt and loss, and the
+    references that generated text is compared with.
+    """
     digest = hashlib.sha256()
     for id in sorted(work):
+        client = work[id]
+        digest.update(repr((id, client.seen, client.category)).encode())
         for part in ("train", "validation", "test"):
-            rows = work[id].rows[part]
-            digest.update(f"{len(id)}|{id}|{part}|{len(rows)}|".encode("utf-8", "surrogatepass"))
+            rows = client.rows[part]
+            digest.update(f"{part}|{len(rows)}|".encode())
             for row in rows:
-                digest.update(f"{row.loss_from}|{len(row.input_ids)}|".encode())
+                digest.update(f"{row.prompt_length}|{row.loss_from}|{len(row.input_ids)}|".encode())
                 digest.update(array("q", row.input_ids).tobytes())
+                references = client.examples[part][row.example].references
+                digest.update(repr(references).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
