@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from federations import clients, federation, one_block
 from models import random_adapter
-from polyrank.algebra import Adapter
+from polyrank.algebra import Adapter, LowRank
 from polyrank.federation import Conduct, Evaluation, prepare
 from polyrank.federation.evaluate import evaluate, summarise
 from polyrank.federation.round import Round
@@ -88,6 +88,16 @@ def test_sites_without_an_update_count_as_zero(model, work, adapter):
     got = evaluate(model, few, work, "test", SETTINGS, texts=False)
     expected = evaluate(model, whole, work, "test", SETTINGS, texts=False)
     assert got["seen"]["loss"] == pytest.approx(expected["seen"]["loss"], abs=1e-12)
+
+
+def test_an_adapter_of_more_rank_than_its_matrices_is_evaluated_as_any_other(model, work, adapter):
+    """What a client starts from is a sum, of trained and of frozen factors."""
+    rank = max(min(shape) for shape in model.spec.shapes.values())
+    wide = Adapter({s: LowRank.stack([d.scale(1 / rank)] * rank) for s, d in adapter.items()})
+    assert all(delta.rank > min(delta.shape) for delta in wide.values())
+    got = evaluate(model, wide, work, "test", SETTINGS, texts=False)
+    expected = evaluate(model, adapter, work, "test", SETTINGS, texts=False)
+    assert got["seen"]["loss"] == pytest.approx(expected["seen"]["loss"], abs=1e-10)
 
 
 def test_the_limit_takes_each_clients_first_examples(model, work, adapter):

@@ -9,7 +9,7 @@ from typing import Any
 
 from polyrank.algebra import Adapter
 from polyrank.federation.settings import Evaluation
-from polyrank.federation.work import ClientWork, Part, at_every_site
+from polyrank.federation.work import ClientWork, Part
 from polyrank.model import LoadedModel, generate
 from polyrank.training import token_losses
 from polyrank.training.metrics import exact_match, rouge_l
@@ -31,7 +31,6 @@ def client_losses(
     """
     rows = {c.id: c.rows[part][: settings.examples or None] for c in work if c.rows[part]}
     flat = [row for id in rows for row in rows[id]]
-    adapter = adapter and at_every_site(adapter, model.spec)
     losses = iter(token_losses(model, adapter, flat, settings.batch))
     found = {}
     for id, own in rows.items():

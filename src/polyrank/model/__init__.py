@@ -1,6 +1,6 @@
 """The only importer of transformers and peft: loading, sites, LoRA layers, PEFT folders."""
 
-from polyrank.model.cohort import Cohort, Part, Slot
+from polyrank.model.cohort import Cohort, Part, Slot, applied
 from polyrank.model.describe import describe
 from polyrank.model.forward import logits_at
 from polyrank.model.generation import generate
@@ -15,6 +15,7 @@ __all__ = [
     "LoadedModel",
     "Part",
     "Slot",
+    "applied",
     "choose_sites",
     "describe",
     "find_blocks",

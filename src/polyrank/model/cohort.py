@@ -18,7 +18,7 @@ from polyrank.model.layer import CohortLayer
 from polyrank.model.load import LoadedModel
 from polyrank.model.routing import Part, Routing
 
-__all__ = ["Cohort", "Part", "Slot"]
+__all__ = ["Cohort", "Part", "Slot", "applied"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,18 @@ class Cohort:
         """Return a copy of slot k's factors at their true ranks, with s folded into B again."""
         start = self.slots[k].start
         return Adapter({s: layer.read(k, start[s].rank) for s, layer in self._layers.items()})
+
+
+def applied(model: LoadedModel, adapter: Adapter | None) -> Cohort:
+    """Return the context in which the adapter acts without being trained; None: the bare base.
+
+    It may lack sites and have any rank, also one above its matrices', as a sum of adapters may.
+    """
+    zero = {
+        site: LowRank.zero(*shape, device=model.device) for site, shape in model.spec.shapes.items()
+    }
+    frozen = Adapter({}) if adapter is None else adapter
+    return Cohort(model, [Slot(Adapter(zero), dict.fromkeys(zero, 1.0), frozen)])
 
 
 def _check(place: str, slot: Slot, shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -8,9 +8,9 @@ from itertools import groupby
 import torch
 from transformers import GenerationConfig
 
-from polyrank.algebra import Adapter, LowRank
+from polyrank.algebra import Adapter
 from polyrank.errors import DataError
-from polyrank.model.cohort import Cohort, Slot
+from polyrank.model.cohort import applied
 from polyrank.model.load import LoadedModel
 
 
@@ -46,21 +46,12 @@ def generate(
                 f"context of {model.spec.context} less {max_new_tokens} new ones"
             )
     texts = [""] * len(prompts)
-    with _applied(model, adapter):
+    with applied(model, adapter):
         for chosen in _batches(prompts, batch, pad=model.dtype != torch.float64):
             answers = _generate_batch(model, [prompts[i] for i in chosen], max_new_tokens)
             for i, text in zip(chosen, answers, strict=True):
                 texts[i] = text
     return texts
-
-
-def _applied(model: LoadedModel, adapter: Adapter | None) -> Cohort:
-    """Return the context in which the adapter acts, as a term without training at any rank."""
-    zero = {
-        site: LowRank.zero(*shape, device=model.device) for site, shape in model.spec.shapes.items()
-    }
-    frozen = Adapter({}) if adapter is None else adapter
-    return Cohort(model, [Slot(Adapter(zero), dict.fromkeys(zero, 1.0), frozen)])
 
 
 def _batches(prompts: Sequence[Sequence[int]], batch: int, *, pad: bool) -> Iterator[list[int]]:

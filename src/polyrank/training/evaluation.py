@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 
 from polyrank.algebra import Adapter
 from polyrank.data.types import Encoded
-from polyrank.model import Cohort, LoadedModel, Slot, logits_at, target_losses
+from polyrank.model import LoadedModel, applied, logits_at, target_losses
 from polyrank.training.batches import assemble
 
 
@@ -19,17 +18,13 @@ def token_losses(
 ) -> list[tuple[float, int]]:
     """Return (summed loss, target tokens) of every example, in the order given.
 
-    `adapter` None means the bare base. Examples of like length are batched together, `batch` at a
-    time; a mean over examples is Σ loss / Σ tokens. Raises SiteError if the adapter does not fit.
+    `adapter` may lack sites and have any rank; None means the bare base. Examples of like length
+    are batched together, `batch` at a time; a mean over examples is Σ loss / Σ tokens. Raises
+    SiteError if the adapter does not fit.
     """
     found: list[tuple[float, int]] = [(0.0, 0)] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
-    attached = (
-        nullcontext()
-        if adapter is None
-        else Cohort(model, [Slot(adapter, dict.fromkeys(adapter, 1.0))])
-    )
-    with attached:
+    with applied(model, adapter):
         for first in range(0, len(order), batch):
             chosen = order[first : first + batch]
             rows = [encoded[i] for i in chosen]
