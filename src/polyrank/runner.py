@@ -223,7 +223,7 @@ def look(folder: Path) -> Inside:
     about = storage.read_json(folder / ABOUT)
     saved = opened.load_checkpoint()
     return Inside(
-        records=[RoundRecord(**r) for r in opened.records() if r["round"] <= saved.round],
+        records=[RoundRecord.from_json(r) for r in opened.records() if r["round"] <= saved.round],
         fleet=storage.read_json(folder / FLEET) if (folder / FLEET).exists() else None,
         factors=_factors(about["settings"]["rule"], saved) if saved.round else None,
         notes=opened.notes,

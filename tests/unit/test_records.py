@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from polyrank.aggregation import SiteReport
+from polyrank.errors import RunError
 from polyrank.federation import RoundRecord
 from polyrank.federation.records import summary, to_target
 from polyrank.federation.round import Receipt
@@ -51,7 +52,9 @@ def test_a_record_tells_of_the_attempt_that_succeeded_and_counts_what_all_cost()
 
 def test_a_record_is_json_and_comes_back():
     made = record()
-    assert RoundRecord(**json.loads(json.dumps(made.to_json()))) == made
+    assert RoundRecord.from_json(json.loads(json.dumps(made.to_json()))) == made
+    with pytest.raises(RunError, match="expected records of schema 1, got 2"):
+        RoundRecord.from_json({**made.to_json(), "schema": 2, "new": 0})
 
 
 def test_a_record_is_one_line_for_people():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyrank.aggregation import SiteReport
+from polyrank.errors import RunError
 from polyrank.federation.round import Round
 
 SCHEMA = 1
@@ -74,6 +75,16 @@ class RoundRecord:
     def to_json(self) -> dict[str, Any]:
         """Return the record as a JSON object."""
         return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> RoundRecord:
+        """Return the record that `to_json` gave; RunError for one of another layout."""
+        if found.get("schema") != SCHEMA:
+            raise RunError(
+                f"rounds.jsonl: expected records of schema {SCHEMA}, got {found.get('schema')}; "
+                "another version wrote them"
+            )
+        return RoundRecord(**found)
 
     @property
     def discarded(self) -> float:
