@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from federations import clients, federation, one_block
 from models import random_adapter
+from polyrank.aggregation import FlexLoRA
 from polyrank.algebra import Adapter, LowRank
 from polyrank.federation import Conduct, Evaluation, prepare
 from polyrank.federation.evaluate import evaluate, summarise
@@ -178,3 +179,14 @@ def test_own_rank_is_the_loss_with_what_each_client_is_dealt_next(model):
     everyone = [loss for own in losses.values() for loss in own]
     assert told["all"]["loss"] == pytest.approx(statistics.fmean(everyone), abs=1e-9)
     assert told["small"]["loss"] != pytest.approx(record.evaluation["server"]["seen"]["loss"])
+
+
+def test_with_the_tail_in_the_base_every_client_has_the_whole_aggregate_at_its_own_rank(model):
+    conduct = Conduct(evaluation=replace(SETTINGS, own_rank=True), cohort=4)
+    rule = FlexLoRA("tail-in-base")
+    with federation(model=model, data=clients(seen=5), rule=rule, conduct=conduct) as parts:
+        (record,) = parts.rounds(1)
+    own, server = record.evaluation["own_rank"], record.evaluation["server"]
+    assert own["all"]["loss"] == pytest.approx(server["seen"]["loss"], abs=1e-9)
+    base = evaluate(model, None, parts.work, "validation", SETTINGS, texts=False)
+    assert abs(base["seen"]["loss"] - own["all"]["loss"]) > 1e-3
