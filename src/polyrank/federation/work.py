@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from polyrank.algebra import Adapter, LowRank
-from polyrank.data import ClientData, Encoded, Example, Skipped, encode
+from polyrank.data import ClientData, Clients, Encoded, Example, Skipped, encode
 from polyrank.errors import DataError
 from polyrank.federation.settings import Encoding
 from polyrank.model import LoadedModel
@@ -35,7 +35,7 @@ class ClientWork:
 def prepare(
     clients: Mapping[str, ClientData], model: LoadedModel, encoding: Encoding
 ) -> tuple[dict[str, ClientWork], Skipped]:
-    """Return the clients' work, and what could not be used, by name.
+    """Return the clients' work, and what could not be used, by name, what `partition` left out too.
 
     A seen client left without a training example cannot take part: it is left out and named.
     Raises DataError if no seen client is left, or if `max_length` exceeds the model's context.
@@ -48,7 +48,7 @@ def prepare(
             f"{context}; lower it, or take another model"
         )
     work: dict[str, ClientWork] = {}
-    skipped = Skipped()
+    skipped = clients.skipped if isinstance(clients, Clients) else Skipped()
     for id, client in sorted(clients.items()):
         rows: dict[Part, Sequence[Encoded]] = {}
         parts: tuple[Part, ...] = ("train", "validation", "test")
