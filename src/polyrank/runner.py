@@ -148,7 +148,9 @@ def _run(
     recipe: Recipe, folder: Path, attendance: Attendance, parts: _Parts, *, resume: bool
 ) -> Mapping[str, Any]:
     if resume and (folder / SUMMARY).exists():
-        return storage.read_json(folder / SUMMARY)
+        finished = storage.read_json(folder / SUMMARY)
+        if finished["stopped"] or finished["rounds"] >= recipe.rounds:
+            return finished  # Otherwise the recipe was changed to ask for more rounds.
     force = recipe.fleet.force
     title = f"{recipe.aggregation.rule}{f', all clients {force}' if force else ''}"
     with _build(recipe, folder, attendance, parts, resume=resume) as federation:

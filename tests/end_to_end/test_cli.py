@@ -101,6 +101,22 @@ def test_resuming_a_finished_run_shows_it_again_and_trains_nothing(finished: Pat
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
 
 
+def test_a_finished_run_goes_on_where_its_recipe_now_asks_for_more_rounds(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    assert polyrank("run", recipe, "--out", whole, "--control", "T1").code == 0
+    begun = polyrank("run", recipe, "rounds=1", "--out", longer, "--control", "T1")
+    assert begun.code == 0, begun.err
+    own = longer / "recipe.toml"
+    own.write_text(own.read_text().replace("rounds = 1\n", "rounds = 2\n"))
+    done = polyrank("resume", longer)
+    assert done.code == 0, done.err
+    assert done.err.count("going on after round 1") == 2
+    for run in ("", "control"):
+        assert adapter_bytes(longer / run) == adapter_bytes(whole / run)
+        assert json.loads((longer / run / "summary.json").read_text())["rounds"] == 2
+
+
 def test_json_is_all_there_is_on_stdout(finished: Path) -> None:
     told = json.loads(polyrank("resume", finished, "--json").out)
     summary = json.loads((finished / "summary.json").read_text())
@@ -155,6 +171,32 @@ def test_the_merged_export_is_the_base_with_the_adapter(finished: Path, tmp_path
     # One float32 addition per weight apart.
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(merged), logits(base), rtol=1e-3, atol=1e-3)
+
+
+def test_rows_that_were_left_out_at_any_stage_are_named_in_the_run(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    long = " ".join(["w5"] * 100)
+    rows = [
+        {"task": "task0", "instruction": "w90", "output": " "},
+        {"task": "task0", "instruction": "", "output": "w4"},
+        {"task": "tiny", "instruction": "w90", "output": "w4"},
+        {"task": "task0", "instruction": long, "output": "w4"},
+    ]
+    with (tmp_path / "tasks.jsonl").open("a") as file:
+        file.writelines(json.dumps({"unseen": False, **row}) + "\n" for row in rows)
+    done = polyrank("run", recipe, "rounds=1", "data.min_examples=2", "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "run" / "skipped.json").read_text())
+    assert told == {
+        "count": 4,
+        "rows": {
+            "no completion": ["row 60"],
+            "empty prompt": ["row 61"],
+            "client below 2 examples": ["tiny row 62"],
+            "too long": ["task0 row 63"],
+        },
+    }
+    assert "not used: 1 no completion, 1 empty prompt, 1 client below 2 examples" in done.err
 
 
 @pytest.mark.parametrize(
