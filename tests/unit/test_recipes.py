@@ -25,6 +25,11 @@ def test_there_are_the_three_recipes_that_the_docs_name() -> None:
     assert [path.stem for path in RECIPES] == ["hub-example", "natural-instructions", "quickstart"]
 
 
+def test_the_page_marks_values_as_code_and_leaves_apostrophes() -> None:
+    assert "| one of `adamw`, `sgd` |" in page()
+    assert "a family's name or a table" in page()
+
+
 def test_the_page_of_all_keys_is_up_to_date() -> None:
     """Made by ``python -m polyrank.config.reference > docs/recipes.md``."""
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
@@ -29,6 +30,8 @@ The three recipes in `recipes/` are worked examples. This page is made from the 
 `python -m polyrank.config.reference`.
 """
 
+_QUOTED = re.compile(r"'([^' ]*)'")
+
 
 def page() -> str:
     """Return the page as Markdown."""
@@ -49,7 +52,7 @@ def _table(section: type[Section]) -> Iterator[str]:
     for name, field in section.model_fields.items():
         if subsection(field) is None:
             meaning = " ".join((field.description or "").split())
-            takes = words(field).replace("'", "`").replace("|", "\\|")
+            takes = _QUOTED.sub(r"`\1`", words(field)).replace("|", "\\|")
             yield f"| `{name}` | {takes} | {_default(field)} | {meaning} |"
 
 
