@@ -190,3 +190,26 @@ def test_with_the_tail_in_the_base_every_client_has_the_whole_aggregate_at_its_o
     assert own["all"]["loss"] == pytest.approx(server["seen"]["loss"], abs=1e-9)
     base = evaluate(model, None, parts.work, "validation", SETTINGS, texts=False)
     assert abs(base["seen"]["loss"] - own["all"]["loss"]) > 1e-3
+
+
+def test_rounds_are_measured_on_validation_parts_when_due_and_the_two_ends_on_test_parts(model):
+    settings = replace(
+        SETTINGS, every=2, own_rank=False, generate=1, generate_every=4, max_new_tokens=2
+    )
+    with federation(model=model, conduct=Conduct(evaluation=settings, cohort=4)) as parts:
+        records = list(parts.rounds(4))
+        summary, factors = parts.finish(), parts.adapter.factors
+
+        def measured(adapter, part):
+            return evaluate(model, adapter, parts.work, part, settings, texts=True)
+
+        assert parts.base() == measured(None, "test")
+        assert summary["base"]["seen"]["loss"] == parts.base()["seen"]["loss"]
+        final = measured(factors, "test")
+        for who in ("seen", "unseen"):
+            for score in ("loss", "loss_se", "exact_match", "rouge_l"):
+                assert summary["final"][who][score] == final[who][score]
+        assert summary["per_category"] == final["per_category"]
+        assert [record.evaluation is not None for record in records] == [False, True, False, True]
+        assert records[1].evaluation["server"]["seen"]["exact_match"] is None, "no texts yet"
+        assert records[3].evaluation["server"] == measured(factors, "validation")
