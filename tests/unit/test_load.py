@@ -163,6 +163,14 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, architecture):
+    # transformers gives one with special tokens alone, to which every text is empty.
+    tiny(architecture).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_model(tmp_path)
+
+
 def test_an_end_of_sequence_beyond_the_vocabulary_is_refused():
     small = tiny(vocab_size=2, pad_token_id=0, bos_token_id=0, eos_token_id=1)
     with pytest.raises(ModelError, match=r"vocabulary of 2, got 2"):

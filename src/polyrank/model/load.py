@@ -71,7 +71,7 @@ def load_model(
     Weights are read from safetensors files only, and no code that comes with a model is run.
 
     Raises ModelError if the model is missing, unreadable, incomplete or not a causal language
-    model, or lacks an end-of-sequence token; SiteError as `choose_sites`.
+    model, or lacks a tokenizer or its end-of-sequence token; SiteError as `choose_sites`.
     """
     where = resolve_device(device)
     disable_progress_bar()
@@ -136,8 +136,8 @@ def wrap_model(
     without a padding token gets the end-of-sequence token for one. `checkpointing` wraps the blocks
     of this module for good.
 
-    Raises ModelError if there is no end-of-sequence token or it is beyond the model's vocabulary;
-    SiteError as `choose_sites`.
+    Raises ModelError if the tokenizer has no words, or no end-of-sequence token within the model's
+    vocabulary; SiteError as `choose_sites`.
     """
     spec = describe(module, sites=sites, exclude=exclude, groups=groups)
     _complete_tokenizer(tokenizer, module, source or type(module).__name__)
@@ -210,6 +210,11 @@ def _unreadable(what: str, name: str, error: Exception) -> str:
 def _complete_tokenizer(
     tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel, name: str
 ) -> None:
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one up, of nothing.
+        raise ModelError(
+            f"model {name}: expected a tokenizer, found none but special tokens; put the files of "
+            "its tokenizer (tokenizer.json, tokenizer_config.json) beside the weights"
+        )
     rows = module.get_input_embeddings().weight.shape[0]
     eos = tokenizer.eos_token_id
     if eos is None or eos >= rows:
