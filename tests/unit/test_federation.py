@@ -123,6 +123,12 @@ def test_a_run_goes_on_after_every_round_as_if_it_had_not_stopped(tmp_path, mode
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_updates_are_kept_no_longer_than_their_round(tmp_path, model):
+    with federation(tmp_path / "run", model=model, conduct=PLAIN) as parts:
+        for _ in parts.rounds(2):
+            assert list((tmp_path / "run" / "updates").iterdir()) == []
+
+
 def test_a_finished_run_can_be_made_longer(tmp_path, model):
     play(federation(tmp_path / "long", model=model), until=3)
     _, short = play(federation(tmp_path / "run", model=model), until=1)
