@@ -375,7 +375,7 @@ class EngineSection(Section):
     threads: int = Field(default=0, ge=0)
     """Threads of torch; 0: one for each core. What was chosen is stored with the run."""
     cohort: Cohort = "auto"
-    """Clients trained in one pass; `auto`: as memory allows."""
+    """Clients trained in one pass; `auto`: as memory allows, on a CPU up to 2,048 tokens a pass."""
     deterministic: bool = False
     """One client at a time, so that all engines give the same bytes."""
 
