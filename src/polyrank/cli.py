@@ -117,8 +117,11 @@ def export(
 
     adapter = runner.adapter_of(folder)
     if merged:
-        adapter.save_merged(target)
+        lost = adapter.save_merged(target)
         typer.echo(f"{target}: base and adapter as one model")
+        typer.echo(
+            f"rounding to {adapter.model.dtype} changed the update by {lost:.2g} of its norm"
+        )
         return
     lost = adapter.save(target, rank=rank)
     if rank is not None:
@@ -148,7 +151,10 @@ def inspect(folder: RunFolderArgument) -> None:
     measured = [text for record in inside.records if (text := report.own_rank(record))]
     if measured:
         console.print(measured[-1])
-    console.print(report.spectra(inside.factors, inside.records[-1]))
+    if inside.result_round < inside.records[-1].round:
+        console.print(f"early stopping keeps the adapter of round {inside.result_round}")
+    at_result = next(r for r in inside.records if r.round == inside.result_round)
+    console.print(report.spectra(inside.factors, at_result))
 
 
 @contextmanager
@@ -164,7 +170,7 @@ def _attending(allow_inexact: bool = False) -> Iterator[Attendance]:
         if wish.is_set():
             raise KeyboardInterrupt
         wish.set()
-        console.print("stopping after this step; once more to end at once", style="yellow")
+        console.print("stopping after this step or batch; once more to end at once", style="yellow")
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, note) for number in numbers}

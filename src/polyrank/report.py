@@ -125,10 +125,15 @@ def own_rank(record: RoundRecord) -> str | None:
     )
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, e.g. ``1 round`` or ``2 rounds``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def spent(summary: Mapping[str, Any]) -> str:
     """Return what a run took, and how it ended, in one or two sentences."""
     text = (
-        f"{summary['rounds']} rounds in {duration(summary['seconds'])}, "
+        f"{count(summary['rounds'], 'round')} in {duration(summary['seconds'])}, "
         f"{summary['bytes_up'] / 2**20:.1f} MiB up, {summary['bytes_down'] / 2**20:.1f} MiB down."
     )
     if summary["stopped"]:

@@ -216,6 +216,7 @@ class Inside:
     records: list[RoundRecord]
     fleet: Mapping[str, Any] | None
     factors: Adapter | None
+    result_round: int
     notes: list[str]
 
 
@@ -228,6 +229,7 @@ def look(folder: Path) -> Inside:
         records=[RoundRecord.from_json(r) for r in opened.records() if r["round"] <= saved.round],
         fleet=storage.read_json(folder / FLEET) if (folder / FLEET).exists() else None,
         factors=_factors(about["settings"]["rule"], saved) if saved.round else None,
+        result_round=saved.progress.best_round if saved.best else saved.round,
         notes=opened.notes,
     )
 

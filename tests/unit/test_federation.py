@@ -147,7 +147,8 @@ def test_a_wish_to_stop_keeps_the_clients_that_are_done(tmp_path, model):
     steps = []
 
     def stop() -> bool:
-        steps.append(1)
+        if (tmp_path / "run" / "base.json").exists():  # The base is evaluated: only steps count.
+            steps.append(1)
         return len(steps) == 8  # In the second cohort of the first round.
 
     with federation(tmp_path / "run", model=model, conduct=PLAIN, stop=stop) as parts:
@@ -161,6 +162,24 @@ def test_a_wish_to_stop_keeps_the_clients_that_are_done(tmp_path, model):
         list(parts.rounds(1))
         parts.finish()
     assert len(trained) == 2
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_wish_to_stop_is_heard_within_an_evaluation(tmp_path, model):
+    asked = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) == 2
+
+    with federation(tmp_path / "run", model=model, stop=stop) as parts:
+        with pytest.raises(InterruptedRunError):
+            parts.base()
+    assert not (tmp_path / "run" / "base.json").exists()
+    play(federation(tmp_path / "whole", model=model), until=1)
+    with federation(tmp_path / "run", model=model, resume=True) as parts:
+        list(parts.rounds(1))
+        parts.finish()
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from polyrank.algebra import Adapter
+from polyrank.data import Encoded
 from polyrank.federation.settings import Evaluation
 from polyrank.federation.work import ClientWork, Part
 from polyrank.model import LoadedModel, generate
 from polyrank.training import token_losses
 from polyrank.training.metrics import exact_match, rouge_l
+
+OnBatch = Callable[[], None] | None
+"""Called before each batch; may raise to end the evaluation."""
 
 Scores = dict[str, Any]
 """JSON: per group ``loss``, ``loss_se``, ``exact_match``, ``rouge_l``, ``clients``."""
@@ -24,6 +28,7 @@ def client_losses(
     work: Sequence[ClientWork],
     part: Part,
     settings: Evaluation,
+    on_batch: OnBatch = None,
 ) -> dict[str, float]:
     """Return each client's loss: the mean over the target tokens of its first examples.
 
@@ -31,7 +36,7 @@ def client_losses(
     """
     rows = {c.id: c.rows[part][: settings.examples or None] for c in work if c.rows[part]}
     flat = [row for id in rows for row in rows[id]]
-    losses = iter(token_losses(model, adapter, flat, settings.batch))
+    losses = iter(token_losses(model, adapter, flat, settings.batch, on_batch))
     found = {}
     for id, own in rows.items():
         pairs = [next(losses) for _ in own]
@@ -45,18 +50,22 @@ def client_texts(
     work: Sequence[ClientWork],
     part: Part,
     settings: Evaluation,
+    on_batch: OnBatch = None,
 ) -> dict[str, tuple[float, float]]:
     """Return each client's (exact match, ROUGE-L) of greedy generations, both in 0…1.
 
     Prompts that leave no room in the context for the new tokens are passed over; a client left
     without any is left out.
     """
-    room = model.spec.context - settings.max_new_tokens
-    short = {c.id: [row for row in c.rows[part] if row.prompt_length <= room] for c in work}
+    short = {c.id: [row for row in c.rows[part] if _fits(row, model, settings)] for c in work}
     rows = [(c, row) for c in work for row in short[c.id][: settings.generate]]
-    prompts = [row.input_ids[: row.prompt_length] for _, row in rows]
     texts = generate(
-        model, adapter, prompts, max_new_tokens=settings.max_new_tokens, batch=settings.batch
+        model,
+        adapter,
+        [row.input_ids[: row.prompt_length] for _, row in rows],
+        max_new_tokens=settings.max_new_tokens,
+        batch=settings.batch,
+        on_batch=on_batch,
     )
     scores: dict[str, list[tuple[float, float]]] = {}
     for (client, row), text in zip(rows, texts, strict=True):
@@ -69,6 +78,11 @@ def client_texts(
     }
 
 
+def _fits(row: Encoded, model: LoadedModel, settings: Evaluation) -> bool:
+    """Whether the context has room for the prompt and what is generated from it."""
+    return row.prompt_length + settings.max_new_tokens <= model.spec.context
+
+
 def evaluate(
     model: LoadedModel,
     adapter: Adapter | None,
@@ -77,19 +91,23 @@ def evaluate(
     settings: Evaluation,
     *,
     texts: bool,
+    on_batch: OnBatch = None,
 ) -> Scores:
     """Return the scores of an adapter (None: the bare base) on one part of every client's data.
 
     ``seen`` and ``unseen`` give the mean over clients, each counting once, with the standard error
     of the mean loss; ``per_category`` the same for seen and unseen clients of each category;
-    ``clients`` each client's own. A value that was not measured, or is not finite, is null, and so
+    ``clients`` each client's own; ``no_room`` counts the prompts of this part that are too long to
+    generate from. A value that was not measured, or is not finite, is null, and so
     is a mean over one that is not finite.
     """
     clients = list(work.values())
-    losses = client_losses(model, adapter, clients, part, settings)
+    generating = texts and settings.generate > 0
+    losses = client_losses(model, adapter, clients, part, settings, on_batch)
     generated = (
-        client_texts(model, adapter, clients, part, settings) if texts and settings.generate else {}
+        client_texts(model, adapter, clients, part, settings, on_batch) if generating else {}
     )
+    rows = [row for client in clients for row in client.rows[part]]
     each = {
         id: {
             "loss": _finite(loss),
@@ -114,6 +132,7 @@ def evaluate(
             for name in categories
         },
         "clients": each,
+        "no_room": sum(not _fits(row, model, settings) for row in rows) if generating else 0,
     }
 
 

@@ -34,8 +34,9 @@ class Federation:
     With `out` everything is kept in that folder, which must not exist yet, unless `resume` is set:
     then the run goes on after the last whole checkpoint in it. Without `out` a temporary folder is
     used and removed at the end. `attachments` are texts, by file name, to lay into a new folder
-    first of all, such as the recipe. `stop` is asked between optimizer steps; once it says yes, the
-    run ends with InterruptedRunError, all saved but the clients that were in training.
+    first of all, such as the recipe. `stop` is asked at every optimizer step and batch of an
+    evaluation; once it says yes, the run ends with InterruptedRunError, all saved but the clients
+    that were in training.
 
     Raises RecipeError, DataError, RankError, RuleError or ResourceError before any training if the
     parts do not fit together.
@@ -78,7 +79,13 @@ class Federation:
             preflight.resolve_cohort(self.conduct.cohort, model, spec, self.local, self.work),
         )
         self._scorer = Scorer(
-            model, self.work, fleet, self._settings, self.conduct.evaluation, self._progress
+            model,
+            self.work,
+            fleet,
+            self._settings,
+            self.conduct.evaluation,
+            self._progress,
+            self._check_stop,
         )
 
         with ExitStack() as held:

@@ -18,6 +18,7 @@ from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork
 from polyrank.model import LoadedModel
 from polyrank.training import LocalTraining, cohort_size, slot_bytes
+from polyrank.training.metrics import check_metrics
 
 SHARE = 0.5
 """The share of the free memory that a cohort may take, by estimate."""
@@ -52,6 +53,8 @@ def resolve_cohort(
 def check_measures(conduct: Conduct, model: LoadedModel, work: Mapping[str, ClientWork]) -> None:
     """Raise RecipeError or DataError if something is asked for that could never be measured."""
     measured, context = conduct.evaluation, model.spec.context
+    if measured.generate:
+        check_metrics()
     if (measured.generate or measured.generate_every) and measured.max_new_tokens >= context:
         raise RecipeError(
             f"evaluation.max_new_tokens: {measured.max_new_tokens} leave no room for a prompt in "

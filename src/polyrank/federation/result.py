@@ -57,8 +57,11 @@ class GlobalAdapter:
         shutil.rmtree(old)
         return lost
 
-    def save_merged(self, folder: str | Path) -> None:
-        """Write the base with the adapter added as a full model folder; the base stays as it is."""
+    def save_merged(self, folder: str | Path) -> float:
+        """Write the base with the adapter added as a full model folder; the base stays as it is.
+
+        Returns the share of the update, by norm, that rounding to the base's dtype cost.
+        """
         if Path(folder).exists() and any(Path(folder).iterdir()):
             raise FolderExistsError(f"{folder}: holds something already; choose another folder")
-        save_merged(folder, self.factors, self.model)
+        return save_merged(folder, self.factors, self.model)

@@ -29,14 +29,24 @@ class Scorer:
         round_settings: RoundSettings,
         settings: Evaluation,
         progress: Progress,
+        check_stop: Callable[[], None],
     ):
         self._model, self._work, self._fleet = model, work, fleet
         self._round_settings, self._settings, self._progress = round_settings, settings, progress
+        self._check_stop = check_stop
 
     def of(self, adapter: Adapter | None, part: Part, *, texts: bool) -> Scores:
         """Return the scores of an adapter, or of the bare base, on one part of all clients."""
         self._progress("evaluate", 0, 1)
-        scores = evaluate(self._model, adapter, self._work, part, self._settings, texts=texts)
+        scores = evaluate(
+            self._model,
+            adapter,
+            self._work,
+            part,
+            self._settings,
+            texts=texts,
+            on_batch=self._check_stop,
+        )
         self._progress("evaluate", 1, 1)
         return scores
 
@@ -68,7 +78,9 @@ class Scorer:
         assignment = dealt.assignment(clients[0])  # Clients of one type get the same.
         adapter = assignment.start + assignment.frozen
         work = [self._work[id] for id in clients]
-        return client_losses(self._model, adapter, work, "validation", self._settings)
+        return client_losses(
+            self._model, adapter, work, "validation", self._settings, self._check_stop
+        )
 
     def _by_type(self) -> dict[str, list[str]]:
         """The seen clients of each LoRA type."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -21,6 +21,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch: int = 16,
+    on_batch: Callable[[], None] | None = None,
 ) -> list[str]:
     """Return the greedy continuation of every prompt, in the order of the prompts.
 
@@ -28,7 +29,7 @@ def generate(
     one that the model's own generation settings name, or after `max_new_tokens`; special tokens are
     left out of the text. Nothing else of the model's generation settings (sampling, penalties) has
     an effect, and they are not changed. Prompts of similar length share a batch of at most `batch`.
-    `adapter` may lack sites, and None is the bare base.
+    `adapter` may lack sites, and None is the bare base. `on_batch` is called before each batch.
 
     Raises DataError for an empty prompt or one that with `max_new_tokens` exceeds the context;
     SiteError if the adapter does not fit the model.
@@ -48,6 +49,8 @@ def generate(
     texts = [""] * len(prompts)
     with applied(model, adapter):
         for chosen in _batches(prompts, batch, pad=model.dtype != torch.float64):
+            if on_batch is not None:
+                on_batch()
             answers = _generate_batch(model, [prompts[i] for i in chosen], max_new_tokens)
             for i, text in zip(chosen, answers, strict=True):
                 texts[i] = text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,18 +14,24 @@ from polyrank.training.batches import assemble
 
 @torch.no_grad()
 def token_losses(
-    model: LoadedModel, adapter: Adapter | None, encoded: Sequence[Encoded], batch: int
+    model: LoadedModel,
+    adapter: Adapter | None,
+    encoded: Sequence[Encoded],
+    batch: int,
+    on_batch: Callable[[], None] | None = None,
 ) -> list[tuple[float, int]]:
     """Return (summed loss, target tokens) of every example, in the order given.
 
     `adapter` may lack sites and have any rank; None means the bare base. Examples of like length
-    are batched together, `batch` at a time; a mean over examples is Σ loss / Σ tokens. Raises
-    SiteError if the adapter does not fit.
+    are batched together, `batch` at a time; a mean over examples is Σ loss / Σ tokens. `on_batch`
+    is called before each batch. Raises SiteError if the adapter does not fit.
     """
     found: list[tuple[float, int]] = [(0.0, 0)] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
     with applied(model, adapter):
         for first in range(0, len(order), batch):
+            if on_batch is not None:
+                on_batch()
             chosen = order[first : first + batch]
             rows = [encoded[i] for i in chosen]
             put = assemble(rows, model.tokenizer.pad_token_id, model.device)

@@ -35,6 +35,11 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
     return max(float(scorer.score(reference, text)["rougeL"].fmeasure) for reference in references)
 
 
+def check_metrics() -> None:
+    """Raise PolyrankError if a library that the text metrics need is missing."""
+    _scorer()
+
+
 def _normalise(text: str) -> str:
     return " ".join(text.lower().translate(_PUNCTUATION).split())
 
