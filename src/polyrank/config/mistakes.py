@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from polyrank.config.sections import Expected, Section
+from polyrank.config.section import Expected, Section
 
 _WORDS: Mapping[Any, tuple[str, str]] = {
     str: ("a string", "strings"),

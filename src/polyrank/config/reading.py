@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from polyrank.config.inputs import SAMPLE
 from polyrank.config.mistakes import mistakes
 from polyrank.config.recipe import Recipe
-from polyrank.config.sections import SAMPLE
 from polyrank.errors import PolyrankError, RecipeError
 
 PAIRS = (

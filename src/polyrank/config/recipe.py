@@ -11,20 +11,18 @@ import tomli_w
 from pydantic import Field
 
 from polyrank.aggregation import Rule
-from polyrank.config.sections import (
+from polyrank.config.conduct import (
     AggregationSection,
-    DataSection,
     EngineSection,
     EvaluationSection,
     FaultsSection,
-    FleetSection,
     LocalSection,
     LoRASection,
-    ModelSection,
     SamplingSection,
-    Section,
     StoppingSection,
 )
+from polyrank.config.inputs import DataSection, FleetSection, ModelSection
+from polyrank.config.section import Section
 from polyrank.data import Clients
 from polyrank.federation import Conduct
 from polyrank.planning import Fleet

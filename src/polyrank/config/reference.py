@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from polyrank.config.mistakes import subsection, words
 from polyrank.config.recipe import Recipe
-from polyrank.config.sections import Section
+from polyrank.config.section import Section
 
 HEAD = """\
 # Recipes: every key

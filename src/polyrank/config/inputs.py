@@ -1,4 +1,4 @@
-"""The sections of a recipe: their keys, types and defaults, and the objects that they stand for.
+"""The sections of a recipe that say what goes in: model, data and fleet.
 
 The text below a key is its entry in docs/recipes.md, which is made from here.
 """
@@ -6,30 +6,20 @@ The text below a key is its entry in docs/recipes.md, which is made from here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from polyrank.aggregation import Rule, rule
+from polyrank.config.section import Expected, Section
 from polyrank.data import Clients, load_tasks, partition
 from polyrank.errors import RecipeError
-from polyrank.federation import EarlyStopping, Encoding, Evaluation, Faults, Sampling, Weighting
+from polyrank.federation import Encoding
 from polyrank.model import LoadedModel, load_model
-from polyrank.planning import Fleet, LoRAType, Scaling
+from polyrank.planning import Fleet, LoRAType
 from polyrank.sample import MODEL, TASKS
-from polyrank.training import LocalTraining
 
 SAMPLE = "sample"
 """As model.source or data.source: the embedded miniature."""
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a key takes, in words, where its type alone reads badly."""
-
-    words: str
-
 
 Names = Annotated[str | list[str], Expected("a string or a list of strings")]
 Unseen = Annotated[
@@ -37,7 +27,6 @@ Unseen = Annotated[
     Expected("a column, a list of clients, a number or a fraction of clients"),
 ]
 Fractions = Annotated[list[float], Expected("a list of three numbers")]
-Cohort = Annotated[Literal["auto"] | int, Expected("'auto' or a whole number")]
 Types = Annotated[
     str | dict[str, int | dict[str, int]],
     Expected("a family's name or a table, e.g. {T1 = 4, T2 = {attention = 4, feed-forward = 8}}"),
@@ -46,18 +35,6 @@ Distribution = Annotated[
     str | dict[str, float] | None,
     Expected("a name or a table of shares, e.g. {T1 = 0.9, T2 = 0.1}"),
 ]
-
-
-class Section(BaseModel):
-    """A part of a recipe: strict types, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
 
 class ModelSection(Section):
@@ -226,161 +203,3 @@ class FleetSection(Section):
             name: LoRAType(name, {"all": ranks} if isinstance(ranks, int) else ranks)
             for name, ranks in self.types.items()
         }
-
-
-class LoRASection(Section):
-    """How strongly a LoRA product counts at each rank r: ΔW = s·BA."""
-
-    scaling: Literal["proportional", "fixed", "rslora"] = "proportional"
-    """`proportional`: s = alpha for every rank; `fixed`: s = alpha/r; `rslora`: s = alpha/√r."""
-    alpha: float | None = None
-    """Left out: 2 with `proportional`, otherwise 16."""
-
-    def build(self) -> Scaling:
-        """Return the policy."""
-        return Scaling(self.scaling, self.alpha)
-
-
-class AggregationSection(Section):
-    """How clients' updates become the next global adapter."""
-
-    rule: str = "flexlora"
-    """`flexlora` (the paper's), `flexlora:delta`, `flexlora:tail-in-base`, or `fedit`."""
-    split: str | None = None
-    """Where FlexLoRA puts the singular values: `left` (B = UΣ) or `balanced`."""
-    factorisation: str | None = None
-    """FlexLoRA's method of factorisation; left out, chosen by shape."""
-    weights: Literal["examples", "equal", "capped"] = "examples"
-    """A client's weight: its training examples, 1, or its examples up to `cap`."""
-    cap: int | None = None
-    """The most examples that count, with `capped`."""
-    server_rank: int | None = None
-    """Rank at which the server keeps the aggregate; left out, per matrix the fleet's largest."""
-
-    def build(self) -> Rule:
-        """Return the rule."""
-        return rule(self.rule, split=self.split, factorisation=self.factorisation)
-
-    def weighting(self) -> Weighting:
-        """Return how updates weigh."""
-        return Weighting(self.weights, self.cap)
-
-
-class LocalSection(Section):
-    """A client's training in one round; its optimizer is made anew each time."""
-
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """The optimizer."""
-    lr: float = 3e-4
-    """Learning rate."""
-    epochs: float | None = None
-    """Passes over the client's data in a round, also a fraction; 1 if `steps` is not given."""
-    steps: int | None = None
-    """Optimizer steps in a round, instead of `epochs`."""
-    batch: int = 8
-    """Examples in a microbatch."""
-    accumulation: int = 1
-    """Microbatches in an optimizer step."""
-    clip: float = Field(default=1.0, ge=0)
-    """Bound on the norm of a client's gradient; 0: none."""
-    warmup: float = 0.0
-    """Fraction of the steps with a rising rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the rate falls within a round."""
-    weight_decay: float = 0.0
-    """Weight decay of the factors."""
-    dropout: float = 0.0
-    """Dropout on the inputs of LoRA."""
-    momentum: float = 0.0
-    """Momentum of SGD."""
-
-    def build(self) -> LocalTraining:
-        """Return the local training; one epoch if neither epochs nor steps are given."""
-        values = {**self.model_dump(), "clip": self.clip or None}
-        if self.epochs is None and self.steps is None:
-            values["epochs"] = 1
-        return LocalTraining(**values)
-
-
-class SamplingSection(Section):
-    """How many seen clients take part in a round; all of them if neither key is given."""
-
-    fraction: float | None = None
-    """A fraction of them, rounded down, at least one."""
-    number: int | None = None
-    """A number of them, instead of `fraction`."""
-
-    def build(self) -> Sampling:
-        """Return the sampling."""
-        return Sampling(self.fraction, self.number)
-
-
-class EvaluationSection(Section):
-    """What is measured, and how often."""
-
-    every: int = 1
-    """Validate the global adapter every so many rounds; 0: never in between."""
-    examples: int = 32
-    """At most so many examples per client for the loss; 0: all."""
-    own_rank: bool = True
-    """Validate also what each client gets at its own rank."""
-    generate: int = 4
-    """Examples per client whose answers are generated, for exact match and ROUGE-L, before the
-    first and after the last round."""
-    generate_every: int = 0
-    """Generate also every so many rounds; 0: not in between."""
-    max_new_tokens: int = 64
-    """Longest generated answer, in tokens."""
-    batch: int = 16
-    """Examples in a batch of an evaluation."""
-
-    def build(self) -> Evaluation:
-        """Return the evaluation."""
-        return Evaluation(**self.model_dump())
-
-
-class StoppingSection(Section):
-    """Stop early on the validation loss; left out, all rounds are run."""
-
-    patience: int
-    """Evaluations without a lower loss after which the run ends."""
-    min_delta: float = 0.0
-    """A loss counts as lower if it is so by this much."""
-    restore_best: bool = True
-    """The result is the adapter of the best evaluation, not of the last round."""
-
-    def build(self) -> EarlyStopping:
-        """Return the condition."""
-        return EarlyStopping(self.patience, self.min_delta, self.restore_best)
-
-
-class FaultsSection(Section):
-    """What a round tolerates."""
-
-    quorum: float = 0.5
-    """Share of a round's clients whose updates must be usable."""
-    attempts: int = 3
-    """How often a round is tried, with other clients, before the run ends."""
-    max_increment: float | None = None
-    """Refuse updates that moved further than this (Frobenius norm); left out, any distance."""
-
-    def build(self) -> Faults:
-        """Return the bounds."""
-        return Faults(self.quorum, self.attempts, self.max_increment)
-
-
-class EngineSection(Section):
-    """How the work is executed."""
-
-    threads: int = Field(default=0, ge=0)
-    """Threads of torch; 0: one for each core. What was chosen is stored with the run."""
-    cohort: Cohort = "auto"
-    """Clients trained in one pass; `auto`: as memory allows, on a CPU up to 2,048 tokens a pass."""
-    deterministic: bool = False
-    """One client at a time, so that all engines give the same bytes."""
-
-    def clients_in_one_pass(self) -> int | Literal["auto"]:
-        """Return the cohort's size, or ``auto``."""
-        if self.deterministic and self.cohort not in ("auto", 1):
-            raise RecipeError("engine: deterministic trains one client at a time; drop cohort")
-        return 1 if self.deterministic else self.cohort
