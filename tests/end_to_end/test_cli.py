@@ -272,7 +272,7 @@ def test_without_out_runs_are_numbered(
 
 def test_ctrl_c_saves_and_resume_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     """One SIGINT to a process in training; the run goes on in another process."""
-    recipe, long = finished.parent / "tiny.toml", ["rounds=4", "local.steps=10", "control=T1"]
+    recipe, long = finished.parent / "tiny.toml", ["rounds=4", "local.steps=40", "control=T1"]
     running = process(tmp_path, "run", recipe, *long, "--out", "cut")
     assert running.stderr is not None
     said = ""
