@@ -143,7 +143,8 @@ class Conduct:
     """How a run is conducted, beside model, clients, fleet, rule and local training.
 
     `server_rank` is the rank at which the server keeps the aggregate (default: per site, the
-    fleet's largest); `cohort` how many clients train in one pass (``auto``: as memory allows);
+    fleet's largest); `cohort` how many clients train in one pass (``auto``: as memory
+    allows, on a CPU up to 2,048 tokens);
     `target_loss` a validation loss whose reaching the summary reports.
     """
 
