@@ -33,7 +33,7 @@ def test_an_update_comes_back_bit_by_bit(tmp_path):
     assert got.adapter.hash() == update().adapter.hash()
     assert (got.client, got.round, got.attempt, got.examples) == ("client/ä", 3, 1, 9)
     assert got.metrics == update().metrics
-    one = storage.read_factors(path, "v")
+    one = storage.read_site(path, "v")
     assert torch.equal(one.b, update().adapter["v"].b)
     assert list(tmp_path.iterdir()) == [path]
 

@@ -3,17 +3,18 @@
 from polyrank.aggregation.fedit import FedIT
 from polyrank.aggregation.flexlora import FlexLoRA
 from polyrank.aggregation.registry import RULES, rule
+from polyrank.aggregation.rule import Rule, deal
 from polyrank.aggregation.types import (
     Assignment,
     Contribution,
     Dealt,
     FleetSpec,
     Json,
-    Rule,
+    Penalty,
     SiteReport,
     State,
+    Train,
     Update,
-    deal,
 )
 from polyrank.aggregation.weights import normalised
 
@@ -26,9 +27,11 @@ __all__ = [
     "FleetSpec",
     "FlexLoRA",
     "Json",
+    "Penalty",
     "Rule",
     "SiteReport",
     "State",
+    "Train",
     "Update",
     "deal",
     "normalised",

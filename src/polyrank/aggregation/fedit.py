@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from polyrank.aggregation.fresh import fresh_rows
 from polyrank.aggregation.incoming import checked_fleet, checked_rank, checked_scale, incoming
+from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
-from polyrank.algebra import Adapter, LowRank, factorise
+from polyrank.algebra import Adapter, Delta, Factorisation, LowRank, factorise
 from polyrank.errors import RuleError, SiteError
 
 
 @dataclass(frozen=True)
-class FedIT:
+class FedIT(Rule):
     """Average B and A separately: B̄ = Σ w_i B_i, Ā = Σ w_i A_i (FedAvg on LoRA's factors).
 
     The product B̄Ā is not the average update: B̄Ā = Σ w_i B_i A_i − Σ w_i (B_i − B̄)(A_i − Ā). It
@@ -28,6 +30,8 @@ class FedIT:
 
     Source: Zhang et al., arXiv 2305.05644; the error term and the gauge are derived here.
     """
+
+    mixed_ranks: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -73,7 +77,17 @@ class FedIT:
         report = SiteReport(energy=mean.norm() ** 2, discarded=0.0)
         return state.update({f"{site}/b": mean.b, f"{site}/a": mean.a}), report
 
-    def adapter(self, state: State) -> Adapter:
+    def started(self, state: State, found: Mapping[str, Factorisation]) -> State:
+        """Return the state with B̄Ā = these updates: B̄ = UΣ, Ā = Vᵀ, fresh rows where Σ is zero."""
+        tensors: dict[str, Tensor] = {}
+        for site, given in found.items():
+            held = _held(state, site)
+            kept = given.truncated(held.rank)
+            a = torch.cat([kept.v.T, held.a[kept.rank :]])
+            tensors |= {f"{site}/b": kept.padded(held.rank).lowrank().b, f"{site}/a": a}
+        return state.update(tensors)
+
+    def adapter(self, state: State) -> Adapter[Delta]:
         """Return B̄Ā at every site, its factors ordered by singular value."""
         sites = [name.removesuffix("/b") for name in state.tensors if name.endswith("/b")]
         held = {site: _held(state, site) for site in sites}

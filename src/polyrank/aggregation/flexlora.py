@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,17 @@ from torch import Tensor
 
 from polyrank.aggregation.choose import choose
 from polyrank.aggregation.fresh import fresh_rows
-from polyrank.aggregation.incoming import checked_fleet, checked_rank, checked_scale, incoming
+from polyrank.aggregation.incoming import (
+    Change,
+    checked_fleet,
+    checked_rank,
+    checked_scale,
+    incoming,
+)
 from polyrank.aggregation.increments import incremented
+from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
-from polyrank.algebra import METHODS, Adapter, LowRank, factorise
+from polyrank.algebra import METHODS, Adapter, Delta, Factorisation, LowRank, factorise
 from polyrank.errors import SiteError
 
 # A direction with σ_j ≤ DEAD·σ₁ carries nothing worth sending and, split evenly, would never train.
@@ -21,7 +28,7 @@ DEAD = 1e-6
 
 
 @dataclass(frozen=True)
-class FlexLoRA:
+class FlexLoRA(Rule):
     """Sum the clients' full-size updates, factor the sum once, deal each client a prefix of it.
 
     With s_i B_i A_i the effective update of client i, weights w_i and D = U Σ Vᵀ the server's
@@ -104,7 +111,16 @@ class FlexLoRA:
             SiteReport(found.energy, found.discarded, found.method),
         )
 
-    def adapter(self, state: State) -> Adapter:
+    def started(self, state: State, found: Mapping[str, Factorisation]) -> State:
+        """Return the state with D = these updates, cut to the server's rank."""
+        tensors: dict[str, Tensor] = {}
+        for site, given in found.items():
+            k = _held(self.name, state, site).rank
+            kept = given.truncated(k).padded(k)
+            tensors |= _Held(kept.u, kept.s, kept.v).tensors(site)
+        return state.update(tensors)
+
+    def adapter(self, state: State) -> Adapter[Delta]:
         """Return D at every site as B = UΣ, A = Vᵀ, at the server's rank."""
         sites = [name.removesuffix("/u") for name in state.tensors if name.endswith("/u")]
         return Adapter({site: _held(self.name, state, site).lowrank() for site in sites})
@@ -145,7 +161,7 @@ def _held(rule: str, state: State, site: str) -> _Held:
         raise SiteError(f"{rule}: no site {site!r} in the state") from None
 
 
-def _replaced(_held: LowRank, contributions: Iterator[Contribution]) -> Iterator[LowRank]:
+def _replaced(_held: LowRank, contributions: Iterator[Change]) -> Iterator[LowRank]:
     return (one.result.scale(one.weight) for one in contributions)
 
 
@@ -166,7 +182,7 @@ class _Mode:
     """What a mode changes: the terms of the next D, and what a client holds frozen."""
 
     name: str
-    terms: Callable[[LowRank, Iterator[Contribution]], Iterator[LowRank]]
+    terms: Callable[[LowRank, Iterator[Change]], Iterator[LowRank]]
     frozen: Callable[[_Held, int], LowRank | None]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 
 from polyrank.aggregation.types import Contribution, FleetSpec
+from polyrank.algebra import LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError
 
 
@@ -47,9 +48,19 @@ def checked_scale(rule: str, site: str, scale: float) -> None:
         raise RuleError(f"{rule}: scale {scale} at {site!r}; expected α/r or α/√r, above zero")
 
 
+@dataclass(frozen=True)
+class Change:
+    """A checked contribution of low-rank factors: from `start`, as dealt, to `result`."""
+
+    client: str
+    weight: float
+    start: LowRank
+    result: LowRank
+
+
 def incoming(
     rule: str, site: str, shape: tuple[int, int], contributions: Iterator[Contribution]
-) -> Iterator[Contribution]:
+) -> Iterator[Change]:
     """Yield the contributions one by one, each checked, in one dtype of at least float32.
 
     Those of weight zero are left out.
@@ -63,19 +74,25 @@ def incoming(
         place = f"{rule}: contribution {index} at {site!r}"
         if not (math.isfinite(one.weight) and one.weight >= 0):
             raise RuleError(f"{place} has weight {one.weight}; expected a finite one ≥ 0")
-        if one.result.shape != shape or one.result.rank != one.dealt.start.rank:
+        start, result = one.dealt.start, one.result
+        if not isinstance(start, LowRank) or not isinstance(result, LowRank):
             raise UpdateError(
-                f"{place} is of {one.result.shape} and rank {one.result.rank}; dealt were "
-                f"{shape} and rank {one.dealt.start.rank}; nothing is broadcast or cut"
+                f"{place}: expected low-rank factors, dealt were {type(start).__name__}, got "
+                f"{type(result).__name__}"
             )
-        if not one.result.is_finite():
+        if result.shape != shape or result.rank != start.rank:
+            raise UpdateError(
+                f"{place} is of {result.shape} and rank {result.rank}; dealt were "
+                f"{shape} and rank {start.rank}; nothing is broadcast or cut"
+            )
+        if not result.is_finite():
             raise UpdateError(
                 f"{place} has entries that are NaN or infinite; leave the update out, or lower the "
                 "learning rate or the clip norm"
             )
         weights.append(one.weight)
         if one.weight > 0:
-            yield _widened(one)
+            yield _widened(one.client, one.weight, start, result)
     if not weights:
         raise RuleError(f"{rule}: no contribution at {site!r}; a merge needs at least one")
     if abs(math.fsum(weights) - 1) > 1e-6:
@@ -85,9 +102,7 @@ def incoming(
         )
 
 
-def _widened(one: Contribution) -> Contribution:
+def _widened(client: str, weight: float, start: LowRank, result: LowRank) -> Change:
     """Bring start and result to a common dtype, exactly, to be compared and scaled."""
-    start, result = one.dealt.start, one.result
     widest = torch.promote_types(torch.promote_types(start.b.dtype, result.b.dtype), torch.float32)
-    dealt = replace(one.dealt, start=start.to(dtype=widest))
-    return replace(one, dealt=dealt, result=result.to(dtype=widest))
+    return Change(client, weight, start.to(dtype=widest), result.to(dtype=widest))

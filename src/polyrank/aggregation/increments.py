@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from polyrank.aggregation.types import Contribution
+from polyrank.aggregation.incoming import Change
 from polyrank.algebra import LowRank
 
 # Dealt factors that fit no basis become a new one, up to this many; later ones go out singly, so
@@ -39,7 +39,7 @@ class _Basis:
         return LowRank(b, self.term.a)
 
 
-def incremented(held: LowRank, contributions: Iterator[Contribution]) -> Iterator[LowRank]:
+def incremented(held: LowRank, contributions: Iterator[Change]) -> Iterator[LowRank]:
     """Yield terms whose sum is D + Σ w_i (result_i − start_i), where D = `held`.
 
     Clients are dealt prefixes of one set of factors, so their starts are not stacked again:
@@ -50,7 +50,7 @@ def incremented(held: LowRank, contributions: Iterator[Contribution]) -> Iterato
     bases = [_Basis(held)]
     bases[0].take(1.0, held)
     for one in contributions:
-        for weight, term in ((-one.weight, one.dealt.start), (one.weight, one.result)):
+        for weight, term in ((-one.weight, one.start), (one.weight, one.result)):
             if any(basis.take(weight, term) for basis in bases):
                 continue
             if weight < 0 and len(bases) < _MOST_BASES:

@@ -8,10 +8,10 @@ from dataclasses import fields, replace
 from polyrank.aggregation.choose import choose
 from polyrank.aggregation.fedit import FedIT
 from polyrank.aggregation.flexlora import FlexLoRA
-from polyrank.aggregation.types import Rule
+from polyrank.aggregation.rule import Rule
 from polyrank.errors import RuleError
 
-RULES: Mapping[str, FlexLoRA | FedIT] = {
+RULES: Mapping[str, Rule] = {
     known.name: known
     for known in (FlexLoRA(), FlexLoRA("delta"), FlexLoRA("tail-in-base"), FedIT())
 }
@@ -27,7 +27,11 @@ def rule(name: str, *, split: str | None = None, factorisation: str | None = Non
     known = choose("rule", name, RULES)
     given = {"split": split, "factorisation": factorisation}
     options = {key: value for key, value in given.items() if value is not None}
-    excess = sorted(options.keys() - {field.name for field in fields(known)})
+    excess = sorted(options.keys() - _options(known))
     if excess:
         raise RuleError(f"rule {name!r} has no option {excess[0]!r}; leave it out")
-    return replace(known, **options)  # type: ignore[arg-type]
+    return replace(known, **options)  # type: ignore[type-var]
+
+
+def _options(known: Rule) -> set[str]:
+    return {field.name for field in fields(known)}  # type: ignore[arg-type]

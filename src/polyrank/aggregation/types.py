@@ -1,16 +1,16 @@
-"""What passes between a server and its clients in a round, and what a rule is."""
+"""What passes between a server and its clients in a round."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Literal
 
 from torch import Tensor
 
-from polyrank.algebra import Adapter, LowRank
+from polyrank.algebra import Adapter, Delta, Dense, LowRank
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -38,7 +38,9 @@ class FleetSpec:
     """What a rule is told of model and fleet before the first round.
 
     `shapes` gives (m, n) per site, `ranks` the ranks per client and site, `server_rank` the rank at
-    which the server keeps each site. `seed` is for what a rule draws before the first round.
+    which the server keeps each site. Where ranks change from round to round, `ranks` also has an
+    entry for every other set of ranks that may come. `seed` is for what a rule draws before the
+    first round.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -47,26 +49,55 @@ class FleetSpec:
     seed: int
 
 
+Train = Literal["both", "b"]
+"""What a client trains of a low-rank start: both factors, or B alone with A fixed."""
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A term of the client's loss, per site: strength·‖B[:, keep:]‖_F·‖A[keep:]‖_F.
+
+    B and A are the factors as trained, s divided out; `keep` gives a rank per site.
+    """
+
+    strength: float
+    keep: Mapping[str, int]
+
+
 @dataclass(frozen=True)
 class Dealt:
-    """One site of an assignment: the factors to start from and what is active but not trained."""
+    """One site of an assignment: the update to start from, and how it is to be trained.
 
-    start: LowRank
+    `start` is trained: `LowRank` factors, or a `Sparse` update whose values alone are trained.
+    `frozen` and `merged` are active and not trained; `merged` is the same for all clients of a
+    round. `penalty` is (strength, keep) of a `Penalty`, if there is one.
+    """
+
+    start: Delta
     frozen: LowRank | None = None
+    merged: Dense | None = None
+    train: Train = "both"
+    penalty: tuple[float, int] | None = None
 
 
 @dataclass(frozen=True)
 class Assignment:
     """All that a client's training must know; it never asks which rule made it.
 
-    `start` holds the factors to train, s folded into B: training divides B by ``scale[site]`` and
-    multiplies on return, so that gradients are those of LoRA with ΔW = s·B A. `frozen` is a
-    low-rank term per site that is active in the forward pass and not trained (empty if none).
+    `start` holds what to train, s folded into B: training divides B by ``scale[site]`` and
+    multiplies on return, so that gradients are those of LoRA with ΔW = s·B A. A `Sparse` start is
+    trained as it is, without a scale. `frozen` is a low-rank term per site and `merged` a dense one
+    that are active in the forward pass and not trained (empty if none); `merged` is float32 or
+    wider and is the same for all clients of a round. `train` ``b`` fixes A. `penalty` is a term of
+    the loss.
     """
 
-    start: Adapter
+    start: Adapter[Delta]
     scale: Mapping[str, float]
-    frozen: Adapter = field(default_factory=lambda: Adapter({}))
+    frozen: Adapter[LowRank] = field(default_factory=lambda: Adapter({}))
+    merged: Adapter[Dense] = field(default_factory=lambda: Adapter({}))
+    train: Train = "both"
+    penalty: Penalty | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -75,23 +106,40 @@ class Assignment:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that travel to the client."""
-        return self.start.nbytes + self.frozen.nbytes
+        """Bytes of the tensors that travel to the client, `merged` apart.
+
+        A fixed A is drawn from a seed, so it does not travel. What a client downloads of `merged`
+        depends on what it has already: `Rule.catch_up`.
+        """
+        return self.travelling(self.start) + self.frozen.nbytes
+
+    def travelling(self, trained: Adapter[Delta]) -> int:
+        """Return the bytes of an update to this assignment: what was trained, and no more."""
+        if self.train == "b":
+            return sum(d.b.nbytes for d in trained.values() if isinstance(d, LowRank))
+        return trained.nbytes
 
     def hash(self) -> str:
-        """Return a SHA-256 (hex) over factors, frozen terms and scales, bit by bit; made once."""
+        """Return a SHA-256 (hex) over all that is assigned, bit by bit; made once."""
         return self._hash
 
     @cached_property
     def _hash(self) -> str:
         scales = ";".join(f"{site}={self.scale[site].hex()}" for site in sorted(self.scale))
         text = f"{self.start.hash()}|{self.frozen.hash()}|{scales}"
+        if self.merged:
+            text += f"|merged {self.merged.hash()}"
+        if self.train != "both":
+            text += f"|train {self.train}"
+        if self.penalty is not None:
+            keep = ";".join(f"{site}={rank}" for site, rank in sorted(self.penalty.keep.items()))
+            text += f"|penalty {self.penalty.strength.hex()} {keep}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Update:
-    """One client's answer to its assignment: the trained factors and what rides along.
+    """One client's answer to its assignment: what it trained, and what rides along.
 
     `adapter` has s folded into B, like the assignment's `start`. `assignment` is the hash of the
     assignment that was trained. `examples` is the number of training examples, `metrics` holds
@@ -103,13 +151,8 @@ class Update:
     attempt: int
     assignment: str
     examples: int
-    adapter: Adapter
+    adapter: Adapter[Delta]
     metrics: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors that travel to the server."""
-        return self.adapter.nbytes
 
 
 @dataclass(frozen=True)
@@ -118,7 +161,8 @@ class Contribution:
 
     weight: float
     dealt: Dealt
-    result: LowRank
+    result: Delta
+    client: str = ""
 
     def with_weight(self, weight: float) -> Contribution:
         """Return the same contribution under another weight."""
@@ -136,42 +180,3 @@ class SiteReport:
     energy: float
     discarded: float
     method: str = ""
-
-
-class Rule(Protocol):
-    """How updates become the next state, and the state becomes assignments. Pure."""
-
-    @property
-    def name(self) -> str:
-        """The name used in recipes and reports, e.g. ``flexlora:delta``."""
-        ...
-
-    def init(self, spec: FleetSpec) -> State:
-        """Return the state before the first round; RuleError if this fleet cannot be served."""
-        ...
-
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
-        """Return what a client of this rank and scale gets at one site; deterministic in `seed`."""
-        ...
-
-    def merge_site(
-        self, state: State, site: str, contributions: Iterator[Contribution]
-    ) -> tuple[State, SiteReport]:
-        """Return the state with this site aggregated. Weights sum to one; read in order, once."""
-        ...
-
-    def adapter(self, state: State) -> Adapter:
-        """Return the global adapter at the server's rank, factors ordered by singular value."""
-        ...
-
-
-def deal(
-    rule: Rule, state: State, ranks: Mapping[str, int], scale: Mapping[str, float], seed: int
-) -> Assignment:
-    """Return the assignment of a client with these ranks and scales per site."""
-    dealt = {s: rule.deal_site(state, s, ranks[s], scale[s], seed) for s in sorted(ranks)}
-    return Assignment(
-        start=Adapter({site: one.start for site, one in dealt.items()}),
-        scale={site: scale[site] for site in sorted(ranks)},
-        frozen=Adapter({s: one.frozen for s, one in dealt.items() if one.frozen is not None}),
-    )

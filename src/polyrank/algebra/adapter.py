@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from polyrank.algebra.lowrank import LowRank
+from polyrank.algebra.delta import Delta, added
 from polyrank.errors import FactorError, SiteError
 
+D = TypeVar("D", bound=Delta, covariant=True)
 
-class Adapter(Mapping[str, LowRank]):
+
+class Adapter(Mapping[str, D], Generic[D]):
     """A read-only mapping from a site's name to its ΔW, in the order of the names.
 
-    Ranks may differ from site to site. Sites are compared as sets: the order in which they were
-    given never matters, to sums, hashes or iteration.
+    Ranks and kinds may differ from site to site; most adapters are of `LowRank` throughout. Sites
+    are compared as sets: the order in which they were given never matters, to sums, hashes or
+    iteration.
     """
 
-    def __init__(self, deltas: Mapping[str, LowRank]):
+    def __init__(self, deltas: Mapping[str, D]):
         self._deltas = {site: deltas[site] for site in sorted(deltas)}
 
-    def __getitem__(self, site: str) -> LowRank:
+    def __getitem__(self, site: str) -> D:
         return self._deltas[site]
 
     def __iter__(self) -> Iterator[str]:
@@ -37,15 +41,15 @@ class Adapter(Mapping[str, LowRank]):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The stored rank of every site."""
+        """The stored rank of every site, or what bounds it."""
         return {site: delta.rank for site, delta in self.items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors."""
+        """Bytes of all sites."""
         return sum(delta.nbytes for delta in self.values())
 
-    def restrict(self, sites: Iterable[str]) -> Adapter:
+    def restrict(self, sites: Iterable[str]) -> Adapter[D]:
         """Return the adapter of the named sites only; SiteError if one is not here."""
         wanted = list(sites)
         missing = sorted(set(wanted) - set(self))
@@ -53,19 +57,19 @@ class Adapter(Mapping[str, LowRank]):
             raise SiteError(f"Adapter.restrict: no such site {missing}; this adapter has {[*self]}")
         return Adapter({site: self[site] for site in wanted})
 
-    def __add__(self, other: Adapter) -> Adapter:
+    def __add__(self, other: Adapter[Delta]) -> Adapter[Any]:
         """Return the exact sum; a site that one of the two lacks counts as zero there."""
-        both = {site: self[site] for site in self.keys() & other.keys()}
-        for site, delta in both.items():
-            if delta.shape != other[site].shape:
+        both: dict[str, Delta] = {}
+        for site in self.keys() & other.keys():
+            if self[site].shape != other[site].shape:
                 raise FactorError(
-                    f"Adapter: {site!r} is {delta.shape} in one and {other[site].shape} in the "
-                    "other; adapters of different models cannot be added"
+                    f"Adapter: {site!r} is {self[site].shape} in one and {other[site].shape} in "
+                    "the other; adapters of different models cannot be added"
                 )
-            both[site] = delta + other[site]
+            both[site] = added(self[site], other[site])
         return Adapter({**self._deltas, **other._deltas, **both})
 
-    def scale(self, factor: float) -> Adapter:
+    def scale(self, factor: float) -> Adapter[Any]:
         """Return the adapter with every ΔW multiplied by `factor`."""
         return Adapter({site: delta.scale(factor) for site, delta in self.items()})
 
@@ -75,18 +79,18 @@ class Adapter(Mapping[str, LowRank]):
 
     def to(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> Adapter:
-        """Return the same factors in another dtype or on another device."""
+    ) -> Adapter[Any]:
+        """Return the same updates in another dtype or on another device."""
         return Adapter({s: d.to(dtype=dtype, device=device) for s, d in self.items()})
 
     def hash(self) -> str:
-        """Return a SHA-256 (hex) over sites, shapes, dtypes and the bytes of all factors.
+        """Return a SHA-256 (hex) over sites, shapes, dtypes and the bytes of all tensors.
 
-        Two adapters hash alike exactly when their factors are the same bit by bit.
+        Two adapters hash alike exactly when their tensors are the same bit by bit.
         """
         digest = hashlib.sha256()
         for site, delta in self.items():
-            for factor in (delta.b, delta.a):
+            for factor in delta.tensors().values():
                 head = f"{site}|{factor.dtype}|{tuple(factor.shape)}|"
                 digest.update(head.encode())
                 # A clone, because axes of length one keep odd strides through `contiguous`.

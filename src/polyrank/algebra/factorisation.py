@@ -58,6 +58,19 @@ class Factorisation:
         u, s, v = (torch.nn.functional.pad(x, (0, extra)) for x in (self.u, self.s, self.v))
         return replace(self, u=u, s=s, v=v)
 
+    def truncated(self, rank: int) -> Factorisation:
+        """Return the best approximation at `rank`, the same if it has no more directions."""
+        if not 0 <= rank < self.rank:
+            return self
+        lost = float(self.s[rank:].double().square().sum())
+        return replace(
+            self,
+            u=self.u[:, :rank],
+            s=self.s[:rank],
+            v=self.v[:, :rank],
+            discarded=self.discarded + lost,
+        )
+
     def transposed(self) -> Factorisation:
         """Return the factorisation of Dᵀ, its signs set by the same convention."""
         flip = _signs(self.v)

@@ -83,6 +83,10 @@ class LowRank:
         """Bytes of both factors."""
         return self.b.nbytes + self.a.nbytes
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the matrix is made of, by name: ``b`` and ``a``."""
+        return {"b": self.b, "a": self.a}
+
     @property
     def T(self) -> LowRank:
         """The transpose AᵀBᵀ (views, no copy)."""

@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import quote
 
 from polyrank.aggregation import Update
-from polyrank.algebra import LowRank
+from polyrank.algebra import Delta
 from polyrank.errors import FolderExistsError, FolderInUseError, ResourceError, RunError
 from polyrank.federation import checkpoint, storage
 from polyrank.federation.checkpoint import Checkpoint
@@ -198,9 +198,9 @@ class RunFolder:
         path.unlink()
         return None
 
-    def factors(self, round: int, attempt: int, client: str, site: str) -> LowRank:
-        """Read one site's factors of a persisted update."""
-        return storage.read_factors(self.update_path(round, attempt, client), site)
+    def factors(self, round: int, attempt: int, client: str, site: str) -> Delta:
+        """Read one site of a persisted update."""
+        return storage.read_site(self.update_path(round, attempt, client), site)
 
     def clear_updates(self, *, last: int) -> None:
         """Delete the updates of rounds up to `last`."""

@@ -12,7 +12,7 @@ import torch
 from polyrank.aggregation import Assignment, Contribution, Dealt, Rule, SiteReport, State, Update
 from polyrank.aggregation import deal as deal_all
 from polyrank.aggregation.weights import normalised
-from polyrank.algebra import LowRank
+from polyrank.algebra import Delta, Sparse, distance
 from polyrank.errors import RuleError, UpdateError
 from polyrank.planning.scaling import Scaling
 from polyrank.seeds import derive
@@ -20,8 +20,11 @@ from polyrank.seeds import derive
 METRICS = ("loss", "tokens", "target_tokens")
 """The numbers that every update must carry, for the round's record."""
 
-ReadFactors = Callable[[str, str], LowRank]
-"""(client, site) -> the accepted factors of that client at that site."""
+ReadUpdate = Callable[[str, str], Delta]
+"""(client, site) -> what that client returned at that site, accepted."""
+
+Ranks = Mapping[str, int]
+"""Rank per site."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,22 @@ class Receipt:
 class RoundSettings:
     """What stays the same from round to round.
 
-    `ranks` per client and site; `weights` per client, not yet normalised; `scaling` of LoRA;
-    `max_increment`: an update whose ‖ΔW − what was dealt‖_F over all sites is larger is refused.
+    `ranks` per client and site in the first round, and `ranks_in` those of any round, where they
+    change; `weights` per client, not yet normalised; `scaling` of LoRA; `max_increment`: an update
+    whose ‖ΔW − what was dealt‖_F over all sites is larger is refused.
     """
 
     rule: Rule
-    ranks: Mapping[str, Mapping[str, int]]
+    ranks: Mapping[str, Ranks]
     weights: Mapping[str, float]
     scaling: Scaling
     seed: int
     max_increment: float | None = None
+    ranks_in: Callable[[int], Mapping[str, Ranks]] | None = None
+
+    def affordable(self, client: str, round: int) -> Ranks:
+        """Return the ranks that this client can afford in this round."""
+        return (self.ranks if self.ranks_in is None else self.ranks_in(round))[client]
 
 
 @dataclass
@@ -106,13 +115,15 @@ class Round:
 
     @property
     def bytes_down(self) -> int:
-        """Bytes of the tensors that travel to all clients of the round."""
-        return sum(self.assignment(client).nbytes for client in self.clients)
+        """Bytes of the tensors that travel to all clients of the round, merged sums included."""
+        missed = (self.settings.rule.catch_up(self.state, client) for client in self.clients)
+        return sum(self.assignment(client).nbytes for client in self.clients) + sum(missed)
 
     def _deal(self, client: str) -> tuple[Assignment, str]:
         """Return the client's assignment and its hash, made once per distinct set of ranks."""
         if client not in self._by_client:
-            ranks = self.settings.ranks[client]
+            afforded = self.settings.affordable(client, self.number)
+            ranks = self.settings.rule.ranks(self.state, client, afforded)
             key = tuple(sorted(ranks.items()))
             if key not in self._dealt:
                 scale = {site: self.settings.scaling.scale(rank) for site, rank in key}
@@ -124,15 +135,24 @@ class Round:
 
     def accept(self, update: Update) -> None:
         """Take an update in, or record why not and raise UpdateError; never both."""
-        self.bytes_up += update.nbytes
+        nbytes = self._travelled(update)
+        self.bytes_up += nbytes
         try:
             self._validate(update)
         except UpdateError as error:
             if update.client in self.clients and update.client not in self.accepted:
                 self.rejected[update.client] = str(error)
             raise
-        self.accepted[update.client] = Receipt(update.examples, update.nbytes, update.metrics)
+        self.accepted[update.client] = Receipt(update.examples, nbytes, update.metrics)
         self.rejected.pop(update.client, None)
+
+    def _travelled(self, update: Update) -> int:
+        asked = update.client in self.clients
+        return (
+            self.assignment(update.client).travelling(update.adapter)
+            if asked
+            else update.adapter.nbytes
+        )
 
     def fail(self, failure: Failure) -> None:
         """Record that a client has no update to give; UpdateError if it was not asked for one."""
@@ -186,21 +206,32 @@ class Round:
                     f"{place}: at {site} expected {start.shape} of rank {start.rank}, got "
                     f"{result.shape} of rank {result.rank}"
                 )
-            if not result.b.dtype.is_floating_point:
-                raise UpdateError(f"{place}: at {site} expected real numbers, got {result.b.dtype}")
+            self._check_kind(f"{place}: at {site}", start, result, assignment.train)
             if not result.is_finite():
                 raise UpdateError(
                     f"{place}: NaN or infinite entries at {site}; lower the learning rate or clip"
                 )
         self._check_increment(update, assignment, place)
 
+    def _check_kind(self, place: str, start: Delta, result: Delta, train: str) -> None:
+        if type(result) is not type(start):
+            raise UpdateError(
+                f"{place} expected {type(start).__name__}, got {type(result).__name__}"
+            )
+        for one, other in zip(start.tensors().values(), result.tensors().values(), strict=True):
+            if one.dtype.is_floating_point and not other.dtype.is_floating_point:
+                raise UpdateError(f"{place} expected real numbers, got {other.dtype}")
+        if train == "b" and not _same(start, result, "a"):
+            raise UpdateError(f"{place} A was not to be trained, and it is not as dealt")
+        if isinstance(start, Sparse) and not _same(start, result, "positions"):
+            raise UpdateError(f"{place} expected values at the positions that were dealt")
+
     def _check_increment(self, update: Update, assignment: Assignment, place: str) -> None:
         bound = self.settings.max_increment
         if bound is None:
             return
         squared = sum(
-            (update.adapter[s].to(dtype=torch.float64) - start.to(dtype=torch.float64)).norm() ** 2
-            for s, start in assignment.start.items()
+            distance(update.adapter[s], start) ** 2 for s, start in assignment.start.items()
         )
         if not squared**0.5 <= bound:
             raise UpdateError(
@@ -208,38 +239,52 @@ class Round:
                 f"{bound}"
             )
 
-    def aggregate(self, read: ReadFactors) -> tuple[State, dict[str, SiteReport]]:
+    def aggregate(self, read: ReadUpdate) -> tuple[State, dict[str, SiteReport]]:
         """Return the next state and a report per site; RuleError if no update was accepted."""
         if not self.accepted:
             raise RuleError(f"round {self.number}: no update was accepted: {self.rejected}")
+        rule, accepted = self.settings.rule, sorted(self.accepted)
+        given = {client: self.settings.weights[client] for client in accepted}
+        weights = rule.weigh(self.state, given, lambda client: self._norm(client, read))
         state, reports = self.state, {}
-        for site in self.sites():
-            clients = [c for c in sorted(self.accepted) if site in self.settings.ranks[c]]
-            if clients:
-                weights = normalised({c: self.settings.weights[c] for c in clients})
-                contributions = self._contributions(site, clients, weights, read)
-                state, report = self.settings.rule.merge_site(state, site, contributions)
-                if not math.isfinite(report.energy):
-                    raise RuleError(
-                        f"round {self.number}: the aggregate at {site} is too large for its "
-                        "numbers; lower the learning rate, clip, or set faults.max_increment"
-                    )
-                reports[site] = report
-        return state, reports
+        for site in sorted({site for c in accepted for site in self.assignment(c).start}):
+            clients = [c for c in accepted if site in self.assignment(c).start]
+            shares = normalised({c: weights[c] for c in clients})
+            contributions = self._contributions(site, clients, shares, read)
+            state, report = rule.merge_site(state, site, contributions)
+            if not math.isfinite(report.energy):
+                raise RuleError(
+                    f"round {self.number}: the aggregate at {site} is too large for its "
+                    "numbers; lower the learning rate, clip, or set faults.max_increment"
+                )
+            reports[site] = report
+        return rule.conclude(state, accepted), reports
 
-    def sites(self) -> list[str]:
-        """Every site that some client of the fleet trains, in order of name."""
-        # Clients of one type share one dict of ranks: look at each dict once.
-        distinct = {id(ranks): ranks for ranks in self.settings.ranks.values()}
-        return sorted({site for ranks in distinct.values() for site in ranks})
+    def _norm(self, client: str, read: ReadUpdate) -> float:
+        """‖ΔW‖_F of a client's update over all its sites."""
+        sites = self.assignment(client).start
+        return math.sqrt(sum(read(client, site).norm() ** 2 for site in sites))
 
     def _contributions(
-        self, site: str, clients: Sequence[str], weights: Sequence[float], read: ReadFactors
+        self, site: str, clients: Sequence[str], weights: Sequence[float], read: ReadUpdate
     ) -> Iterator[Contribution]:
         for client, weight in zip(clients, weights, strict=True):
             assignment = self.assignment(client)
-            dealt = Dealt(assignment.start[site], assignment.frozen.get(site))
-            yield Contribution(weight, dealt, read(client, site))
+            penalty = assignment.penalty
+            dealt = Dealt(
+                assignment.start[site],
+                assignment.frozen.get(site),
+                assignment.merged.get(site),
+                assignment.train,
+                None if penalty is None else (penalty.strength, penalty.keep[site]),
+            )
+            yield Contribution(weight, dealt, read(client, site), client)
+
+
+def _same(start: Delta, result: Delta, name: str) -> bool:
+    """Whether a tensor that is not trained came back as it was dealt."""
+    before, after = start.tensors()[name], result.tensors()[name]
+    return torch.equal(before.to(after.dtype), after)
 
 
 def sample_clients(

@@ -76,7 +76,7 @@ class Scorer:
 
     def _own_losses(self, dealt: Round, clients: Sequence[str]) -> dict[str, float]:
         assignment = dealt.assignment(clients[0])  # Clients of one type get the same.
-        adapter = assignment.start + assignment.frozen
+        adapter = assignment.start + assignment.frozen + assignment.merged
         work = [self._work[id] for id in clients]
         return client_losses(
             self._model, adapter, work, "validation", self._settings, self._check_stop

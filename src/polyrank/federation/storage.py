@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from polyrank.aggregation import State, Update
-from polyrank.algebra import Adapter, LowRank
-from polyrank.errors import AdapterError, ResourceError, RunError
+from polyrank.algebra import Adapter, Delta, from_tensors
+from polyrank.errors import AdapterError, FactorError, ResourceError, RunError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -112,10 +112,12 @@ def sha256(path: Path) -> str:
 
 
 def write_update(path: Path, update: Update) -> None:
-    """Persist an update: factors as ``site|b`` and ``site|a``, all else as JSON metadata."""
-    tensors = {}
-    for site, delta in update.adapter.items():
-        tensors[f"{site}|b"], tensors[f"{site}|a"] = delta.b, delta.a
+    """Persist an update: its tensors as ``site|name``, all else as JSON metadata."""
+    tensors = {
+        f"{site}|{name}": tensor
+        for site, delta in update.adapter.items()
+        for name, tensor in delta.tensors().items()
+    }
     head = {
         "client": update.client,
         "round": update.round,
@@ -133,23 +135,31 @@ def read_update(path: Path) -> Update:
     try:
         with safe_open(path, "pt") as file:
             head = json.loads(file.metadata()["update"])
-            sites = {name.rsplit("|", 1)[0] for name in file.keys()}  # noqa: SIM118
-            adapter = Adapter({site: _factors(file, site) for site in sites})
+            names = _names_by_site(file)
+            adapter = Adapter({site: _delta(file, site, names[site]) for site in names})
             if adapter.hash() != file.metadata()["factors"]:
                 raise ValueError("its factors do not match their hash")
         return Update(adapter=adapter, **head)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, FactorError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path}: not a readable update ({error}); delete it and resume") from error
 
 
-def read_factors(path: Path, site: str) -> LowRank:
-    """Read one site's factors of a persisted update, and nothing else of the file."""
+def read_site(path: Path, site: str) -> Delta:
+    """Read one site of a persisted update, and nothing else of the file."""
     with safe_open(path, "pt") as file:
-        return _factors(file, site)
+        return _delta(file, site, _names_by_site(file)[site])
 
 
-def _factors(file: safe_open, site: str) -> LowRank:
-    return LowRank(_tensor(file, f"{site}|b"), _tensor(file, f"{site}|a"))
+def _names_by_site(file: safe_open) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key in file.keys():  # noqa: SIM118
+        site, name = key.rsplit("|", 1)
+        found.setdefault(site, []).append(name)
+    return found
+
+
+def _delta(file: safe_open, site: str, names: Iterable[str]) -> Delta:
+    return from_tensors({name: _tensor(file, f"{site}|{name}") for name in names})
 
 
 def _tensor(file: safe_open, name: str) -> torch.Tensor:

@@ -1,0 +1,120 @@
+"""What a rule is: how updates become the next state, and the state becomes assignments."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar
+
+from polyrank.aggregation.types import (
+    Assignment,
+    Contribution,
+    Dealt,
+    FleetSpec,
+    Penalty,
+    SiteReport,
+    State,
+)
+from polyrank.algebra import Adapter, Delta, Factorisation
+from polyrank.errors import RuleError
+
+
+class Rule(ABC):
+    """How updates become the next state, and the state becomes assignments. Pure.
+
+    A round asks, in this order: `ranks` and `deal_site` for every client; `weigh` once;
+    `merge_site` for every site; `conclude` once. Rules are frozen dataclasses whose fields are
+    their options. `mixed_ranks` says whether clients may differ in rank. `excludes` names the local
+    methods that make no sense with the rule, each with the reason.
+    """
+
+    mixed_ranks: ClassVar[bool] = True
+    excludes: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name used in recipes and reports, e.g. ``flexlora:delta``."""
+
+    @abstractmethod
+    def init(self, spec: FleetSpec) -> State:
+        """Return the state before the first round; RuleError if this fleet cannot be served."""
+
+    @abstractmethod
+    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
+        """Return what a client of this rank and scale gets at one site; deterministic in `seed`."""
+
+    @abstractmethod
+    def merge_site(
+        self, state: State, site: str, contributions: Iterator[Contribution]
+    ) -> tuple[State, SiteReport]:
+        """Return the state with this site aggregated. Weights sum to one; read in order, once."""
+
+    @abstractmethod
+    def adapter(self, state: State) -> Adapter[Delta]:
+        """Return the global adapter.
+
+        `LowRank` factors are at the server's rank and ordered by singular value; what a rule keeps
+        as an exact sum is `Dense`.
+        """
+
+    def ranks(self, state: State, client: str, ranks: Mapping[str, int]) -> Mapping[str, int]:  # noqa: ARG002
+        """Return the ranks to deal to a client that can afford `ranks`: those, unless pruned."""
+        return ranks
+
+    def weigh(
+        self,
+        state: State,  # noqa: ARG002
+        weights: Mapping[str, float],
+        norm: Callable[[str], float],  # noqa: ARG002
+    ) -> Mapping[str, float]:
+        """Return the clients' weights in a round, not yet normalised: those given, unless own.
+
+        `norm` gives ‖ΔW‖_F of a client's update over all its sites; each call reads the update.
+        """
+        return weights
+
+    def conclude(self, state: State, clients: Sequence[str]) -> State:  # noqa: ARG002
+        """Return the state at the end of a round, all sites merged; `clients` were accepted."""
+        return state
+
+    def catch_up(self, state: State, client: str) -> int:  # noqa: ARG002
+        """Return the bytes of `merged` that this client has yet to download; 0 without merging."""
+        return 0
+
+    def started(self, state: State, found: Mapping[str, Factorisation]) -> State:  # noqa: ARG002
+        """Return the state that begins at these updates instead of at zero (SLoRA's start).
+
+        Raises RuleError if the rule cannot begin anywhere but at zero.
+        """
+        raise RuleError(f"{self.name}: it cannot start from a given update")
+
+
+def deal(
+    rule: Rule, state: State, ranks: Mapping[str, int], scale: Mapping[str, float], seed: int
+) -> Assignment:
+    """Return the assignment of a client with these ranks and scales per site.
+
+    Raises RuleError if sites are to be trained in different ways.
+    """
+    dealt = {s: rule.deal_site(state, s, ranks[s], scale[s], seed) for s in sorted(ranks)}
+    ways = {one.train for one in dealt.values()}
+    if len(ways) > 1:
+        raise RuleError(f"{rule.name}: expected one way of training at all sites, got {ways}")
+    return Assignment(
+        start=Adapter({site: one.start for site, one in dealt.items()}),
+        scale={site: scale[site] for site in sorted(ranks)},
+        frozen=Adapter({s: one.frozen for s, one in dealt.items() if one.frozen is not None}),
+        merged=Adapter({s: one.merged for s, one in dealt.items() if one.merged is not None}),
+        train=ways.pop() if ways else "both",
+        penalty=_penalty(dealt),
+    )
+
+
+def _penalty(dealt: Mapping[str, Dealt]) -> Penalty | None:
+    found = {site: one.penalty for site, one in dealt.items() if one.penalty is not None}
+    strengths = {strength for strength, _ in found.values()}
+    if len(strengths) > 1:
+        raise RuleError(f"expected one strength of the penalty at all sites, got {strengths}")
+    keep = {site: keep for site, (_, keep) in found.items()}
+    return Penalty(strengths.pop(), keep) if strengths else None
