@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.console import Console
 from polyrank.errors import FolderExistsError, InterruptedRunError, PolyrankError
 
 if TYPE_CHECKING:
+    from polyrank.compare import Compared, Following
     from polyrank.runner import Attendance, Outcome
 
 INTERRUPTED = 130
@@ -81,6 +82,59 @@ def run(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML.", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to it, e.g. rounds=20."),
+    ] = None,
+    rules: Annotated[
+        str,
+        typer.Option(
+            help="Rules, the first of which the others are compared with, e.g. "
+            "flexlora,flexlora:delta,fedit; RULE+METHOD sets local.method too."
+        ),
+    ] = "flexlora,flexlora:delta,fedit",
+    seeds: Annotated[
+        int, typer.Option(min=1, help="How many seeds: the recipe's and those after it.")
+    ] = 3,
+    control: Annotated[
+        str | None,
+        typer.Option(help="Also the first rule with all clients of one type: weakest, or a type."),
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Choose each method's rate by validation loss, first seed."),
+    ] = False,
+    rates: Annotated[
+        str | None,
+        typer.Option(help="With --tune: rates to try. Default: local.lr times 1/3, 1 and 3."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the comparison. Default: runs/NAME-compare."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run several methods on the same clients, data and seeds; the same command again goes on."""
+    with _comparing() as (attendance, following):
+        from polyrank import compare, config
+
+        read = config.read(recipe, overrides or [])
+        asked = compare.Request.of(
+            read,
+            tuple(_listed(rules)),
+            seeds=seeds,
+            control=control,
+            tune=tune,
+            rates=None if rates is None else tuple(map(_number, _listed(rates))),
+        )
+        place = out or Path("runs") / f"{read.name}-compare"
+        compared = compare.start(asked, place, attendance, following)
+    _show_compared(compared, as_json)
+
+
+@app.command()
 def resume(
     folder: RunFolderArgument,
     allow_inexact: Annotated[
@@ -89,7 +143,14 @@ def resume(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a run that was stopped or killed, to the same bytes."""
+    """Go on with a run, or a comparison, that was stopped or killed, to the same bytes."""
+    from polyrank import compare
+
+    if compare.is_comparison(folder):
+        with _comparing(allow_inexact) as (attendance, following):
+            compared = compare.resume(folder, attendance, following)
+        _show_compared(compared, as_json)
+        return
     with _attending(allow_inexact) as attendance:
         from polyrank import runner
 
@@ -159,12 +220,32 @@ def inspect(folder: RunFolderArgument) -> None:
 
 @contextmanager
 def _attending(allow_inexact: bool = False) -> Iterator[Attendance]:
-    """Show a run on stderr, and turn the first Ctrl-C or SIGTERM into a wish to stop.
-
-    The second one ends at once.
-    """
-    wish = threading.Event()
+    """Show a run on stderr, and turn the first Ctrl-C or SIGTERM into a wish to stop."""
     console = Console(stderr=True)
+    with _wish_to_stop(console) as stop:
+        from polyrank.runner import Attendance
+        from polyrank.terminal import Terminal
+
+        with Terminal(console) as terminal:
+            yield Attendance(terminal, stop, allow_inexact)
+
+
+@contextmanager
+def _comparing(allow_inexact: bool = False) -> Iterator[tuple[Attendance, Following]]:
+    """Do the same for a comparison."""
+    console = Console(stderr=True)
+    with _wish_to_stop(console) as stop:
+        from polyrank.compare import Following
+        from polyrank.runner import Attendance
+
+        with Following(console) as following:
+            yield Attendance(following, stop, allow_inexact), following
+
+
+@contextmanager
+def _wish_to_stop(console: Console) -> Iterator[Callable[[], bool]]:
+    """Yield whether Ctrl-C or SIGTERM came; the second one ends at once."""
+    wish = threading.Event()
 
     def note(*_: Any) -> None:
         if wish.is_set():
@@ -175,11 +256,7 @@ def _attending(allow_inexact: bool = False) -> Iterator[Attendance]:
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, note) for number in numbers}
     try:
-        from polyrank.runner import Attendance
-        from polyrank.terminal import Terminal
-
-        with Terminal(console) as terminal:
-            yield Attendance(terminal, wish.is_set, allow_inexact)
+        yield wish.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -189,6 +266,37 @@ def _free(path: Path) -> Path:
     """Return the path, or the first path-2, path-3, … that does not exist."""
     candidates = (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in range(1, 10**6))
     return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"--rates: expected numbers, got {text!r}") from None
+
+
+def _show_compared(compared: Compared, as_json: bool) -> None:
+    """Print a comparison's tables on stdout; exit with 1 if something in it failed."""
+    from polyrank import compare
+
+    results = compared.results
+    if as_json:
+        content = {"folder": str(compared.folder), **results}
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    else:
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+        for sheet in compare.sheets(results):
+            console.print(sheet.rich())
+        console.print(
+            f"{compared.folder}: compare.json, compare.md, a folder a run", soft_wrap=True
+        )
+    if results["failures"]:
+        head = f"{compared.folder}: not all of the comparison came to a result:"
+        raise PolyrankError("\n  ".join([head, *map(compare.failure, results["failures"])]))
 
 
 def _show(outcome: Outcome, as_json: bool) -> None:

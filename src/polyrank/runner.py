@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -80,28 +81,41 @@ class Outcome:
     forced: str | None = None
 
 
-class _Parts:
-    """What a run and its control have in common, loaded when first needed; data first."""
+class Parts:
+    """What runs of one seed have in common, loaded when first needed; data first."""
 
-    def __init__(self, recipe: Recipe, attendance: Attendance):
+    def __init__(
+        self,
+        recipe: Recipe,
+        attendance: Attendance,
+        load: Callable[[], LoadedModel] | None = None,
+    ):
         self._recipe, self._attendance = recipe, attendance
+        self._load = load or recipe.model.load
         self.base: str | None = None
         """The base's evaluation as JSON, once it was made."""
 
+    def of(self, recipe: Recipe) -> Parts:
+        """Return the parts of a recipe with the same model, such as one of another seed."""
+        return Parts(recipe, self._attendance, lambda: self.model)
+
     @cached_property
     def clients(self) -> Clients:
+        """The data, dealt to clients."""
         self._attendance.listener.loading("data")
         return self._recipe.clients()
 
     @cached_property
     def fleet(self) -> Fleet:
+        """The fleet, not forced to one type."""
         return self._recipe.fleet_of(self.clients)
 
     @cached_property
     def model(self) -> LoadedModel:
+        """The model."""
         self._attendance.check_stop()
         self._attendance.listener.loading("model")
-        return self._recipe.model.load()
+        return self._load()
 
 
 def start(recipe: Recipe, out: Path, attendance: Attendance) -> Outcome:
@@ -126,42 +140,70 @@ def resume(folder: Path, attendance: Attendance) -> Outcome:
 
 def _carry_out(recipe: Recipe, folder: Path, attendance: Attendance, *, resume: bool) -> Outcome:
     torch.set_num_threads(recipe.resolved().engine.threads)
-    try:
-        parts = _Parts(recipe, attendance)
-        finished = _run(recipe, folder, attendance, parts, resume=resume)
+    with resumable(folder, folder / RECIPE):
+        parts = Parts(recipe, attendance)
+        finished = carry_out(recipe, folder, attendance, parts, resume=resume)
         if recipe.control is None:
             return Outcome(folder, finished)
         inside = folder / CONTROL
         parts.base = (folder / BASE).read_text(encoding="utf-8")
         forced = recipe.forced(recipe.control)
-        control = _run(forced, inside, attendance, parts, resume=inside.exists())
-    except (InterruptedRunError, KeyboardInterrupt) as error:
-        begun = (folder / RECIPE).is_file()
-        how = f"go on with: polyrank resume {folder}" if begun else "nothing was begun"
-        why = str(error) or "stopped at once; finished rounds and clients are saved"
-        raise InterruptedRunError(f"{why}\n{how}") from error
+        control = carry_out(forced, inside, attendance, parts, resume=inside.exists())
     storage.write_json(folder / "control.json", difference(finished, control))
     return Outcome(folder, finished, control, recipe.control)
 
 
-def _run(
-    recipe: Recipe, folder: Path, attendance: Attendance, parts: _Parts, *, resume: bool
+@contextmanager
+def resumable(folder: Path, first: Path) -> Iterator[None]:
+    """Say of an interruption how to go on in `folder`, which was begun if `first` is a file."""
+    try:
+        yield
+    except (InterruptedRunError, KeyboardInterrupt) as error:
+        how = f"go on with: polyrank resume {folder}" if first.is_file() else "nothing was begun"
+        why = str(error) or "stopped at once; finished rounds and clients are saved"
+        raise InterruptedRunError(f"{why}\n{how}") from error
+
+
+def carry_out(
+    recipe: Recipe,
+    folder: Path,
+    attendance: Attendance,
+    parts: Parts,
+    *,
+    resume: bool,
+    title: str | None = None,
 ) -> Mapping[str, Any]:
+    """Carry out one run, or go on with it, and return its summary."""
     if resume and (folder / SUMMARY).exists():
         finished = storage.read_json(folder / SUMMARY)
         if finished["stopped"] or finished["rounds"] >= recipe.rounds:
             return finished  # Otherwise the recipe was changed to ask for more rounds.
-    force = recipe.fleet.force
-    title = f"{recipe.aggregation.rule}{f', all clients {force}' if force else ''}"
-    with _build(recipe, folder, attendance, parts, resume=resume) as federation:
-        attendance.listener.begun(title, federation, recipe.rounds)
-        for record in federation.rounds(recipe.rounds):
-            attendance.listener.round(record)
+    with train(recipe, folder, attendance, parts, resume=resume, title=title) as federation:
         return federation.finish()
 
 
+@contextmanager
+def train(
+    recipe: Recipe,
+    folder: Path,
+    attendance: Attendance,
+    parts: Parts,
+    *,
+    resume: bool,
+    title: str | None = None,
+) -> Iterator[Federation]:
+    """Train all rounds of a run, or those that are left; its test parts are not looked at yet."""
+    force = recipe.fleet.force
+    rule = f"{recipe.aggregation.rule}{f', all clients {force}' if force else ''}"
+    with _build(recipe, folder, attendance, parts, resume=resume) as federation:
+        attendance.listener.begun(title or rule, federation, recipe.rounds)
+        for record in federation.rounds(recipe.rounds):
+            attendance.listener.round(record)
+        yield federation
+
+
 def _build(
-    recipe: Recipe, folder: Path, attendance: Attendance, parts: _Parts, *, resume: bool
+    recipe: Recipe, folder: Path, attendance: Attendance, parts: Parts, *, resume: bool
 ) -> Federation:
     """Return the federation that a recipe describes, in a folder."""
     fleet, model = parts.fleet, parts.model
@@ -169,7 +211,7 @@ def _build(
         fleet = fleet.forced(recipe.fleet.force, model.spec)
     attendance.check_stop()
     attachments = {RECIPE: recipe.to_toml(), FLEET: _fleet_json(fleet, model)}
-    if parts.base is not None:  # The control has the same base on the same data.
+    if parts.base is not None:  # The same base on the same data was evaluated before.
         attachments[BASE] = parts.base
     return Federation(
         model,

@@ -1,0 +1,61 @@
+"""A comparison begun, or gone on with, and its results written beside its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyrank.compare.request import FILE, Request
+from polyrank.compare.results import collect
+from polyrank.compare.run import Comparison, Follower
+from polyrank.compare.table import markdown
+from polyrank.errors import FolderExistsError
+from polyrank.federation import storage
+from polyrank.runner import Attendance
+
+RESULTS, TEXT = "compare.json", "compare.md"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Where a comparison lies, and what is in its compare.json."""
+
+    folder: Path
+    results: Mapping[str, Any]
+
+
+def is_comparison(folder: Path) -> bool:
+    """Whether this is the folder of a comparison, finished or not."""
+    return (folder / FILE).is_file()
+
+
+def start(request: Request, out: Path, attendance: Attendance, follower: Follower) -> Compared:
+    """Carry out a comparison in `out`, or go on with the one in it.
+
+    FolderExistsError if there is something else in `out`, RecipeError if the comparison in it was
+    begun with another request; more rules or seeds are welcome. compare.json and compare.md are
+    written after every run, so that a comparison can be read while it goes on.
+    """
+    if is_comparison(out):
+        request.continues(Request.load(out), out)
+    elif out.exists():
+        raise FolderExistsError(
+            f"{out}: exists already and holds no comparison; choose another --out"
+        )
+    comparison = Comparison(request, out, attendance, follower)
+
+    def write() -> dict[str, Any]:
+        results = collect(request, out, comparison.courses)
+        storage.write_json(out / RESULTS, results)
+        storage.write_text(out / TEXT, markdown(results))
+        return results
+
+    comparison.carry_out(write)
+    return Compared(out, write())
+
+
+def resume(out: Path, attendance: Attendance, follower: Follower) -> Compared:
+    """Go on with the comparison in a folder; what is finished is not done again."""
+    return start(Request.load(out), out, attendance, follower)

@@ -1,0 +1,99 @@
+"""A method of a comparison: a rule on the recipe's fleet, or on one forced to a single type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from polyrank import config
+from polyrank.aggregation import rule
+from polyrank.config import Recipe
+from polyrank.errors import PolyrankError, RecipeError
+
+WEAKEST = "weakest"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rule by name, with `local` a ``local.method`` (None: the recipe's) and `force` a type."""
+
+    rule: str
+    local: str | None = None
+    force: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What tables and figures call it, e.g. ``flexlora+slora, all weakest``."""
+        return f"{self._name}{f', all {self.force}' if self.force else ''}"
+
+    @property
+    def slug(self) -> str:
+        """The name of its folder, e.g. ``flexlora-delta`` or ``fedit-all-weakest``."""
+        name = self._name.replace(":", "-")
+        return f"{name}-all-{self.force}" if self.force else name
+
+    @property
+    def _name(self) -> str:
+        return self.rule if self.local is None else f"{self.rule}+{self.local}"
+
+    def recipe(self, base: Recipe, *, rate: float, seed: int) -> Recipe:
+        """Return the recipe of one run of this method.
+
+        RecipeError, naming the method, if the rule, its options and the local method do not go
+        together, as far as it shows without model and data.
+        """
+        changes: dict[str, Any] = {
+            "aggregation.rule": self.rule,
+            "local.lr": rate,
+            "seed": seed,
+            "control": None,
+        }
+        if self.local is not None:
+            changes["local.method"] = self.local
+        if self.force is not None:
+            changes["fleet.force"] = self.force
+        try:
+            if not rule(self.rule).mixed_ranks:
+                changes["aggregation.server_rank"] = None  # It needs the clients' rank.
+            changed = config.parse(_changed(base.model_dump(), changes))
+            changed.check()
+        except PolyrankError as error:
+            raise RecipeError(f"compare, method {self.label!r}: {error}") from error
+        return changed
+
+
+def methods(rules: Sequence[str], control: str | None, recipe: Recipe) -> list[Method]:
+    """Return the methods of these rules, ``RULE`` or ``RULE+METHOD``, and the control's.
+
+    A rule that needs one rank for all runs with every client of the weakest type, unless the
+    recipe forces one already. `control` adds the first rule with every client of that type.
+    Raises RuleError for an unknown rule, RecipeError for none or one that is named twice.
+    """
+    if not rules:
+        raise RecipeError("compare: expected at least one rule, e.g. --rules flexlora,fedit")
+    found: list[Method] = []
+    for text in rules:
+        name, _, local = text.partition("+")
+        mixed = rule(name).mixed_ranks or recipe.fleet.force is not None
+        found.append(Method(name, local or None, None if mixed else WEAKEST))
+    if control is not None:
+        extra = Method(found[0].rule, found[0].local, control)
+        if extra not in found:
+            found.append(extra)
+    slugs = [method.slug for method in found]
+    twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
+    if twice:
+        raise RecipeError(f"compare: {twice[0]} is named twice in --rules; name each rule once")
+    return found
+
+
+def _changed(content: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with the values at these dotted keys changed; sections are made where absent."""
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        inner = content
+        for section in sections:
+            inner = inner[section]
+        inner[last] = value
+    return content

@@ -1,0 +1,104 @@
+"""A comparison on the terminal: a line a run, progress with the time that is left."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from polyrank import report
+from polyrank.federation import Federation, RoundRecord
+
+_EVALUATIONS = 0.2
+"""The share of a run that base and final evaluation are taken to be, for the time that is left."""
+
+
+class Following:
+    """Follows a comparison on a console; a bar only where it is a terminal.
+
+    See `polyrank.compare.run.Follower`. The time that is left is that of the runs to come, at the
+    mean of those so far.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TextColumn("{task.fields[place]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", visible=False, place="")
+        self._number, self._total, self._title = 0, 1, ""
+        self._rounds, self._done, self._share = 1, 0, 0.0
+        self._finished, self._seconds, self._began = 0, 0.0, 0.0
+
+    def __enter__(self) -> Following:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def next_run(self, number: int, total: int, title: str) -> None:
+        """Show which run comes next."""
+        self._number, self._total, self._title = number, total, title
+        self._share, self._began = 0.0, time.monotonic()
+        self._show("")
+
+    def run_done(self, result: str, *, anew: bool) -> None:
+        """Print a run's line."""
+        spent = time.monotonic() - self._began
+        if anew:
+            self._finished += 1
+            self._seconds += spent
+        took = report.duration(spent) if anew else "before"
+        self.console.print(
+            f"{self._number}/{self._total}  {self._title}: {result}  ({took})",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def loading(self, what: str) -> None:
+        """Tell what is being loaded."""
+        self._show(f"loading {what}")
+
+    def begun(self, title: str, federation: Federation, rounds: int) -> None:
+        """Print what the folder of a run has to tell."""
+        for note in federation.folder.notes:
+            self.console.print(f"{title}: {note}", style="yellow", markup=False)
+        self._rounds, self._done = rounds, federation.round
+        self._show("")
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Move the bar within a round."""
+        if phase == "train":
+            self._share = (self._done + done / max(1, total)) / self._rounds
+        self._show("")
+
+    def round(self, record: RoundRecord) -> None:
+        """Move the bar; the round's line can be read with `polyrank inspect`."""
+        self._done = record.round
+        self._share = record.round / self._rounds
+        self._show("")
+
+    def _show(self, what: str) -> None:
+        share = (1 - _EVALUATIONS) * self._share
+        place = f"run {self._number}/{self._total}, round {min(self._done + 1, self._rounds)}"
+        done = self._finished + share
+        spent = self._seconds + time.monotonic() - self._began
+        left = (self._total - self._number + 1 - share) * spent / done if done > 0.1 else None
+        if left is not None:
+            place += f"/{self._rounds}, about {report.duration(left)} left"
+        self._bar.update(
+            self._task,
+            description=what or self._title,
+            completed=max(0, self._number - 1) + share,
+            total=self._total,
+            place=place,
+            visible=True,
+        )

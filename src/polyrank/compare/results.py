@@ -1,0 +1,208 @@
+"""What came of a comparison, as JSON: compare.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyrank.compare import statistics
+from polyrank.compare.request import Request
+from polyrank.compare.run import Course, Run
+from polyrank.compare.tuning import edge
+from polyrank.federation import RoundRecord, RunFolder, storage
+from polyrank.runner import ABOUT, FLEET, SUMMARY
+
+SCHEMA = 1
+GROUPS = ("seen", "unseen")
+SCORES = ("loss", "exact_match", "rouge_l")
+COSTS = ("bytes_up", "bytes_down", "seconds", "discarded")
+
+
+def collect(request: Request, folder: Path, courses: Sequence[Course]) -> dict[str, Any]:
+    """Return what the finished runs ended with: compare.json's content.
+
+    ``complete`` says whether every run that was asked for is finished. Differences are those to the
+    first method, on the same clients and seeds.
+    """
+    first = courses[0]
+    wanted = len(courses) * request.seeds
+    finished = sum(run.finished for course in courses for run in course.runs)
+    return {
+        "schema": SCHEMA,
+        "name": request.recipe.name,
+        "rounds": request.recipe.rounds,
+        "seeds": request.seed_values,
+        "tuned": request.tune,
+        "rates": [*request.rates],
+        "first": first.method.label,
+        "complete": finished == wanted,
+        "base": _base(courses),
+        "methods": [_method(request, folder, course, first) for course in courses],
+        "agreement": [_agreement(seed, courses) for seed in request.seed_values],
+        "failures": [
+            {"method": course.method.label, **failure}
+            for course in courses
+            for failure in course.failures
+        ],
+    }
+
+
+def records_of(run: Path) -> list[RoundRecord]:
+    """Return a run's records."""
+    return [RoundRecord.from_json(record) for record in RunFolder.peek(run).records()]
+
+
+def _base(courses: Sequence[Course]) -> dict[str, Any]:
+    """The bare base's scores per seed, their mean and spread; the same for all methods."""
+    found: dict[int, Any] = {}
+    for run in (run for course in courses for run in course.runs if run.finished):
+        if run.seed not in found:
+            found[run.seed] = storage.read_json(run.folder / SUMMARY)["base"]
+    each = [{"seed": seed, **scores} for seed, scores in sorted(found.items())]
+    return {"per_seed": each, **_over_seeds(each)}
+
+
+def _method(request: Request, folder: Path, course: Course, first: Course) -> dict[str, Any]:
+    runs = [_run(folder, run) for run in course.runs]
+    done = [run for run in runs if run["failure"] is None]
+    return {
+        "label": course.method.label,
+        "rule": course.method.rule,
+        "local_method": course.method.local,
+        "force": course.method.force or request.recipe.fleet.force,
+        "rate": course.rate,
+        "tuning": _tuning(request, course) if request.tune else None,
+        "runs": runs,
+        **_over_seeds(done),
+        "costs": {
+            cost: {
+                "mean": statistics.mean([run[cost] for run in done]),
+                "spread": statistics.spread([run[cost] for run in done]),
+            }
+            for cost in COSTS
+        },
+        "difference": None if course is first else _difference(course, first),
+    }
+
+
+def _over_seeds(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and spread over seeds of every score of both groups."""
+
+    def of(calculate: Any) -> dict[str, Any]:
+        return {
+            who: {score: calculate([one[who][score] for one in each]) for score in SCORES}
+            for who in GROUPS
+        }
+
+    return {"mean": of(statistics.mean), "spread": of(statistics.spread)}
+
+
+def _run(folder: Path, run: Run) -> dict[str, Any]:
+    place = str(run.folder.relative_to(folder))
+    if not run.finished:
+        return {"seed": run.seed, "folder": place, "failure": run.failure or "not finished"}
+    summary = storage.read_json(run.folder / SUMMARY)
+    records = records_of(run.folder)
+    evaluated = [record.validation_loss for record in records if record.evaluation is not None]
+    return {
+        "seed": run.seed,
+        "folder": place,
+        "failure": None,
+        **{key: summary[key] for key in ("rounds", "result_round", "stopped")},
+        "validation_loss": evaluated[-1] if evaluated else None,
+        **{who: summary["final"][who] for who in GROUPS},
+        **{cost: summary[cost] for cost in ("bytes_up", "bytes_down", "seconds")},
+        "discarded": statistics.mean([record.discarded for record in records]),
+        "rejected": sum(len(record.rejected) for record in records),
+        "abandoned_attempts": sum(len(record.abandoned) for record in records),
+    }
+
+
+def _tuning(request: Request, course: Course) -> dict[str, Any]:
+    """The rates that were tried, in order, and whether the best of them is an edge."""
+    trials = sorted(course.trials, key=lambda trial: trial.rate)
+    return {
+        "seed": request.recipe.seed,
+        "trials": [
+            {
+                "rate": trial.rate,
+                "validation_loss": trial.loss,
+                "round": trial.round,
+                "failure": trial.failure,
+                "extension": trial.rate not in request.rates,
+            }
+            for trial in trials
+        ],
+        "edge": edge(trials),
+    }
+
+
+def _difference(course: Course, first: Course) -> dict[str, Any]:
+    """Per seed the paired difference to the first method, and its mean and spread over seeds."""
+    theirs = {run.seed: run for run in first.runs if run.finished}
+    each = [
+        {"seed": run.seed, **_paired(run.folder, theirs[run.seed].folder)}
+        for run in course.runs
+        if run.finished and run.seed in theirs
+    ]
+    means = [
+        {who: {score: seed[who][score]["mean"] for score in SCORES} for who in GROUPS}
+        for seed in each
+    ]
+    return {"per_seed": each, **_over_seeds(means)}
+
+
+def _paired(ours: Path, theirs: Path) -> dict[str, Any]:
+    """Both groups' paired differences of every score over clients, on the test parts."""
+    mine, other = (storage.read_json(run / "evaluation.json")["clients"] for run in (ours, theirs))
+    seen = set(storage.read_json(ours / FLEET)["clients"])
+    found: dict[str, Any] = {}
+    for who in GROUPS:
+        found[who] = {}
+        for score in SCORES:
+            values = [
+                {id: one[score] for id, one in each.items() if (id in seen) == (who == "seen")}
+                for each in (mine, other)
+            ]
+            pair = statistics.paired(*values)
+            found[who][score] = {"mean": pair.mean, "se": pair.se, "clients": pair.clients}
+    return found
+
+
+def _agreement(seed: int, courses: Sequence[Course]) -> dict[str, Any]:
+    """Whether all methods had the same data, fleet and clients in every round with this seed."""
+    runs = [
+        (course.method, run)
+        for course in courses
+        for run in course.runs
+        if run.seed == seed and run.finished
+    ]
+    differ: list[str] = []
+    if runs:
+        first, reference = runs[0]
+        for method, run in runs[1:]:
+            pair = f"{method.label} and {first.label}"
+            if _data(run.folder) != _data(reference.folder):
+                differ.append(f"{pair}: other data or another model")
+            pairs = zip(records_of(run.folder), records_of(reference.folder), strict=False)
+            for ours, theirs in pairs:
+                if (ours.attempt, ours.clients) != (theirs.attempt, theirs.clients):
+                    differ.append(f"{pair}: other clients in round {ours.round}")
+    types = [(method, _types(run.folder)) for method, run in runs if method.force is None]
+    differ += [
+        f"{method.label} and {types[0][0].label}: other LoRA types"
+        for method, given in types[1:]
+        if given != types[0][1]
+    ]
+    return {"seed": seed, "runs": len(runs), "same": not differ, "differences": differ}
+
+
+def _data(run: Path) -> tuple[str, str]:
+    """The fingerprints of data and model."""
+    about = storage.read_json(run / ABOUT)
+    return about["data"], about["model"]["fingerprint"]
+
+
+def _types(run: Path) -> Any:
+    return storage.read_json(run / FLEET)["clients"]
