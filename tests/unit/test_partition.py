@@ -210,7 +210,7 @@ def test_a_client_held_out_by_halves_is_refused():
 def test_joined_sources_with_the_same_row_numbers_are_refused():
     data = tasks({"a": 4})
     with pytest.raises(DataError, match="a row number of its own"):
-        partition(Tasks(data.examples + data.examples))
+        partition(Tasks((*data.examples, *data.examples)))
 
 
 def test_two_clients_of_one_id_are_refused():

@@ -30,12 +30,12 @@ def test_json_lines_gzip_and_a_json_list_give_the_same_rows(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
     (tmp_path / "d.jsonl").write_text("\ufeff\n" + lines(ROWS) + "\n\n", encoding="utf-8")
     for file in tmp_path.iterdir():
-        assert Source(str(file)).rows() == ROWS, file.name
+        assert list(Source(str(file)).rows()) == ROWS, file.name
 
 
 def test_gzip_is_known_by_its_bytes_not_by_its_name(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(lines(ROWS).encode()))
-    assert Source(str(tmp_path / "a.jsonl")).rows() == ROWS
+    assert list(Source(str(tmp_path / "a.jsonl")).rows()) == ROWS
 
 
 def test_dates_numbers_and_the_word_none_stay_the_text_that_they_are(tmp_path):
@@ -51,13 +51,13 @@ def test_dates_numbers_and_the_word_none_stay_the_text_that_they_are(tmp_path):
 def test_csv_keeps_quoted_line_breaks_and_delimiters(tmp_path):
     (tmp_path / "a.csv").write_text('input,output\n"a, ""b""\nc",d\n')
     (tmp_path / "a.tsv").write_text("input\toutput\na, b\tc\n")
-    assert Source(str(tmp_path / "a.csv")).rows() == [{"input": 'a, "b"\nc', "output": "d"}]
-    assert Source(str(tmp_path / "a.tsv")).rows() == [{"input": "a, b", "output": "c"}]
+    assert list(Source(str(tmp_path / "a.csv")).rows()) == [{"input": 'a, "b"\nc', "output": "d"}]
+    assert list(Source(str(tmp_path / "a.tsv")).rows()) == [{"input": "a, b", "output": "c"}]
 
 
 def test_lines_of_text_are_divided_at_the_first_separator(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"m | n||a||b \r\n\nx||y\n"))
-    rows = Source(str(tmp_path / "a.txt.gz"), separator="||").rows()
+    rows = list(Source(str(tmp_path / "a.txt.gz"), separator="||").rows())
     assert rows == [{"input": "m | n", "output": "a||b"}, {"input": "x", "output": "y"}]
 
 
@@ -68,7 +68,7 @@ def test_parquet_gives_classes_by_their_names(tmp_path):
     data = datasets.Dataset.from_dict({"input": ["p", "q"], "output": [1, 0]}, features=features)
     path = tmp_path / "odd [name]*.parquet"
     data.to_parquet(str(path))
-    rows = Source(str(path)).rows()
+    rows = list(Source(str(path)).rows())
     assert rows == [{"input": "p", "output": "yes"}, {"input": "q", "output": "no"}]
 
 
@@ -77,10 +77,12 @@ def test_a_folder_that_datasets_saved_is_read_by_split(tmp_path):
     test = datasets.Dataset.from_list([{"input": "q", "output": "b"}])
     datasets.DatasetDict({"train": train, "test": test}).save_to_disk(str(tmp_path / "both"))
     train.save_to_disk(str(tmp_path / "one"))
-    assert Source(str(tmp_path / "both"), split="test").rows() == [{"input": "q", "output": "b"}]
-    assert Source(str(tmp_path / "one")).rows() == [{"input": "p", "output": "a"}]
+    assert list(Source(str(tmp_path / "both"), split="test").rows()) == [
+        {"input": "q", "output": "b"}
+    ]
+    assert list(Source(str(tmp_path / "one")).rows()) == [{"input": "p", "output": "a"}]
     with pytest.raises(DataError, match="one of train, test, got None"):
-        Source(str(tmp_path / "both")).rows()
+        list(Source(str(tmp_path / "both")).rows())
 
 
 def test_a_folder_of_data_files_is_read_and_a_changed_file_is_noticed(tmp_path):
@@ -89,10 +91,10 @@ def test_a_folder_of_data_files_is_read_and_a_changed_file_is_noticed(tmp_path):
     file = folder / "train.jsonl"
     file.write_text(lines([{"input": "p", "output": "a"}]))
     status = file.stat()
-    assert Source(str(folder)).rows() == [{"input": "p", "output": "a"}]
+    assert list(Source(str(folder)).rows()) == [{"input": "p", "output": "a"}]
     file.write_text(lines([{"input": "p", "output": "b"}]))
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))  # same size, same time
-    assert Source(str(folder)).rows() == [{"input": "p", "output": "b"}]
+    assert list(Source(str(folder)).rows()) == [{"input": "p", "output": "b"}]
 
 
 def test_local_sources_touch_no_network_no_cache_and_print_nothing(tmp_path, monkeypatch, capfd):
@@ -109,8 +111,8 @@ def test_local_sources_touch_no_network_no_cache_and_print_nothing(tmp_path, mon
     (tmp_path / "a.jsonl").write_text(lines(ROWS))
     before = set(tmp_path.iterdir())
     capfd.readouterr()
-    Source(str(path)).rows()
-    Source(str(tmp_path / "a.jsonl")).rows()
+    list(Source(str(path)).rows())
+    list(Source(str(tmp_path / "a.jsonl")).rows())
     assert capfd.readouterr() == ("", "")
     assert set(tmp_path.iterdir()) == before
 
@@ -124,7 +126,7 @@ def test_a_hub_id_goes_to_datasets_with_split_subset_and_revision(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     source = Source("owner/name", split="train[:1%]", subset="en", revision="abc")
-    assert source.rows() == [{"input": "p", "output": "a"}]
+    assert list(source.rows()) == [{"input": "p", "output": "a"}]
     expected = {"path": "owner/name", "split": "train[:1%]", "name": "en", "revision": "abc"}
     assert seen == expected
 
@@ -135,7 +137,7 @@ def test_a_hub_that_cannot_be_reached_is_a_data_error(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     with pytest.raises(DataError, match=r"owner/name: cannot be loaded: Couldn't reach.*network"):
-        Source("owner/name").rows()
+        list(Source("owner/name").rows())
 
 
 BAD = {
@@ -169,29 +171,29 @@ def test_bad_files_are_data_errors_that_name_the_place(tmp_path, case):
 def test_a_missing_file_is_not_looked_for_on_the_hub(name, monkeypatch):
     monkeypatch.delattr(datasets, "load_dataset")
     with pytest.raises(DataError, match="there is no such file"):
-        Source(name).rows()
+        list(Source(name).rows())
 
 
 def test_a_folder_without_data_and_a_folder_for_a_file_are_data_errors(tmp_path):
     with pytest.raises(DataError, match="cannot be loaded"):
-        Source(str(tmp_path)).rows()
+        list(Source(str(tmp_path)).rows())
     with pytest.raises(DataError, match="expected a json file, got a folder"):
-        Source(str(tmp_path), format="json").rows()
+        list(Source(str(tmp_path), format="json").rows())
 
 
 def test_settings_that_do_not_fit_the_format_are_refused(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(lines(ROWS))
     with pytest.raises(RecipeError, match="separator is for text sources, this one is json"):
-        Source(str(file), separator="||").rows()
+        list(Source(str(file), separator="||").rows())
     with pytest.raises(RecipeError, match="expected auto or one of json"):
-        Source(str(file), format="yaml").rows()
+        list(Source(str(file), format="yaml").rows())
     with pytest.raises(DataError, match="one split"):
-        Source(str(file), split="test").rows()
+        list(Source(str(file), split="test").rows())
 
 
 def test_a_missing_extra_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "a.parquet").write_bytes(b"")
     with pytest.raises(DataError, match=r"pip install 'polyrank\[data\]'"):
-        Source(str(tmp_path / "a.parquet")).rows()
+        list(Source(str(tmp_path / "a.parquet")).rows())

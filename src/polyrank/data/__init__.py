@@ -2,11 +2,14 @@
 
 from polyrank.data.clients import Clients, Summary
 from polyrank.data.collate import collate
-from polyrank.data.encode import encode
+from polyrank.data.encode import encode, encode_each
 from polyrank.data.partition import partition
+from polyrank.data.sequences import joined
 from polyrank.data.split import split
+from polyrank.data.store import ExampleStore
 from polyrank.data.tasks import load_tasks, tasks_from_rows
 from polyrank.data.template import PLAIN, Tokenizer
+from polyrank.data.tokens import Size, TokenStore, sizes
 from polyrank.data.types import Batch, ClientData, Encoded, Example, Skipped, Tasks
 
 __all__ = [
@@ -16,14 +19,20 @@ __all__ = [
     "Clients",
     "Encoded",
     "Example",
+    "ExampleStore",
+    "Size",
     "Skipped",
     "Summary",
     "Tasks",
+    "TokenStore",
     "Tokenizer",
     "collate",
     "encode",
+    "encode_each",
+    "joined",
     "load_tasks",
     "partition",
+    "sizes",
     "split",
     "tasks_from_rows",
 ]

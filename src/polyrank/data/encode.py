@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from polyrank.data.template import Tokenizer, choose
@@ -40,6 +40,35 @@ def encode(
     `label` goes before the row in messages. Raises ModelError for a tokenizer without end of
     sequence or with an unusable chat template, RecipeError for settings, DataError for ``error``.
     """
+    skipped: dict[str, list[str]] = {}
+    rows = encode_each(
+        examples,
+        tokenizer,
+        skipped,
+        max_length=max_length,
+        template=template,
+        loss_on=loss_on,
+        too_long=too_long,
+        label=label,
+    )
+    return list(rows), Skipped(skipped)
+
+
+def encode_each(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    skipped: dict[str, list[str]],
+    *,
+    max_length: int,
+    template: str = "auto",
+    loss_on: LossOn = "completion",
+    too_long: TooLong = "skip",
+    label: str = "",
+) -> Iterator[Encoded]:
+    """Yield what `encode` returns, a chunk of examples at a time; `skipped` is added to on the way.
+
+    Nothing is checked or read before the first row is asked for.
+    """
     if loss_on not in ("completion", "all"):
         raise RecipeError(f"loss_on: expected completion or all, got {loss_on!r}")
     if too_long not in ("skip", "cut-prompt", "error"):
@@ -59,10 +88,8 @@ def encode(
     tail = chosen.after if ends else chosen.after.rstrip()
 
     shared: dict[int, int] = {}  # one integer object per token id, not per token
-    encoded: list[Encoded] = []
-    skipped: dict[str, list[str]] = {}
     for start in range(0, len(examples), CHUNK):
-        chunk = examples[start : start + CHUNK]
+        chunk = list(examples[start : start + CHUNK])  # Read once, if they lie on disk.
         texts = chosen.prompts(chunk)
         answers = [chosen.before + example.references[0] + tail for example in chunk]
         prompts = _ids(tokenizer, texts)
@@ -92,16 +119,13 @@ def encode(
                 head = (room + 1) // 2
                 prompt = prompt[:head] + prompt[head + cut :]
             length = len(leading) + len(prompt)
-            encoded.append(
-                Encoded(
-                    input_ids=tuple(shared.setdefault(t, t) for t in leading + prompt + answer),
-                    prompt_length=length,
-                    loss_from=length if loss_on == "completion" else 1,
-                    example=index,
-                    cut=cut,
-                )
+            yield Encoded(
+                input_ids=tuple(shared.setdefault(t, t) for t in leading + prompt + answer),
+                prompt_length=length,
+                loss_from=length if loss_on == "completion" else 1,
+                example=index,
+                cut=cut,
             )
-    return encoded, Skipped(skipped)
 
 
 def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from polyrank.data.clients import Clients
 from polyrank.data.extras import need
+from polyrank.data.sequences import select
 from polyrank.data.split import check_fractions, split
-from polyrank.data.types import ClientData, Example, Skipped, Tasks
+from polyrank.data.table import Table
+from polyrank.data.types import ClientData, Skipped, Tasks
 from polyrank.errors import DataError, RecipeError
 from polyrank.seeds import derive
 
-Groups = dict[str, list[Example]]
+Groups = dict[str, Sequence[int]]
+"""Of each client, the places of its examples among all."""
 Unseen = str | Sequence[str] | int | float | None
 
 
@@ -70,58 +73,59 @@ def partition(
     _check(scheme, limit)
     if isinstance(unseen, bool):
         raise RecipeError("unseen: expected a column, clients, a number or a fraction, got a bool")
-    skipped = tasks.skipped
-
     examples = tasks.examples
-    if len({example.row for example in examples}) < len(examples):
+    table = Table.of(tasks, {by, on, unseen if isinstance(unseen, str) else "unseen"})
+    if len(set(table.rows)) < len(table.rows):
         raise DataError(
             f"{tasks.source}: expected every example to have a row number of its own; number the "
             "examples of joined sources anew"
         )
+    skipped = [tasks.skipped]
+    places: Sequence[int] = range(len(examples))
     needed = {"dirichlet": on, "iid": None, "contiguous": None}.get(by, by)
     if needed is not None:
-        _require(examples, needed, tasks.source, "to partition by")
-        lacking = [f"row {e.row}" for e in examples if needed not in e.columns]
+        values = table.column(needed, "to partition by")
+        lacking = [f"row {table.rows[place]}" for place in places if values[place] < 0]
         if lacking:
-            skipped = skipped + Skipped({f"no {needed}": lacking})
-            examples = tuple(e for e in examples if needed in e.columns)
+            skipped.append(Skipped({f"no {needed}": lacking}))
+            places = [place for place in places if values[place] >= 0]
 
-    flagged = _flagged(tasks, examples, unseen)
+    flagged = _flagged(table, places, unseen)
     if by in EVEN:
-        dealt = [e for e in examples if e.row not in flagged]
+        dealt = [place for place in places if place not in flagged]
         if clients is not None and clients > len(dealt):
             raise DataError(
                 f"{tasks.source}: {len(dealt)} examples are too few for {clients} clients; lower "
                 "clients"
             )
-        groups = EVEN[by](scheme, dealt)
+        groups = EVEN[by](scheme, table, dealt)
         if flagged:
-            groups["unseen"] = [e for e in examples if e.row in flagged]
+            groups["unseen"] = [place for place in places if place in flagged]
         held_out = {"unseen"} if flagged else set()
     else:
-        groups = _natural(scheme, examples)
-        held_out = {id for id, group in groups.items() if group[0].row in flagged}
+        groups = _natural(scheme, table, places)
+        held_out = {id for id, group in groups.items() if group[0] in flagged}
         for id, group in groups.items():
-            if len({e.row in flagged for e in group}) > 1:
+            if flagged and len({place in flagged for place in group}) > 1:
                 raise DataError(
                     f"{tasks.source}: client {id!r} is held out in some rows and not in others; a "
                     "client is held out entirely or takes part"
                 )
 
-    groups, missed = _trim(groups, limit, min_examples, seed)
+    groups = _trim(groups, tasks, table, limit, min_examples, seed, skipped)
     if not isinstance(unseen, str | None):
         held_out = _choose(unseen, sorted(groups), seed)
     return Clients(
         (
             ClientData(
                 id,
-                *split(group, shares, seed, id),
-                category=_category(group, on),
+                *split(select(examples, group), shares, seed, id),
+                category=table.common(on, group),
                 seen=id not in held_out,
             )
             for id, group in groups.items()
         ),
-        skipped + missed,
+        Skipped.of(skipped),
     )
 
 
@@ -144,33 +148,29 @@ def _check(scheme: Scheme, limit: int | None) -> None:
             raise RecipeError(f"partition: expected {name} of at least 1, got {value}")
 
 
-def _require(examples: Sequence[Example], column: str, source: str, purpose: str) -> None:
-    if not any(column in example.columns for example in examples):
-        known = dict.fromkeys(name for example in examples for name in example.columns)
-        raise DataError(
-            f"{source}: no column {column!r} {purpose}; the columns are {', '.join(known)}"
-        )
-
-
-def _flagged(tasks: Tasks, examples: Sequence[Example], unseen: Unseen) -> set[int]:
-    """Return the rows that a column holds out; empty if no column decides."""
+def _flagged(table: Table, places: Sequence[int], unseen: Unseen) -> set[int]:
+    """Return the places that a column holds out; empty if no column decides."""
     if not isinstance(unseen, str | None):
         return set()
-    if unseen is not None:
-        _require(examples, unseen, tasks.source, "to say who is held out")
     column = unseen or "unseen"
+    if unseen is None and column not in table.names:
+        return set()
+    codes = table.column(column, "to say who is held out")
     words = {"true": True, "1": True, "false": False, "0": False, "": False}
+    told = [words.get(name.strip().lower()) for name in table.names[column]]
+    told.append(False)  # For the code -1: an example without the column takes part.
     flagged = set()
-    for example in examples:
-        value = example.columns.get(column, "")
-        if value.strip().lower() not in words:
+    for place in places:
+        held_out = told[codes[place]]
+        if held_out is None:
             raise DataError(
-                f"{tasks.source}, row {example.row}: expected true or false in column {column!r}, "
-                f"which says who is held out, got {value!r}; correct it, or say otherwise with "
-                "unseen (0 for nobody)"
+                f"{table.source}, row {table.rows[place]}: expected true or false in column "
+                f"{column!r}, which says who is held out, got "
+                f"{table.names[column][codes[place]]!r}; correct it, or say otherwise with unseen "
+                "(0 for nobody)"
             )
-        if words[value.strip().lower()]:
-            flagged.add(example.row)
+        if held_out:
+            flagged.add(place)
     return flagged
 
 
@@ -197,49 +197,56 @@ def _choose(unseen: Sequence[str] | int | float, ids: Sequence[str], seed: int) 
 
 
 def _trim(
-    groups: Groups, limit: int | None, min_examples: int, seed: int
-) -> tuple[Groups, Skipped]:
-    """Return the clients that are large enough, with `limit` examples at most in source order."""
+    groups: Groups,
+    tasks: Tasks,
+    table: Table,
+    limit: int | None,
+    min_examples: int,
+    seed: int,
+    skipped: list[Skipped],
+) -> Groups:
+    """Return the clients that are large enough, with `limit` examples at most in source order.
+
+    What is left out is added to `skipped`.
+    """
     kept: Groups = {}
-    skipped = Skipped()
     for id, group in sorted(groups.items()):
         if len(group) < min_examples:
-            rows = [f"{id} row {example.row}" for example in group]
-            skipped = skipped + Skipped({f"client below {min_examples} examples": rows})
+            rows = [f"{id} row {table.rows[place]}" for place in group]
+            skipped.append(Skipped({f"client below {min_examples} examples": rows}))
             continue
-        if limit is not None and len(group) > limit:
-            order = sorted(group, key=lambda e: derive(seed, id, "limit", e.prompt, e.input, e.row))
-            chosen = {example.row for example in order[:limit]}
-            rows = [f"{id} row {e.row}" for e in group if e.row not in chosen]
-            skipped = skipped + Skipped({f"above the limit of {limit}": rows})
-            group = [e for e in group if e.row in chosen]
         kept[id] = group
-    return kept, skipped
+        if limit is not None and len(group) > limit:
+            order = {}
+            for place in group:
+                e = tasks.examples[place]
+                order[place] = derive(seed, id, "limit", e.prompt, e.input, e.row)
+            chosen = set(sorted(group, key=order.__getitem__)[:limit])
+            rows = [f"{id} row {table.rows[place]}" for place in group if place not in chosen]
+            skipped.append(Skipped({f"above the limit of {limit}": rows}))
+            kept[id] = [place for place in group if place in chosen]
+    return kept
 
 
-def _category(group: Sequence[Example], on: str) -> str:
-    values = {example.columns.get(on, "") for example in group}
-    return values.pop() if len(values) == 1 else ""
-
-
-def _natural(scheme: Scheme, examples: Sequence[Example]) -> Groups:
+def _natural(scheme: Scheme, table: Table, places: Sequence[int]) -> Groups:
     partitioner = need("flwr_datasets.partitioner").NaturalIdPartitioner("key")
-    groups = _run(partitioner, examples, [example.columns[scheme.by] for example in examples])
-    names: Mapping[int, str] = partitioner.partition_id_to_natural_id
-    return {names[index]: group for index, group in enumerate(groups)}
+    codes, names = table.codes[scheme.by], table.names[scheme.by]
+    groups = _run(partitioner, places, [codes[place] for place in places])
+    ids: Mapping[int, int] = partitioner.partition_id_to_natural_id
+    return {names[ids[index]]: group for index, group in enumerate(groups)}
 
 
-def _iid(scheme: Scheme, examples: Sequence[Example]) -> Groups:
-    order = sorted(examples, key=lambda e: derive(scheme.seed, "iid", e.row))
-    return _contiguous(scheme, order)  # the partitioner itself takes rows as they lie
+def _iid(scheme: Scheme, table: Table, places: Sequence[int]) -> Groups:
+    order = sorted(places, key=lambda place: derive(scheme.seed, "iid", table.rows[place]))
+    return _contiguous(scheme, table, order)  # the partitioner itself takes rows as they lie
 
 
-def _contiguous(scheme: Scheme, examples: Sequence[Example]) -> Groups:
+def _contiguous(scheme: Scheme, _table: Table, places: Sequence[int]) -> Groups:
     partitioner = need("flwr_datasets.partitioner").IidPartitioner(scheme.clients)
-    return _numbered(_run(partitioner, examples, [""] * len(examples)))
+    return _numbered(_run(partitioner, places, [0] * len(places)))
 
 
-def _dirichlet(scheme: Scheme, examples: Sequence[Example]) -> Groups:
+def _dirichlet(scheme: Scheme, table: Table, places: Sequence[int]) -> Groups:
     partitioner = need("flwr_datasets.partitioner").DirichletPartitioner(
         num_partitions=scheme.clients,
         partition_by="key",
@@ -248,38 +255,51 @@ def _dirichlet(scheme: Scheme, examples: Sequence[Example]) -> Groups:
         shuffle=False,
         seed=derive(scheme.seed, "dirichlet"),
     )
-    return _numbered(_run(partitioner, examples, [e.columns[scheme.on] for e in examples]))
+    codes = table.codes[scheme.on]
+    return _numbered(_run(partitioner, places, [codes[place] for place in places]))
 
 
-EVEN: dict[str, Callable[[Scheme, Sequence[Example]], Groups]] = {
+EVEN: dict[str, Callable[[Scheme, Table, Sequence[int]], Groups]] = {
     "iid": _iid,
     "contiguous": _contiguous,
     "dirichlet": _dirichlet,
 }
 
 
-def _numbered(groups: Sequence[list[Example]]) -> Groups:
+def _numbered(groups: Sequence[Sequence[int]]) -> Groups:
     digits = max(3, len(str(len(groups) - 1)))
-    return {
-        f"client-{index:0{digits}}": sorted(group, key=lambda example: example.row)
-        for index, group in enumerate(groups)
-    }
+    return {f"client-{index:0{digits}}": sorted(group) for index, group in enumerate(groups)}
 
 
-def _run(partitioner: Any, examples: Sequence[Example], keys: Sequence[str]) -> list[list[Example]]:
-    """Return the examples of each partition, without the partitioner's progress bar."""
-    data = need("datasets").Dataset.from_dict({"index": range(len(keys)), "key": keys})
+def _run(partitioner: Any, places: Sequence[int], keys: Sequence[int]) -> list[list[int]]:
+    """Return the places of each partition, without the partitioner's progress bar."""
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            partitioner.dataset = data
+            partitioner.dataset = _keys(keys)
             parts = [
-                partitioner.load_partition(number)["index"][:]
-                for number in range(partitioner.num_partitions)
+                partitioner.load_partition(number) for number in range(partitioner.num_partitions)
             ]
         except (ValueError, IndexError) as error:
             raise DataError(
-                f"partition: {len(examples)} examples cannot be dealt out as asked ({error}); "
+                f"partition: {len(places)} examples cannot be dealt out as asked ({error}); "
                 "change clients, alpha or min_examples"
             ) from error
-    return [[examples[index] for index in part] for part in parts]
+    return [[places[index] for index in part] for part in parts]
+
+
+def _keys(keys: Sequence[int]) -> Any:
+    """Return a data set of keys whose selections are the indices alone.
+
+    A selection of `datasets` itself is a data set again, and takes milliseconds for each client.
+    """
+    dataset: Any = need("datasets").Dataset
+
+    class Keys(dataset):
+        def __getitem__(self, _column: str) -> Sequence[int]:
+            return keys
+
+        def select(self, indices: Iterable[int], **_: Any) -> Sequence[int]:
+            return list(indices)
+
+    return Keys(dataset.from_dict({"key": keys}).data)

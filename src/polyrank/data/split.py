@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from polyrank.data.sequences import select
 from polyrank.data.types import Example
 from polyrank.errors import RecipeError
 from polyrank.seeds import derive
@@ -27,7 +28,7 @@ def check_fractions(fractions: Sequence[float]) -> Fractions:
 
 def split(
     examples: Sequence[Example], fractions: Fractions, seed: int, client: str
-) -> tuple[tuple[Example, ...], tuple[Example, ...], tuple[Example, ...]]:
+) -> tuple[Sequence[Example], Sequence[Example], Sequence[Example]]:
     """Return the training, validation and test part, each in the order of the source.
 
     Examples that ask the same (prompt and input) stay in one part. The order in which they are
@@ -36,24 +37,25 @@ def split(
     there are three different prompts; with two there is no validation part, with one all is
     training.
     """
-    groups: dict[tuple[str, str], list[Example]] = {}
-    for example in examples:
-        groups.setdefault((example.prompt, example.input), []).append(example)
-    order = sorted(groups, key=lambda asked: derive(seed, client, "split", *asked))
+    # By the hash of what is asked, not by the texts, which may be more than memory should hold.
+    groups: dict[int, list[int]] = {}
+    for place, example in enumerate(examples):
+        asked = derive(seed, client, "split", example.prompt, example.input)
+        groups.setdefault(asked, []).append(place)
 
     shares = {"test": fractions[2], "validation": fractions[1]}
     wanted = [name for name, share in shares.items() if share > 0][: max(len(groups) - 1, 0)]
-    part_of: dict[tuple[str, str], str] = {}
+    drawn: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    left = sorted(groups)
     for waiting, name in zip(range(len(wanted), 0, -1), wanted, strict=True):
-        left = [asked for asked in order if asked not in part_of]
         target = max(1, round(shares[name] * len(examples)))
         sizes = [len(groups[asked]) for asked in left]
-        part_of.update({left[i]: name for i in _draw(sizes, target, len(left) - waiting)})
-
-    parts: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
-    for example in examples:
-        parts[part_of.get((example.prompt, example.input), "train")].append(example)
-    return tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"])
+        taken = set(_draw(sizes, target, len(left) - waiting))
+        drawn[name] = [place for i in taken for place in groups[left[i]]]
+        left = [asked for i, asked in enumerate(left) if i not in taken]
+    drawn["train"] = [place for asked in left for place in groups[asked]]
+    train, validation, test = (select(examples, sorted(places)) for places in drawn.values())
+    return train, validation, test
 
 
 def _draw(sizes: Sequence[int], target: int, most: int) -> list[int]:

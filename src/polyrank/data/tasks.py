@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polyrank.data.formats import fill, parse
-from polyrank.data.sources import Row, Source
+from polyrank.data.sources import Source
+from polyrank.data.store import ExampleStore
+from polyrank.data.text_rows import Row
 from polyrank.data.types import Example, Skipped, Tasks
 from polyrank.errors import DataError, RecipeError
 
@@ -44,12 +48,11 @@ def load_tasks(
     or has no usable row; RecipeError for a format string or a format that cannot be.
     """
     name = str(source)
+    if limit is not None and limit < 1:
+        raise RecipeError(f"data limit: expected at least 1 row, got {limit}")
     rows = Source(name, format, split, subset, revision, separator).rows()
-    if limit is not None:
-        if limit < 1:
-            raise RecipeError(f"data limit: expected at least 1 row, got {limit}")
-        rows = rows[:limit]
-    return tasks_from_rows(rows, prompt=prompt, input=input, completion=completion, source=name)
+    fields = _Fields(prompt, input, completion)
+    return _tasks(lambda: itertools.islice(rows, limit), fields, name)
 
 
 def tasks_from_rows(
@@ -60,26 +63,46 @@ def tasks_from_rows(
     completion: str = "output",
     source: str = "rows",
 ) -> Tasks:
-    """Return the examples of rows in memory; columns are chosen as in `load_tasks`."""
-    listed = list(rows)
-    if not listed:
+    """Return the examples of rows; columns are chosen as in `load_tasks`.
+
+    `rows` is iterated over twice; an iterator, which gives its rows but once, is made a list first.
+    """
+    again = list(rows) if isinstance(rows, Iterator) else rows
+    return _tasks(lambda: iter(again), _Fields(prompt, input, completion), source)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The columns or format strings of prompt, input and completion; see `load_tasks`."""
+
+    prompt: str | None
+    input: str | None
+    completion: str
+
+
+def _tasks(read: Callable[[], Iterator[Row]], fields: _Fields, source: str) -> Tasks:
+    """Return the examples of the rows that `read` gives: columns first, then the texts.
+
+    The examples go to a temporary file as they come.
+    """
+    columns = list({column: None for row in read() for column in row})
+    if not columns and not any(True for _ in read()):
         raise DataError(f"{source}: not one usable example, it has no rows")
-    columns = list(dict.fromkeys(column for row in listed for column in row))
+    prompt, input = fields.prompt, fields.input
     if prompt is None:
         prompt = "instruction" if "instruction" in columns else "input"
         if input is None and prompt == "instruction" and "input" in columns:
             input = "input"
     ask = _field(prompt, columns, source)
     about = _field(input, columns, source) if input is not None else None
-    answer = _field(completion, columns, source)
+    answer = _field(fields.completion, columns, source)
 
-    shared: dict[str, str] = {}  # instructions and task names repeat: keep one copy of each
-    examples: list[Example] = []
+    examples = ExampleStore()
     skipped: dict[str, list[str]] = {}
-    for number, row in enumerate(listed):
+    for number, row in enumerate(read()):
         place = f"{source}, row {number}"
-        texts = [ask(row, place), about(row, place) if about else []]
-        question, context = (shared.setdefault(t, t) for t in (_only(x, place) for x in texts))
+        question = _only(ask(row, place), place)
+        context = _only(about(row, place), place) if about else ""
         references = tuple(text for text in answer(row, place) if text.strip())
         if not question.strip() and not context.strip():
             skipped.setdefault(EMPTY_PROMPT, []).append(f"row {number}")
@@ -87,7 +110,7 @@ def tasks_from_rows(
             skipped.setdefault(NO_COMPLETION, []).append(f"row {number}")
         else:
             kept = {
-                column: shared.setdefault(text, text)
+                column: text
                 for column, value in row.items()
                 if (text := _scalar(value)) is not None
             }
@@ -95,7 +118,7 @@ def tasks_from_rows(
                 skipped.setdefault(BROKEN, []).append(f"row {number}")
                 continue
             examples.append(Example(question, references, number, kept, context))
-    result = Tasks(tuple(examples), Skipped(skipped), source)
+    result = Tasks(examples, Skipped(skipped), source)
     if not examples:
         raise DataError(f"{source}: not one usable example: {result.skipped}")
     return result

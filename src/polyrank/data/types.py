@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from polyrank.data.sequences import joined
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,16 @@ class Skipped:
         return sum(len(rows) for rows in self.rows.values())
 
     def __add__(self, other: Skipped) -> Skipped:
-        reasons = [*self.rows, *(reason for reason in other.rows if reason not in self.rows)]
-        return Skipped({r: [*self.rows.get(r, ()), *other.rows.get(r, ())] for r in reasons})
+        return Skipped.of([self, other])
+
+    @staticmethod
+    def of(parts: Iterable[Skipped]) -> Skipped:
+        """Return the sum of all parts, in time that grows with their rows alone."""
+        rows: dict[str, list[str]] = {}
+        for part in parts:
+            for reason, named in part.rows.items():
+                rows.setdefault(reason, []).extend(named)
+        return Skipped(rows)
 
     def __str__(self) -> str:
         """Say how many and which: ``2 too long (row 4, row 7); 1 no completion (row 9)``."""
@@ -55,28 +65,34 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Tasks:
-    """All usable examples of one source, in its order, and what of it could not be used."""
+    """All usable examples of one source, in its order, and what of it could not be used.
 
-    examples: tuple[Example, ...]
+    `examples` may be a tuple or lie on disk (`polyrank.data.store`), and is read as it is used.
+    """
+
+    examples: Sequence[Example]
     skipped: Skipped = field(default_factory=Skipped)
     source: str = ""
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """One client's examples, split for good at the start of a run; `seen` clients take part."""
+    """One client's examples, split for good at the start of a run; `seen` clients take part.
+
+    The parts may be tuples, or views of examples that lie on disk.
+    """
 
     id: str
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
     category: str = ""
     seen: bool = True
 
     @property
-    def examples(self) -> tuple[Example, ...]:
+    def examples(self) -> Sequence[Example]:
         """The three parts together: what a client that never trains can be tested on."""
-        return self.train + self.validation + self.test
+        return joined(self.train, self.validation, self.test)
 
 
 @dataclass(frozen=True)

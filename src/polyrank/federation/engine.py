@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from polyrank.aggregation import Assignment, Update
+from polyrank.data import sizes
 from polyrank.errors import ResourceError
 from polyrank.federation.round import Failure, Task
 from polyrank.federation.work import ClientWork, at_every_site
@@ -43,7 +44,7 @@ class InProcess:
     def _load(self, client: str) -> tuple[int, int]:
         """(number of training rows, their tokens): rows decide how many steps a slot takes."""
         rows = self.work[client].rows["train"]
-        return len(rows), sum(len(row.input_ids) for row in rows)
+        return len(rows), sum(size.tokens for size in sizes(rows))
 
     def execute(
         self, tasks: Sequence[Task], on_step: Callable[[], None] | None = None

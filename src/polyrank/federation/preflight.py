@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from polyrank.aggregation import FleetSpec
+from polyrank.data import sizes
 from polyrank.errors import DataError, RecipeError, ResourceError
 from polyrank.federation import storage
 from polyrank.federation.checkpoint import KEEP
@@ -32,9 +33,10 @@ def resolve_cohort(
     work: Mapping[str, ClientWork],
 ) -> int:
     """Return how many clients train in one pass; ResourceError if not even one fits memory."""
-    rows = [row for client in work.values() for row in client.rows["train"]]
-    longest = max(len(row.input_ids) for row in rows)
-    targets = max(row.targets for row in rows)
+    longest = targets = 0
+    for client in work.values():
+        for size in sizes(client.rows["train"]):
+            longest, targets = max(longest, size.tokens), max(targets, size.targets)
     most = max(spec.ranks.values(), key=lambda ranks: sum(ranks.values()))
     largest = {**dict.fromkeys(model.spec.shapes, 0), **most}
     free = free_memory(model.device)

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from polyrank.algebra import Adapter, LowRank
-from polyrank.data import ClientData, Clients, Encoded, Example, Skipped, encode
+from polyrank.data import (
+    ClientData,
+    Clients,
+    Encoded,
+    Example,
+    Skipped,
+    TokenStore,
+    encode_each,
+    joined,
+)
 from polyrank.errors import DataError
 from polyrank.federation.settings import Encoding
 from polyrank.model import LoadedModel
@@ -22,7 +31,9 @@ Part = Literal["train", "validation", "test"]
 class ClientWork:
     """A client's encoded examples; ``rows[part][i].example`` indexes ``examples[part]``.
 
-    A client that is held out has nothing to train on: those examples are among its test examples.
+    Both may lie on disk, and are read as they are used (`polyrank.data.sizes` tells the sizes of
+    rows without reading). A client that is held out has nothing to train on: those examples are
+    among its test examples.
     """
 
     id: str
@@ -37,6 +48,7 @@ def prepare(
 ) -> tuple[dict[str, ClientWork], Skipped]:
     """Return the clients' work, and what could not be used, by name, what `partition` left out too.
 
+    Token ids go to a temporary file, client by client, so that memory does not grow with them.
     A seen client left without a training example cannot take part: it is left out and named.
     Raises DataError if no seen client is left, or if `max_length` exceeds the model's context.
     """
@@ -48,37 +60,42 @@ def prepare(
             f"{context}; lower it, or take another model"
         )
     work: dict[str, ClientWork] = {}
-    skipped = clients.skipped if isinstance(clients, Clients) else Skipped()
+    store = TokenStore()
+    skipped = [clients.skipped] if isinstance(clients, Clients) else []
     for id, client in sorted(clients.items()):
         rows: dict[Part, Sequence[Encoded]] = {}
         parts: tuple[Part, ...] = ("train", "validation", "test")
         examples: dict[Part, Sequence[Example]] = {
             "train": client.train if client.seen else (),
             "validation": client.validation,
-            "test": client.test if client.seen else client.train + client.test,
+            "test": client.test if client.seen else joined(client.train, client.test),
         }
         for part in parts:
-            rows[part], missed = encode(
+            missed: dict[str, list[str]] = {}
+            encoded = encode_each(
                 examples[part],
                 model.tokenizer,
+                missed,
                 max_length=length,
                 template=encoding.template,
                 loss_on=encoding.loss_on,
                 too_long=encoding.too_long,
                 label=id,
             )
-            skipped = skipped + missed
+            rows[part] = store.extend(encoded)
+            skipped.append(Skipped(missed))
         if client.seen and not rows["train"]:
-            skipped = skipped + Skipped({"client without a usable training example": [id]})
+            skipped.append(Skipped({"client without a usable training example": [id]}))
             continue
         work[id] = ClientWork(id, client.category, client.seen, rows, examples)
+    total = Skipped.of(skipped)
     if not any(client.seen for client in work.values()):
         raise DataError(
             f"no client has a usable training example within {length} tokens; "
-            f"{skipped.count} rows were skipped: "
-            + ", ".join(f"{len(rows)} {reason}" for reason, rows in skipped.rows.items())
+            f"{total.count} rows were skipped: "
+            + ", ".join(f"{len(rows)} {reason}" for reason, rows in total.rows.items())
         )
-    return work, skipped
+    return work, total
 
 
 def fingerprint(work: Mapping[str, ClientWork]) -> str:

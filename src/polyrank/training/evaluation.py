@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from polyrank.algebra import Adapter
+from polyrank.data.tokens import sizes
 from polyrank.data.types import Encoded
 from polyrank.model import LoadedModel, applied, logits_at, target_losses
 from polyrank.training.batches import assemble
@@ -23,11 +24,13 @@ def token_losses(
     """Return (summed loss, target tokens) of every example, in the order given.
 
     `adapter` may lack sites and have any rank; None means the bare base. Examples of like length
-    are batched together, `batch` at a time; a mean over examples is Σ loss / Σ tokens. `on_batch`
-    is called before each batch. Raises SiteError if the adapter does not fit.
+    are batched together, `batch` at a time, and read then if they lie on disk; a mean over examples
+    is Σ loss / Σ tokens. `on_batch` is called before each batch. Raises SiteError if the adapter
+    does not fit.
     """
     found: list[tuple[float, int]] = [(0.0, 0)] * len(encoded)
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
+    lengths = [size.tokens for size in sizes(encoded)]
+    order = sorted(range(len(encoded)), key=lambda i: -lengths[i])
     with applied(model, adapter):
         for first in range(0, len(order), batch):
             if on_batch is not None:
