@@ -33,7 +33,7 @@ def engine(request, model):
 @pytest.fixture
 def round(model, engine):
     settings = setup.round_settings(FlexLoRA(), fleet(DATA), model.spec, engine.work, Conduct())
-    spec = setup.fleet_spec(settings, model.spec, None)
+    spec = setup.fleet_spec(settings, fleet(DATA), model.spec, None)
     return Round(settings, settings.rule.init(spec), 1, 0, sorted(settings.ranks))
 
 

@@ -1,15 +1,17 @@
 """Shares of a fleet are met as nearly as whole clients allow, whatever they are."""
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from polyrank.errors import RankError
 from polyrank.planning import Fleet, LoRAType
 
-PARTS = st.lists(st.integers(0, 1000), min_size=1, max_size=6).filter(any)
+PARTS = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any)
 
 
 def sampled(parts, count, seed=0):
     total = sum(parts)
+    assume(min(part for part in parts if part) * count >= total)  # Fewer may leave a type empty.
     shares = {f"T{i}": part / total for i, part in enumerate(parts)}
     types = {name: LoRAType(name, {"all": 1}) for name in shares}
     ids = [f"c{i}" for i in range(count)]
@@ -35,6 +37,19 @@ def test_no_other_rounding_is_nearer(parts, count):
             if one != other and fleet.counts().get(one, 0):
                 moved = (off[one] - 1) ** 2 + (off[other] + 1) ** 2
                 assert moved >= off[one] ** 2 + off[other] ** 2 - 1e-6
+
+
+@given(PARTS, st.integers(1, 60))
+def test_a_type_of_some_share_has_a_client_or_the_fleet_is_refused(parts, count):
+    shares = {f"T{i}": part / sum(parts) for i, part in enumerate(parts)}
+    types = {name: LoRAType(name, {"all": 1}) for name in shares}
+    try:
+        fleet = Fleet.sample([f"c{i}" for i in range(count)], shares, types=types)
+    except RankError as error:
+        assert "no client for type" in str(error)
+        assert any(0 < share * count < 1 for share in shares.values())
+    else:
+        assert set(fleet.counts()) == {name for name, share in shares.items() if share}
 
 
 @given(PARTS, st.integers(1, 60), st.integers(0, 3))

@@ -20,7 +20,7 @@ def parts():
     model, data = one_block(), clients()
     work, _ = prepare(data, model, Encoding())
     settings = setup.round_settings(FlexLoRA(), fleet(data), model.spec, work, Conduct())
-    return model, setup.fleet_spec(settings, model.spec, None), work
+    return model, setup.fleet_spec(settings, fleet(data), model.spec, None), work
 
 
 def resolve(parts, wanted):

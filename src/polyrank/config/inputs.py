@@ -5,17 +5,18 @@ The text below a key is its entry in docs/recipes.md, which is made from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from polyrank.config.section import Expected, Section
+from polyrank.config.trace import read_trace
 from polyrank.data import Clients, load_tasks, partition
 from polyrank.errors import RecipeError
 from polyrank.federation import Encoding
 from polyrank.model import LoadedModel, load_model
-from polyrank.planning import Fleet, LoRAType
+from polyrank.planning import Fleet, LoRAType, Redraw, Schedule, Trace, shares_of
 from polyrank.sample import MODEL, TASKS
 
 SAMPLE = "sample"
@@ -34,6 +35,12 @@ Types = Annotated[
 Distribution = Annotated[
     str | dict[str, float] | None,
     Expected("a name or a table of shares, e.g. {T1 = 0.9, T2 = 0.1}"),
+]
+
+
+Changes = Annotated[
+    dict[str, dict[str, str]] | None,
+    Expected('changes of type by round, e.g. {5 = {alice = "T1"}}'),
 ]
 
 
@@ -165,14 +172,20 @@ class FleetSection(Section):
     """The type of every seen client, by name."""
     force: str | None = None
     """Give every client this type, or the `weakest` of the fleet: the homogeneous control."""
+    redraw: int | None = Field(default=None, ge=1)
+    """Deal the same types to the clients anew, at random, every so many rounds."""
+    trace: str | None = None
+    """A CSV or JSON-lines file with columns `round`, `client` and `type`: from that round on (they
+    count from 1) the client has that type; client `*` is everyone not named beside it. It is kept
+    in the run folder's recipe as `schedule`."""
+    schedule: Changes = None
+    """The same in the recipe: `{5 = {alice = "T1"}, 9 = {"*" = "T4"}}`."""
 
     def build(self, clients: Iterable[str], seed: int) -> Fleet:
         """Return the fleet of these clients, not yet forced to one type."""
-        if (self.distribution is None) == (self.clients is None):
-            raise RecipeError(
-                "fleet: give either distribution (a name or shares per type) or clients (a table "
-                "client = type)"
-            )
+        return self._at_first(clients, seed).with_schedule(self._schedule(seed))
+
+    def _at_first(self, clients: Iterable[str], seed: int) -> Fleet:
         types = self._types()
         if self.clients is None:
             return Fleet.sample(clients, self.distribution or {}, types=types, seed=seed)
@@ -185,14 +198,43 @@ class FleetSection(Section):
             )
         return Fleet.table(self.clients, types=types)
 
+    def _schedule(self, seed: int) -> Schedule | None:
+        if self.redraw is not None:
+            return Redraw(self.redraw, seed)
+        if self.trace is not None:
+            return Trace(read_trace(self.trace))
+        return None if self.schedule is None else Trace(_by_round(self.schedule))
+
+    def resolved(self) -> FleetSection:
+        """Return the same section with what a trace file holds taken in."""
+        if self.trace is None:
+            return self
+        changes = {str(round): named for round, named in read_trace(self.trace).items()}
+        return self.model_copy(update={"trace": None, "schedule": changes})
+
     def check(self, force: Iterable[str | None]) -> None:
         """Raise RecipeError or RankError for mistakes that show without clients and model."""
-        names = sorted(self.clients or {"someone": ""})
-        fleet = self.build(names, seed=0)
+        if (self.distribution is None) == (self.clients is None):
+            raise RecipeError(
+                "fleet: give either distribution (a name or shares per type) or clients (a table "
+                "client = type)"
+            )
+        changing = {"redraw": self.redraw, "trace": self.trace, "schedule": self.schedule}
+        given = [name for name, value in changing.items() if value is not None]
+        if len(given) > 1:
+            raise RecipeError(f"fleet: {given} each say how types change; give one of them")
+        if self.clients is None:
+            types, _ = shares_of(self.distribution or {}, self._types())
+        else:
+            types = Fleet.table(self.clients, types=self._types()).types
+        schedule = self._schedule(seed=0)
+        unknown = sorted(schedule.types - set(types)) if schedule else []
+        if unknown:
+            raise RecipeError(f"fleet: the schedule gives {unknown}; there are {sorted(types)}")
         for name in force:
-            if name is not None and name not in ("weakest", *fleet.types):
+            if name is not None and name not in ("weakest", *types):
                 raise RecipeError(
-                    f"fleet.force and control: expected weakest or one of {sorted(fleet.types)}, "
+                    f"fleet.force and control: expected weakest or one of {sorted(types)}, "
                     f"got {name!r}"
                 )
 
@@ -203,3 +245,10 @@ class FleetSection(Section):
             name: LoRAType(name, {"all": ranks} if isinstance(ranks, int) else ranks)
             for name, ranks in self.types.items()
         }
+
+
+def _by_round(schedule: Mapping[str, Mapping[str, str]]) -> dict[int, Mapping[str, str]]:
+    wrong = [key for key in schedule if not key.isdecimal()]
+    if wrong:
+        raise RecipeError(f"fleet.schedule: expected numbers of rounds as keys, got {wrong[0]!r}")
+    return {int(key): named for key, named in schedule.items()}

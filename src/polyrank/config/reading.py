@@ -21,6 +21,9 @@ PAIRS = (
 )
 """Keys of which a recipe gives one: an override of one takes the other back."""
 
+SOURCES = (("model", "source"), ("data", "source"), ("fleet", "trace"))
+"""Keys that may hold a path."""
+
 _OTHER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 
 
@@ -104,12 +107,12 @@ def _value(text: str) -> Any:
 
 def _resolve_sources(content: Mapping[str, Any], *places: Path) -> None:
     """Make a source that exists in one of the places an absolute path; others stay as they are."""
-    for name in ("model", "data"):
+    for name, key in SOURCES:
         section = content.get(name)
-        source = section.get("source") if isinstance(section, dict) else None
+        source = section.get(key) if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(source, str) and source not in ("", SAMPLE):
             paths = (place / Path(source).expanduser() for place in places)
-            section["source"] = next((str(p.resolve()) for p in paths if p.exists()), source)
+            section[key] = next((str(p.resolve()) for p in paths if p.exists()), source)
 
 
 def _find(content: Any, key: str) -> Any:

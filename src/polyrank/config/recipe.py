@@ -90,10 +90,13 @@ class Recipe(Section):
         self.fleet.check((self.fleet.force, self.control))
 
     def resolved(self) -> Recipe:
-        """Return the recipe with the choices made that depend on this machine."""
+        """Return the recipe with what depends on this machine chosen, and its trace read in."""
         threads = self.engine.threads or _cores()
         return self.model_copy(
-            update={"engine": self.engine.model_copy(update={"threads": threads})}
+            update={
+                "engine": self.engine.model_copy(update={"threads": threads}),
+                "fleet": self.fleet.resolved(),
+            }
         )
 
     def forced(self, force: str) -> Recipe:

@@ -70,7 +70,7 @@ class Federation:
         self.seen = [id for id, client in self.work.items() if client.seen]
         preflight.check_measures(self.conduct, model, self.work)
         self._settings = setup.round_settings(self.rule, fleet, model.spec, self.work, self.conduct)
-        spec = setup.fleet_spec(self._settings, model.spec, self.conduct.server_rank)
+        spec = setup.fleet_spec(self._settings, fleet, model.spec, self.conduct.server_rank)
         first = Checkpoint(0, self.rule.init(spec))
         self.engine = InProcess(
             model,
@@ -181,7 +181,7 @@ class Federation:
             "evaluate": ended - merged,
             "total": ended - started,
         }
-        record = RoundRecord.of(attempts, self.fleet.assigned, reports, scores, seconds)
+        record = RoundRecord.of(attempts, self.fleet.at(round.number), reports, scores, seconds)
         self.folder.append_record(record.to_json())
         after = self._checkpoint(state, record)
         self.folder.save_checkpoint(after)

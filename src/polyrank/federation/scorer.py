@@ -67,24 +67,31 @@ class Scorer:
 
     def _own_rank(self, state: State, number: int) -> Scores:
         dealt = Round(self._round_settings, state, number + 1, 0, list(self._round_settings.ranks))
-        losses = {
-            name: self._own_losses(dealt, clients) for name, clients in self._by_type().items()
-        }
+        by_type = self._by_type(number + 1)
+        losses = {name: self._own_losses(dealt, clients) for name, clients in by_type.items()}
         everyone = {id: loss for found in losses.values() for id, loss in found.items()}
         groups = {name: loss_only(found) for name, found in losses.items()}
         return {**groups, "all": loss_only(everyone)}
 
     def _own_losses(self, dealt: Round, clients: Sequence[str]) -> dict[str, float]:
-        assignment = dealt.assignment(clients[0])  # Clients of one type get the same.
-        adapter = assignment.start + assignment.frozen + assignment.merged
-        work = [self._work[id] for id in clients]
-        return client_losses(
-            self._model, adapter, work, "validation", self._settings, self._check_stop
-        )
+        """Return the clients' losses, each with what it is dealt; equal assignments together."""
+        alike: dict[str, list[str]] = {}
+        for id in clients:
+            alike.setdefault(dealt.assignment_hash(id), []).append(id)
+        losses: dict[str, float] = {}
+        for ids in alike.values():
+            assignment = dealt.assignment(ids[0])
+            adapter = assignment.start + assignment.frozen + assignment.merged
+            work = [self._work[id] for id in ids]
+            losses |= client_losses(
+                self._model, adapter, work, "validation", self._settings, self._check_stop
+            )
+        return losses
 
-    def _by_type(self) -> dict[str, list[str]]:
-        """The seen clients of each LoRA type."""
+    def _by_type(self, round: int) -> dict[str, list[str]]:
+        """The seen clients of each LoRA type in a round."""
+        types = self._fleet.at(round)
         groups: dict[str, list[str]] = {}
         for id in self._round_settings.ranks:
-            groups.setdefault(self._fleet.assigned[id], []).append(id)
+            groups.setdefault(types[id], []).append(id)
         return dict(sorted(groups.items()))

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from polyrank.aggregation import FleetSpec, Rule
@@ -30,15 +31,21 @@ def round_settings(
     without = [id for id in seen if id not in fleet.assigned]
     if without:
         raise RankError(f"fleet: no LoRA type for the clients {without[:10]}; assign one each")
-    ranks = fleet.ranks(spec)
+    by_type = fleet.ranks_by_type(spec)
+
+    def ranks_in(round: int) -> dict[str, Mapping[str, int]]:
+        types = fleet.at(round)
+        return {id: by_type[types[id]] for id in seen}
+
     examples = {id: len(work[id].rows["train"]) for id in seen}
     return RoundSettings(
         rule=rule,
-        ranks={id: ranks[id] for id in seen},
+        ranks=ranks_in(1),
         weights=conduct.weights.weights(examples),
         scaling=conduct.scaling,
         seed=conduct.seed,
         max_increment=conduct.faults.max_increment,
+        ranks_in=lru_cache(2)(ranks_in) if fleet.schedule else None,
     )
 
 
@@ -52,19 +59,24 @@ def check_names(fleet: Fleet, clients: Iterable[str]) -> None:
         raise RankError(f"fleet: there are no clients {unknown[:10]}{hint}")
 
 
-def fleet_spec(settings: RoundSettings, spec: ModelSpec, server_rank: int | None) -> FleetSpec:
+def fleet_spec(
+    settings: RoundSettings, fleet: Fleet, spec: ModelSpec, server_rank: int | None
+) -> FleetSpec:
     """Return what the rule is told: the server keeps each site at the fleet's largest rank.
 
-    `server_rank`, if given, is taken everywhere instead, where the matrix allows it.
+    Ranks that come with a later round count too. `server_rank`, if given, is taken everywhere
+    instead, where the matrix allows it.
     """
+    by_type = fleet.ranks_by_type(spec)
     largest: dict[str, int] = {}
-    for own in {id(own): own for own in settings.ranks.values()}.values():
+    for own in by_type.values():
         for site, rank in own.items():
             largest[site] = max(rank, largest.get(site, 0))
     shapes = {site: spec.shapes[site] for site in largest}
     if server_rank is not None:
         largest = {site: min(server_rank, *shapes[site]) for site in largest}
-    return FleetSpec(shapes, settings.ranks, largest, settings.seed)
+    later = {f"any of type {name}": own for name, own in by_type.items()} if fleet.schedule else {}
+    return FleetSpec(shapes, {**settings.ranks, **later}, largest, settings.seed)
 
 
 def described(
@@ -72,7 +84,8 @@ def described(
 ) -> dict[str, Any]:
     """Return the settings that a run's bytes depend on, as JSON; the fleet as its hash."""
     ranks = {name: dict(kind.ranks) for name, kind in fleet.types.items()}
-    table = json.dumps([ranks, dict(fleet.assigned)], sort_keys=True)
+    changing = [] if fleet.schedule is None else [dataclasses.asdict(fleet.schedule)]
+    table = json.dumps([ranks, dict(fleet.assigned), *changing], sort_keys=True)
     return {
         "rule": rule.name,
         "cohort": cohort,

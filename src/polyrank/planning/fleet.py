@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from polyrank.errors import RankError
+from polyrank.planning.schedule import Schedule
 from polyrank.planning.spec import ModelSpec, Site
 
 T = TypeVar("T")
@@ -111,13 +113,25 @@ types dominate in ``normal``."""
 
 @dataclass(frozen=True)
 class Fleet:
-    """The clients of a run, each with its LoRA type."""
+    """The clients of a run, each with its LoRA type.
+
+    `assigned` are the types of the first round; with a `schedule` they change from round to round.
+    Raises RankError for a type or a client of the schedule that is not in the fleet.
+    """
 
     types: Mapping[str, LoRAType]
     assigned: Mapping[str, str]
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         _known(self.assigned.values(), self.types)
+        if self.schedule is not None:
+            _known(self.schedule.types, self.types)
+            unknown = sorted(self.schedule.clients - set(self.assigned))
+            if unknown:
+                near = difflib.get_close_matches(unknown[0], self.assigned, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise RankError(f"fleet schedule: there are no clients {unknown[:5]}{hint}")
         if "all" in self.types:
             raise RankError("Fleet: 'all' means every client in reports; name the type otherwise")
         if not self.assigned:
@@ -135,13 +149,13 @@ class Fleet:
 
         `distribution` is a name of `DISTRIBUTIONS` or shares per type that sum to one. Counts are
         the shares rounded by largest remainder, so that they are met as nearly as whole clients
-        allow; only who gets which type is random.
+        allow; only who gets which type is random. Raises RankError for shares that do not sum to
+        one, and for a share above zero that comes to no client at all.
         """
-        family = _named(TYPES, types, "a family of LoRA types")
-        shares = _named(DISTRIBUTIONS, distribution, "a resource distribution")
-        _known(shares, family)
+        family, shares = shares_of(distribution, types)
         ids = sorted(clients)
         counts = _counts(shares, len(ids))
+        _refuse_empty(shares, counts, len(ids))
         names = [name for name in sorted(counts) for _ in range(counts[name])]
         random.Random(seed).shuffle(names)
         return Fleet(family, dict(zip(ids, names, strict=True)))
@@ -153,27 +167,55 @@ class Fleet:
         """Return a fleet from an explicit table client -> type."""
         return Fleet(_named(TYPES, types, "a family of LoRA types"), dict(clients))
 
+    def with_schedule(self, schedule: Schedule | None) -> Fleet:
+        """Return the same fleet with types that change as the schedule says."""
+        return replace(self, schedule=schedule)
+
+    def at(self, round: int) -> Mapping[str, str]:
+        """Return client -> type in a round (from 1)."""
+        return self.assigned if self.schedule is None else self.schedule.at(self.assigned, round)
+
+    @property
+    def possible(self) -> list[str]:
+        """The types that some client has in some round, by name."""
+        later = set() if self.schedule is None else self.schedule.types
+        return sorted(set(self.assigned.values()) | later)
+
     def forced(self, name: str, spec: ModelSpec) -> Fleet:
-        """Return the homogeneous control: every client of one type.
+        """Return the homogeneous control: every client of one type in every round.
 
         `name` is a type, or ``weakest``: of the types that clients of this fleet have, the one that
         trains the fewest parameters (ties by name).
         """
         if name == "weakest":
-            present = sorted(set(self.assigned.values()))
+            present = self.possible
             name = min(present, key=lambda t: (_parameters(self.types[t], spec), t))
         return Fleet(self.types, dict.fromkeys(self.assigned, name))
 
     def ranks(self, spec: ModelSpec) -> dict[str, dict[str, int]]:
-        """Return the rank per client and site; clients of one type share one dict."""
-        by_type = {
-            name: self.types[name].resolve(spec) for name in sorted(set(self.assigned.values()))
-        }
-        return {client: by_type[name] for client, name in self.assigned.items()}
+        """Return the rank per client and site in round 1; clients of one type share one dict."""
+        by_type = self.ranks_by_type(spec)
+        return {client: by_type[name] for client, name in self.at(1).items()}
+
+    def ranks_by_type(self, spec: ModelSpec) -> dict[str, dict[str, int]]:
+        """Return the rank per site of every type that a client may have."""
+        return {name: self.types[name].resolve(spec) for name in self.possible}
 
     def counts(self) -> dict[str, int]:
-        """Return how many clients each type has, types without clients left out."""
-        return dict(sorted(Counter(self.assigned.values()).items()))
+        """Return how many clients each type has in round 1, types without clients left out."""
+        return dict(sorted(Counter(self.at(1).values()).items()))
+
+
+def shares_of(
+    distribution: str | Mapping[str, float], types: str | Mapping[str, LoRAType] = "paper"
+) -> tuple[Mapping[str, LoRAType], Mapping[str, float]]:
+    """Return the types and the share of each; RankError if a name or the shares cannot be."""
+    family = _named(TYPES, types, "a family of LoRA types")
+    shares = _named(DISTRIBUTIONS, distribution, "a resource distribution")
+    _known(shares, family)
+    if not (all(share >= 0 for share in shares.values()) and abs(sum(shares.values()) - 1) <= 1e-6):
+        raise RankError(f"Fleet: shares must be at least 0 and sum to 1, got {dict(shares)}")
+    return family, shares
 
 
 def _known(names: Iterable[str], types: Mapping[str, LoRAType]) -> None:
@@ -193,14 +235,24 @@ def _named(table: Mapping[str, T], value: str | T, what: str) -> T:
 def _counts(shares: Mapping[str, float], total: int) -> dict[str, int]:
     """Round shares of `total` to whole numbers that sum to it, by largest remainder."""
     whole = sum(shares.values())
-    if not (all(share >= 0 for share in shares.values()) and abs(whole - 1) <= 1e-6):
-        raise RankError(f"Fleet: shares must be at least 0 and sum to 1, got {dict(shares)}")
     due = {name: share / whole * total for name, share in shares.items()}
     counts = {name: int(exact + 1e-9) for name, exact in due.items()}
     rest = sorted(shares, key=lambda name: (counts[name] - due[name], name))
     for name in rest[: total - sum(counts.values())]:
         counts[name] += 1
     return counts
+
+
+def _refuse_empty(shares: Mapping[str, float], counts: Mapping[str, int], total: int) -> None:
+    """Raise RankError for a type that was to have clients and gets none."""
+    empty = sorted(name for name, share in shares.items() if share > 0 and not counts[name])
+    if total and empty:
+        name = empty[0]
+        raise RankError(
+            f"Fleet: {shares[name]:.2%} of {total} clients leave no client for type {name}"
+            f"{f' (nor for {empty[1:]})' if empty[1:] else ''}; take more clients, give the type a "
+            "larger share, or leave it out of the shares"
+        )
 
 
 def _parameters(kind: LoRAType, spec: ModelSpec) -> int:
