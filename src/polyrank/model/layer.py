@@ -1,116 +1,125 @@
-"""The LoRA layer of one site, for all slots of a cohort."""
+"""The layer of one site, for all slots of a cohort."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from polyrank.algebra import LowRank
+from polyrank.algebra import Delta, LowRank
 from polyrank.errors import SiteError
-from polyrank.model.dropout import keep_mask
 from polyrank.model.routing import Routing
 
 
-class CohortLayer:
-    """The factors of K slots at one site and the hook that adds their updates to the output.
+class Trained(Protocol):
+    """What K slots train at one site; `width` is 0 where they train nothing."""
 
-    `a` is K×r×n and `b` K×r×m, B transposed; both are leaves with gradients. `scales` are the s_k,
-    `frozen` the terms without training, `drops` the dropout probability and seed per slot.
+    @property
+    def width(self) -> int:
+        """The size that the slots are filled up to."""
+        ...
+
+    def load(self, k: int, delta: Delta) -> None:
+        """Set what slot k trains."""
+        ...
+
+    def read(self, k: int, start: Delta) -> Delta:
+        """Return a copy of what slot k has trained, of the kind and size of its start."""
+        ...
+
+    def inputs(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return the inputs that training sees, of a routed batch."""
+        ...
+
+    def added(self, ys: Tensor, xs: Tensor, select: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return blocks ys with the updates of their slots' xs added."""
+        ...
+
+    def penalise(self, strengths: Tensor, keeps: Tensor) -> None:
+        """Add the gradients of the slots' penalties."""
+        ...
+
+
+class CohortLayer:
+    """What acts at one site, and the hook that adds it to the output.
+
+    `trained` is what the slots train, `frozen` their terms without training, `merged` an m×n matrix
+    for all slots alike (None: there is none, or it is in the weight already).
     """
 
     def __init__(
         self,
         site: str,
-        a: Tensor,
-        b: Tensor,
-        scales: Sequence[float],
+        trained: Trained,
         frozen: Sequence[LowRank | None],
-        drops: Sequence[tuple[float, int]],
+        merged: Tensor | None,
+        like: Tensor,
+        shape: tuple[int, int],
     ):
         self.site = site
+        self.trained = trained
         self.routing: Routing | None = None
-        self._a, self._b = a, b
-        self._scales = list(scales)
-        self._scale = torch.tensor(self._scales, dtype=a.dtype, device=a.device).view(-1, 1, 1)
-        self._drops = list(drops)
+        self._merged, self._dtype = merged, like.dtype
         width = max((delta.rank for delta in frozen if delta is not None), default=0)
-        slots, _, m, n = *a.shape[:2], b.shape[2], a.shape[2]
-        self._frozen_a, self._frozen_b = a.new_zeros(slots, width, n), a.new_zeros(slots, width, m)
+        m, n = shape
+        self._frozen_a = like.new_zeros(len(frozen), width, n)
+        self._frozen_b = like.new_zeros(len(frozen), width, m)
         for k, delta in enumerate(frozen):
             if delta is not None:
                 self._frozen_a[k, : delta.rank] = delta.a
                 self._frozen_b[k, : delta.rank] = delta.b.T
 
     @property
-    def rank(self) -> int:
-        """The largest rank of the slots."""
-        return self._a.shape[1]
-
-    @property
     def has_frozen(self) -> bool:
         """Whether some slot has a term that is active and not trained."""
         return self._frozen_a.shape[1] > 0
 
-    @torch.no_grad()
-    def load(self, k: int, delta: LowRank) -> None:
-        """Set slot k's factors to those of s·BA given with s folded into B."""
-        self._a[k, : delta.rank] = delta.a
-        self._b[k, : delta.rank] = delta.b.T.to(self._b) / self._scales[k]
+    @property
+    def by_slot(self) -> bool:
+        """Whether what acts here depends on the slot."""
+        return self.trained.width > 0 or self.has_frozen
 
-    def read(self, k: int, rank: int) -> LowRank:
-        """Return a copy of slot k's first `rank` components, s folded into B."""
-        b = self._b.detach()[k, :rank].T * self._scales[k]
-        return LowRank(
-            b.clone(memory_format=torch.contiguous_format), self._a.detach()[k, :rank].clone()
-        )
+    @property
+    def acts(self) -> bool:
+        """Whether the hook changes anything."""
+        return self.by_slot or self._merged is not None
 
     def hook(self, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        """Return y + s_k B_k A_k dropout_k(x) + F_k x for the rows of every slot k."""
-        x = args[0].to(self._a.dtype)
-        if self.routing is None:
-            if self._a.shape[0] > 1:
-                raise SiteError(
-                    f"Cohort: {self.site} was called before `route` said whose rows these are"
-                )
-            return self._unrouted(x, y)
-        return self._routed(x, y, self.routing)
+        """Return y with what is merged, trained and frozen added, rounded to y's dtype once."""
+        x = args[0].to(self._dtype)
+        out = y.to(x.dtype)
+        if self._merged is not None:
+            out = out + nn.functional.linear(x, self._merged)
+        if self.by_slot:
+            routing = self.routing
+            out = self._unrouted(x, out) if routing is None else self._routed(x, out, routing)
+        return out.to(y.dtype)
 
     def _unrouted(self, x: Tensor, y: Tensor) -> Tensor:
         """One slot, any shape."""
-        xs, ys = x.reshape(1, -1, x.shape[-1]), y.reshape(1, -1, y.shape[-1]).to(x.dtype)
-        if self.rank:
-            ys = torch.baddbmm(ys, torch.bmm(xs, self._a.mT) * self._scale, self._b)
-        if self.has_frozen:
-            ys = torch.baddbmm(ys, torch.bmm(xs, self._frozen_a.mT), self._frozen_b)
-        return ys.view(y.shape).to(y.dtype)
+        if self._frozen_a.shape[0] > 1:
+            raise SiteError(
+                f"Cohort: {self.site} was called before `route` said whose rows these are"
+            )
+        xs, ys = x.reshape(1, -1, x.shape[-1]), y.reshape(1, -1, y.shape[-1])
+        if self.trained.width:
+            ys = self.trained.added(ys, xs, lambda stack: stack)
+        return self._with_frozen(ys, xs, lambda stack: stack).view(y.shape)
 
     def _routed(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
         x = routing.rows_of(x, self.site)
-        ys = routing.blocks(routing.rows_of(y, self.site)).to(x.dtype)
-        if self.rank:
-            a, b = routing.select(self._a), routing.select(self._b)
-            hidden = torch.bmm(routing.blocks(self._dropped(x, routing)), a.mT)
-            ys = torch.baddbmm(ys, hidden * routing.select(self._scale), b)
+        ys = routing.blocks(routing.rows_of(y, self.site))
+        if self.trained.width:
+            inputs = routing.blocks(self.trained.inputs(x, routing))
+            ys = self.trained.added(ys, inputs, routing.select)
         if self.has_frozen:
-            a, b = routing.select(self._frozen_a), routing.select(self._frozen_b)
-            ys = torch.baddbmm(ys, torch.bmm(routing.blocks(x), a.mT), b)
-        return routing.unblock(ys).view(y.shape).to(y.dtype)
+            ys = self._with_frozen(ys, routing.blocks(x), routing.select)
+        return routing.unblock(ys).view(y.shape)
 
-    def _dropped(self, x: Tensor, routing: Routing) -> Tensor:
-        """Return x with each part's mask applied; padding is beyond every mask and stays zero."""
-        drops = [self._drops[part.slot] for part in routing.parts]
-        if not any(p and part.draw for (p, _), part in zip(drops, routing.parts, strict=True)):
-            return x
-        mask = torch.zeros_like(x)
-        first = 0
-        for (p, seed), part in zip(drops, routing.parts, strict=True):
-            block = mask[first : first + part.rows, : part.length]
-            first += part.rows
-            if p and part.draw:
-                shape = (part.rows, part.length, x.shape[-1])
-                block.copy_(keep_mask(seed, part.draw, self.site, shape, p, x))
-            else:
-                block.fill_(1.0)
-        return x * mask
+    def _with_frozen(self, ys: Tensor, xs: Tensor, select: Callable[[Tensor], Tensor]) -> Tensor:
+        if not self.has_frozen:
+            return ys
+        hidden = torch.bmm(xs, select(self._frozen_a).mT)
+        return torch.baddbmm(ys, hidden, select(self._frozen_b))

@@ -8,26 +8,27 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from polyrank.algebra import Adapter
 from polyrank.errors import AdapterError, SiteError
 from polyrank.model._folder import new_folder
 from polyrank.model.load import LoadedModel
+from polyrank.model.swap import as_stored
 
 
 def save_merged(folder: str | Path, adapter: Adapter, model: LoadedModel) -> float:
     """Write W + ΔW as a Hugging Face model folder with its tokenizer; the loaded base stays as is.
 
-    Sums are taken in float32 (float64 on a float64 base) and rounded to the base's dtype. Returns
-    what that rounding did to the update, ‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖ over all sites: about
-    1e-6 in float32; bfloat16 can lose most of a small update, and then a base loaded in float32
-    merges without that loss.
+    An update may be of any kind, and a dense one loses nothing. Sums are taken in float32 (float64
+    on a float64 base) and rounded to the base's dtype. Returns what that rounding did to the
+    update, ‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖ over all sites: about 1e-6 in float32; bfloat16 can
+    lose most of a small update, and then a base loaded in float32 merges without that loss.
 
     Raises FolderExistsError if the folder holds something already, SiteError if the adapter does
     not fit the model, AdapterError if it is not finite or the folder cannot be written.
     """
-    state = model.module.state_dict()
+    module, config = model.module, model.module.config
+    state = module.state_dict()
     lost = total = 0.0
     for site, delta in adapter.items():
         if model.spec.shapes.get(site) != delta.shape:
@@ -36,13 +37,12 @@ def save_merged(folder: str | Path, adapter: Adapter, model: LoadedModel) -> flo
                 f"{model.spec.shapes.get(site, 'no such site')}"
             )
         if not delta.is_finite():
-            raise AdapterError(f"{folder}: the factors at {site} hold NaN or infinity")
+            raise AdapterError(f"{folder}: the update at {site} holds NaN or infinity")
         name = f"{site}.weight"
-        merged, error = _sum(state[name], _as_stored(delta.dense(), model, site))
+        merged, error = _sum(state[name], as_stored(delta.dense(), module.get_submodule(site)))
         state[name] = merged
         lost += error**2
         total += delta.norm() ** 2
-    module, config = model.module, model.module.config
     with new_folder(folder) as work:
         try:
             # Writing notes dtype and architecture in the configuration: let it note them in a copy.
@@ -54,11 +54,6 @@ def save_merged(folder: str | Path, adapter: Adapter, model: LoadedModel) -> flo
         finally:
             module.config = config
     return math.sqrt(lost / total) if total else 0.0
-
-
-def _as_stored(dense: Tensor, model: LoadedModel, site: str) -> Tensor:
-    """Return m×n as the site's module stores it: n×m in a Conv1D."""
-    return dense.T if isinstance(model.module.get_submodule(site), Conv1D) else dense
 
 
 def _sum(weight: Tensor, update: Tensor) -> tuple[Tensor, float]:

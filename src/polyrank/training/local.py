@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from polyrank.aggregation.types import Assignment
-from polyrank.algebra import Adapter
+from polyrank.algebra import Adapter, Delta, Dense
 from polyrank.data.types import Encoded
-from polyrank.errors import DataError
+from polyrank.errors import DataError, SiteError
 from polyrank.model import Cohort, LoadedModel, Part, Slot, logits_at, losses_then_gradient
 from polyrank.training.batches import assemble, step_groups
 from polyrank.training.recipe import LocalTraining
@@ -32,18 +32,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a client's training gave: factors with s folded into B, and its numbers.
+    """What a client's training gave, of the kind of its start (s folded into B), and its numbers.
 
     `metrics` holds ``loss`` (mean per target token over all steps, each at the factors it met),
     ``first_loss`` and ``last_loss`` (the same of the first and last step), ``tokens`` (input
     tokens without padding), ``target_tokens``, ``steps``, and ``grad_norm`` (mean over the steps,
-    before clipping).
+    before clipping). Losses are the task's alone, the norm is of all that is descended.
 
-    `failure` says why the client gave up, at a loss or a gradient that was not finite; the factors
-    are then those before that step, and there are no metrics.
+    `failure` says why the client gave up, at a loss or a gradient that was not finite; the adapter
+    is then that before the step, and there are no metrics.
     """
 
-    adapter: Adapter
+    adapter: Adapter[Delta]
     metrics: Mapping[str, float]
     failure: str | None = None
 
@@ -59,8 +59,12 @@ def train_cohort(
     the batch, and so does one whose loss or gradient is not finite. `on_step` is called after every
     optimizer step of every client. The optimizers are dropped on return; the base is not changed.
 
+    What is descended is the mean loss of the step's target tokens, with the assignment's penalty
+    and FedProx's term added, all before clipping. Where A is fixed, neither clipping nor optimizer
+    nor FedProx see it.
+
     Raises DataError if a client has no examples, SiteError or RankError if an assignment does not
-    fit the model.
+    fit the model, SiteError also if jobs differ in what is merged or in the kind of their starts.
     """
     for job in jobs:
         if not job.examples:
@@ -74,10 +78,12 @@ def train_cohort(
             frozen=job.assignment.frozen,
             dropout=job.local.dropout,
             seed=job.seed,
+            train=job.assignment.train,
+            penalty=job.assignment.penalty,
         )
         for job in jobs
     ]
-    with Cohort(model, slots) as cohort:
+    with Cohort(model, slots, _merged(jobs)) as cohort:
         clients = [_Client(job, cohort, k) for k, job in enumerate(jobs)]
         for step in range(max(client.steps for client in clients)):
             active = [c for c in clients if step < c.steps and c.failure is None]
@@ -85,6 +91,9 @@ def train_cohort(
                 break
             cohort.zero_gradients()
             losses = _accumulate(model, cohort, active, step)
+            cohort.add_penalties()
+            for client in active:
+                client.pull_back()
             norms = [client.clip() for client in active]
             values = torch.stack([*losses, *norms]).tolist()
             for i, client in enumerate(active):
@@ -92,6 +101,26 @@ def train_cohort(
                 if on_step is not None:
                     on_step()
     return [client.result() for client in clients]
+
+
+def _merged(jobs: Sequence[Job]) -> Adapter[Dense]:
+    """Return what is merged into the base of all jobs; SiteError unless it is the same."""
+    first = jobs[0].assignment.merged
+    for job in jobs[1:]:
+        other = job.assignment.merged
+        if not (_is_same(first, other) or first.hash() == other.hash()):
+            raise SiteError(
+                f"clients {jobs[0].client} and {job.client}: other sums are merged into the base "
+                "of one than of the other, and a cohort has one base; train them one by one"
+            )
+    return first
+
+
+def _is_same(one: Adapter[Dense], other: Adapter[Dense]) -> bool:
+    """Whether two adapters hold the very same tensors."""
+    return one.keys() == other.keys() and all(
+        one[site].matrix is other[site].matrix for site in one
+    )
 
 
 def _accumulate(
@@ -140,6 +169,7 @@ class _Client:
         self.steps = job.local.steps_for(len(job.examples))
         self._cohort = cohort
         self._parameters = cohort.parameters(slot)
+        self._start = [p.detach().clone() for p in self._parameters] if job.local.proximal else []
         self._optimizer = job.local.make_optimizer(self._parameters)
         self._order: Iterator[list[list[int]]] = step_groups(len(job.examples), job.local, job.seed)
         self._group: list[list[Encoded]] = []
@@ -153,6 +183,12 @@ class _Client:
         """Return the examples of the next optimizer step, by microbatch."""
         self._group = [[self.job.examples[i] for i in micro] for micro in next(self._order)]
         return self._group
+
+    def pull_back(self) -> None:
+        """Add the gradient of FedProx's term, μ(θ − θ_start)."""
+        for parameter, start in zip(self._parameters, self._start, strict=False):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self.job.local.proximal)
 
     def clip(self) -> Tensor:
         """Return the norm of the gradient, and scale the gradient down to the bound if above it."""

@@ -28,6 +28,11 @@ class LocalTraining:
     fraction of the steps with a rising rate, `dropout` acts on the inputs of LoRA. `betas` and
     `eps` are AdamW's, `momentum` is SGD's.
 
+    `proximal` μ adds FedProx's term μ/2·‖θ − θ_start‖² to the loss, over all that is trained: the
+    factors as trained, with LoRA's scale divided out, or the values of a sparse update (arXiv
+    1812.06127 [P], eq. 2; on LoRA's factors [I]). Its gradient is added before clipping, and
+    reported losses are without it. Plain SGD needs lr·μ < 2, or it runs away from the start.
+
     Raises RecipeError, naming the field, for a value that cannot be meant.
     """
 
@@ -45,6 +50,7 @@ class LocalTraining:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.0
+    proximal: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -61,8 +67,9 @@ class LocalTraining:
         _count("steps", self.steps)
         _count("batch", self.batch)
         _count("accumulation", self.accumulation)
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise RecipeError(f"local.weight_decay: expected 0 or more, got {self.weight_decay}")
+        for name, value in (("weight_decay", self.weight_decay), ("proximal", self.proximal)):
+            if not (math.isfinite(value) and value >= 0):
+                raise RecipeError(f"local.{name}: expected 0 or more, got {value}")
         for name, value in (
             ("warmup", self.warmup),
             ("dropout", self.dropout),
