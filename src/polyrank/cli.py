@@ -114,6 +114,7 @@ def compare(
         Path | None,
         typer.Option(help="Folder of the comparison. Default: runs/NAME-compare."),
     ] = None,
+    figures: Annotated[bool, typer.Option(help="Draw figures (needs matplotlib).")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Run several methods on the same clients, data and seeds; the same command again goes on."""
@@ -130,7 +131,7 @@ def compare(
             rates=None if rates is None else tuple(map(_number, _listed(rates))),
         )
         place = out or Path("runs") / f"{read.name}-compare"
-        compared = compare.start(asked, place, attendance, following)
+        compared = compare.start(asked, place, attendance, following, draw=figures)
     _show_compared(compared, as_json)
 
 

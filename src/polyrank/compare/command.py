@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from polyrank.compare import figures
 from polyrank.compare.request import FILE, Request
 from polyrank.compare.results import collect
 from polyrank.compare.run import Comparison, Follower
@@ -31,13 +32,23 @@ def is_comparison(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def start(request: Request, out: Path, attendance: Attendance, follower: Follower) -> Compared:
+def start(
+    request: Request,
+    out: Path,
+    attendance: Attendance,
+    follower: Follower,
+    *,
+    draw: bool = True,
+) -> Compared:
     """Carry out a comparison in `out`, or go on with the one in it.
 
     FolderExistsError if there is something else in `out`, RecipeError if the comparison in it was
     begun with another request; more rules or seeds are welcome. compare.json and compare.md are
-    written after every run, so that a comparison can be read while it goes on.
+    written after every run, so that a comparison can be read while it goes on; the figures at the
+    end, unless `draw` is off.
     """
+    if draw:
+        figures.check_drawing()
     if is_comparison(out):
         request.continues(Request.load(out), out)
     elif out.exists():
@@ -53,9 +64,12 @@ def start(request: Request, out: Path, attendance: Attendance, follower: Followe
         return results
 
     comparison.carry_out(write)
-    return Compared(out, write())
+    results = write()
+    if draw:
+        figures.draw(results, out)
+    return Compared(out, results)
 
 
-def resume(out: Path, attendance: Attendance, follower: Follower) -> Compared:
+def resume(out: Path, attendance: Attendance, follower: Follower, *, draw: bool = True) -> Compared:
     """Go on with the comparison in a folder; what is finished is not done again."""
-    return start(Request.load(out), out, attendance, follower)
+    return start(Request.load(out), out, attendance, follower, draw=draw)

@@ -35,6 +35,7 @@ class Following:
         self._number, self._total, self._title = 0, 1, ""
         self._rounds, self._done, self._share = 1, 0, 0.0
         self._finished, self._seconds, self._began = 0, 0.0, 0.0
+        self._before = 0
 
     def __enter__(self) -> Following:
         self._bar.start()
@@ -42,6 +43,7 @@ class Following:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+        self._tell_before()
 
     def next_run(self, number: int, total: int, title: str) -> None:
         """Show which run comes next."""
@@ -51,17 +53,24 @@ class Following:
 
     def run_done(self, result: str, *, anew: bool) -> None:
         """Print a run's line."""
+        if not anew:
+            self._before += 1
+            return
+        self._tell_before()
         spent = time.monotonic() - self._began
-        if anew:
-            self._finished += 1
-            self._seconds += spent
-        took = report.duration(spent) if anew else "before"
+        self._finished += 1
+        self._seconds += spent
         self.console.print(
-            f"{self._number}/{self._total}  {self._title}: {result}  ({took})",
+            f"{self._number}/{self._total}  {self._title}: {result}  ({report.duration(spent)})",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
+
+    def _tell_before(self) -> None:
+        if self._before:
+            self.console.print(f"{report.count(self._before, 'run')} finished before")
+        self._before = 0
 
     def loading(self, what: str) -> None:
         """Tell what is being loaded."""
@@ -71,7 +80,7 @@ class Following:
         """Print what the folder of a run has to tell."""
         for note in federation.folder.notes:
             self.console.print(f"{title}: {note}", style="yellow", markup=False)
-        self._rounds, self._done = rounds, federation.round
+        self._title, self._rounds, self._done = title, rounds, federation.round
         self._show("")
 
     def progress(self, phase: str, done: int, total: int) -> None:

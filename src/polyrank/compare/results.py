@@ -82,6 +82,7 @@ def _method(request: Request, folder: Path, course: Course, first: Course) -> di
             }
             for cost in COSTS
         },
+        "per_category": _per_category([run.folder for run in course.runs if run.finished]),
         "difference": None if course is first else _difference(course, first),
     }
 
@@ -117,6 +118,23 @@ def _run(folder: Path, run: Run) -> dict[str, Any]:
         "rejected": sum(len(record.rejected) for record in records),
         "abandoned_attempts": sum(len(record.abandoned) for record in records),
     }
+
+
+def _per_category(runs: Sequence[Path]) -> dict[str, Any]:
+    """Per category and group the test loss, mean and spread over seeds, and the clients there."""
+    each = [storage.read_json(run / SUMMARY)["per_category"] for run in runs]
+    found: dict[str, Any] = {}
+    for name in sorted({name for one in each for name in one}):
+        found[name] = {}
+        for who in GROUPS:
+            groups = [one[name][who] for one in each if name in one]
+            losses = [group["loss"] for group in groups]
+            found[name][who] = {
+                "loss": statistics.mean(losses),
+                "spread": statistics.spread(losses),
+                "clients": max(group["clients"] for group in groups),
+            }
+    return found
 
 
 def _tuning(request: Request, course: Course) -> dict[str, Any]:

@@ -151,10 +151,11 @@ class Comparison:
         """Train at one rate, without looking at the test parts, and read the validation loss."""
         folder = self._announce(course.method, rate, seed)
         recipe = course.method.recipe(self.request.recipe, rate=rate, seed=seed)
+        title = _title(course.method, rate, seed)
 
         def work() -> None:
             with train(
-                recipe, folder, self._attendance, parts, resume=folder.exists(), title=self._title
+                recipe, folder, self._attendance, parts, resume=folder.exists(), title=title
             ):
                 pass
 
@@ -179,12 +180,11 @@ class Comparison:
         """Carry out a run to its summary, whatever of it is there already."""
         folder = self._place(course.method, rate, seed)
         recipe = course.method.recipe(self.request.recipe, rate=rate, seed=seed)
+        title = _title(course.method, rate, seed)
         alone = not (self.request.tune and seed == self.request.recipe.seed)
 
         def work() -> None:
-            carry_out(
-                recipe, folder, self._attendance, parts, resume=folder.exists(), title=self._title
-            )
+            carry_out(recipe, folder, self._attendance, parts, resume=folder.exists(), title=title)
 
         finished = (folder / SUMMARY).is_file()
         failure = self._guarded(folder, seed, None if finished else work, parts)
@@ -243,9 +243,12 @@ class Comparison:
     def _announce(self, method: Method, rate: float, seed: int) -> Path:
         """Tell that this run comes next; return its folder."""
         self._number += 1
-        self._title = f"{method.label}, rate {rate:g}, seed {seed}"
-        self._follower.next_run(self._number, self._total, self._title)
+        self._follower.next_run(self._number, self._total, _title(method, rate, seed))
         return self._place(method, rate, seed)
+
+
+def _title(method: Method, rate: float, seed: int) -> str:
+    return f"{method.label}, rate {rate:g}, seed {seed}"
 
 
 def _trained(folder: Path, rounds: int) -> bool:

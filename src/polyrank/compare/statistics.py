@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Paired:
 def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of the values that are there, or None if there are none."""
     there = [value for value in values if value is not None]
-    return statistics.fmean(there) if there else None
+    return fmean(there) if there else None
 
 
 def spread(values: Sequence[float | None]) -> float | None:
     """Return the sample standard deviation of the values that are there; None below two."""
     there = [value for value in values if value is not None]
-    return statistics.stdev(there) if len(there) > 1 else None
+    return stdev(there) if len(there) > 1 else None
 
 
 def paired(ours: Mapping[str, float | None], theirs: Mapping[str, float | None]) -> Paired:
@@ -47,4 +47,4 @@ def paired(ours: Mapping[str, float | None], theirs: Mapping[str, float | None])
         return Paired(None, None, len(differences))
     deviation = spread(differences)
     se = None if deviation is None else deviation / math.sqrt(len(differences))
-    return Paired(statistics.fmean(differences), se, len(differences))
+    return Paired(fmean(differences), se, len(differences))

@@ -1,0 +1,210 @@
+"""A comparison as figures, SVG and PNG: loss against rounds and bytes, by category, and energy.
+
+A method has the same colour, marker and line in all of them. The colours are those of Okabe and Ito
+(2008), which people with the common kinds of colour blindness can tell apart. The files do not
+depend on when they are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyrank.compare.curves import Curve, apart, discarded_by_round, loss_by_bytes, loss_by_round
+from polyrank.compare.results import records_of
+from polyrank.errors import PolyrankError
+from polyrank.federation import storage
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#777777")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+_LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.4)), (0, (6, 2, 1, 2)))
+_STYLE: Any = {
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "svg.hashsalt": "polyrank",
+}
+_DPI = 160
+_LOSS = "validation loss per token"
+
+Style = Mapping[str, Any]
+
+
+def check_drawing() -> None:
+    """Raise PolyrankError if matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise PolyrankError(
+            "figures need matplotlib: pip install 'polyrank[report]', or ask for none with "
+            "--no-figures"
+        ) from error
+
+
+def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw what `results` (compare.json of this folder) hold into ``figures/``; return the files.
+
+    A figure for which there are no numbers is not drawn: no validation, or no rule that discards.
+    """
+    check_drawing()
+    import matplotlib
+
+    styles = _styles([one["label"] for one in results["methods"]])
+    runs = {
+        one["label"]: [
+            records_of(folder / run["folder"]) for run in one["runs"] if run["failure"] is None
+        ]
+        for one in results["methods"]
+    }
+    seeds = len(results["seeds"])
+    over = f"mean of {seeds} seeds, band: lowest to highest" if seeds > 1 else "one seed"
+    files: list[Path] = []
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # Whatever style the user has set.
+        matplotlib.rcParams.update(_STYLE)
+        if curves := loss_by_round(runs):
+            figure = _lines(curves, styles, f"Validation loss of the seen clients ({over})")
+            _name(figure, "round", _LOSS)
+            files += _save(figure, folder, "loss-by-round")
+        if curves := loss_by_bytes(runs):
+            figure = _lines(curves, styles, f"Validation loss for what was sent ({over})", log=True)
+            _name(figure, "MiB up and down so far, all clients together", _LOSS)
+            files += _save(figure, folder, "loss-by-bytes")
+        if curves := discarded_by_round(runs):
+            title = f"Energy discarded by the cut to the server's rank ({over})"
+            figure = _lines(curves, styles, title, from_zero=True)
+            _name(figure, "round", "share of ‖D‖² discarded, %")
+            files += _save(figure, folder, "energy-discarded")
+        if figure := _categories(results, styles):
+            files += _save(figure, folder, "loss-by-category")
+    return files
+
+
+def _save(figure: Any, folder: Path, name: str) -> list[Path]:
+    place = folder / "figures"
+    place.mkdir(exist_ok=True)
+    files = []
+    for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+        path = place / f"{name}.{kind}"
+        with storage.disk_errors(path):
+            figure.savefig(path, dpi=_DPI, metadata=metadata, bbox_inches="tight")
+        files.append(path)
+    return files
+
+
+def _styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A colour, marker and line for each method."""
+    return {
+        label: {
+            "color": _COLOURS[place % len(_COLOURS)],
+            "marker": _MARKERS[place % len(_MARKERS)],
+            "linestyle": _LINES[place % len(_LINES)],
+        }
+        for place, label in enumerate(labels)
+    }
+
+
+def _lines(
+    curves: Sequence[Curve],
+    styles: Mapping[str, Style],
+    title: str,
+    *,
+    log: bool = False,
+    from_zero: bool = False,
+) -> Any:
+    """Return a figure of curves with their bands, each named at its end."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    figure = Figure(figsize=(7.2, 4.0))
+    axes = figure.add_subplot()
+    for one in curves:
+        style = styles[one.label]
+        axes.fill_between(one.x, one.low, one.high, color=style["color"], alpha=0.08, linewidth=0)
+        for bound in (one.low, one.high) if one.low != one.high else ():
+            axes.plot(one.x, bound, color=style["color"], alpha=0.35, linewidth=0.6)
+        axes.plot(one.x, one.mean, **style)
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.margins(x=0.015)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    _label_ends(axes, curves, styles)
+    return figure
+
+
+def _label_ends(axes: Any, curves: Sequence[Curve], styles: Mapping[str, Style]) -> None:
+    """Name each curve right of the axes, at the height of its end, without overlaps.
+
+    A line leads from the end to the name where all curves end at the right.
+    """
+    low, high = axes.get_ylim()
+    ends = [(one.mean[-1] - low) / (high - low) for one in curves]
+    together = len({one.x[-1] for one in curves}) == 1
+    for one, end, place in zip(curves, ends, apart(ends, 0.06, 0.0, 1.0), strict=True):
+        style = styles[one.label]
+        outside = {"transform": axes.transAxes, "clip_on": False, "color": style["color"]}
+        if together:
+            axes.plot([1.0, 1.03, 1.05], [end, place, place], **outside, linewidth=0.8)
+        axes.plot([1.07], [place], **outside, marker=style["marker"])
+        axes.text(1.09, place, one.label, **outside, verticalalignment="center")
+
+
+def _name(figure: Any, x: str, y: str) -> None:
+    figure.axes[0].set_xlabel(x)
+    figure.axes[0].set_ylabel(y)
+
+
+def _categories(results: Mapping[str, Any], styles: Mapping[str, Style]) -> Any:
+    """Return a dot plot of the test loss per category; None if no method has a result."""
+    from matplotlib.figure import Figure
+
+    methods = [one for one in results["methods"] if one["per_category"]]
+    panels = [(who, _sorted(methods, who)) for who in ("seen", "unseen")]
+    panels = [(who, names) for who, names in panels if names]
+    if not panels:
+        return None
+    counts = [len(names) for _, names in panels]
+    figure = Figure(figsize=(7.2, 1.1 * len(panels) + 0.24 * sum(counts)), layout="constrained")
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0]
+    for axes, (who, names) in zip(grid, panels, strict=True):
+        for one in methods:
+            found = [
+                (one["per_category"][name][who]["loss"], row) for row, name in enumerate(names)
+            ]
+            known = [(loss, row) for loss, row in found if loss is not None]
+            style = {**styles[one["label"]], "linestyle": "none"}
+            axes.plot(*zip(*known, strict=True), **style, alpha=0.85, label=one["label"])
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_title(f"{who} clients")
+    grid[-1].set_xlabel("test loss per token, mean over the category's clients and over seeds")
+    grid[0].legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=2.2, handletextpad=0.2
+    )
+    return figure
+
+
+def _sorted(methods: Sequence[Mapping[str, Any]], who: str) -> list[str]:
+    """The categories that have a loss, those with the highest of the first method first."""
+    losses = methods[0]["per_category"] if methods else {}
+    known = {name: found[who]["loss"] for name, found in losses.items()}
+    return sorted((n for n in known if known[n] is not None), key=lambda n: (-known[n], n))
