@@ -1,9 +1,13 @@
 """Rules that turn clients' updates into the next global adapter. Pure: state in, state out."""
 
 from polyrank.aggregation.fedit import FedIT
+from polyrank.aggregation.ffa import FFA
 from polyrank.aggregation.flexlora import FlexLoRA
-from polyrank.aggregation.registry import RULES, rule
+from polyrank.aggregation.flora import FLoRA
+from polyrank.aggregation.hetlora import HetLoRA
+from polyrank.aggregation.registry import OPTIONS, RULES, rule
 from polyrank.aggregation.rule import Rule, deal
+from polyrank.aggregation.segment import Segment
 from polyrank.aggregation.types import (
     Assignment,
     Contribution,
@@ -19,16 +23,21 @@ from polyrank.aggregation.types import (
 from polyrank.aggregation.weights import normalised
 
 __all__ = [
+    "FFA",
+    "OPTIONS",
     "RULES",
     "Assignment",
     "Contribution",
     "Dealt",
+    "FLoRA",
     "FedIT",
     "FleetSpec",
     "FlexLoRA",
+    "HetLoRA",
     "Json",
     "Penalty",
     "Rule",
+    "Segment",
     "SiteReport",
     "State",
     "Train",

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from polyrank.aggregation.fresh import fresh_rows
+from polyrank.aggregation import factors
 from polyrank.aggregation.incoming import checked_fleet, checked_rank, checked_scale, incoming
 from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
-from polyrank.algebra import Adapter, Delta, Factorisation, LowRank, factorise
-from polyrank.errors import RuleError, SiteError
+from polyrank.algebra import Adapter, Delta, Factorisation, LowRank
+from polyrank.errors import RuleError
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,15 @@ class FedIT(Rule):
     Source: Zhang et al., arXiv 2305.05644; the error term and the gauge are derived here.
     """
 
-    mixed_ranks: ClassVar[bool] = False
-
     @property
     def name(self) -> str:
         """``fedit``."""
         return "fedit"
+
+    @property
+    def mixed_ranks(self) -> bool:
+        """No: factors of unequal ranks have no mean."""
+        return False
 
     def init(self, spec: FleetSpec) -> State:
         """Return B = 0 and a random A; RuleError if clients or server differ in rank at a site."""
@@ -44,16 +45,11 @@ class FedIT(Rule):
         for site in spec.shapes:
             ranks = {f"client {c!r}": r[site] for c, r in spec.ranks.items() if site in r}
             _refuse_mixed(site, ranks | {"the server": spec.server_rank[site]})
-        tensors: dict[str, Tensor] = {}
-        for site, (m, n) in spec.shapes.items():
-            r = spec.server_rank[site]
-            a = fresh_rows(n, r, seed=spec.seed, site=site).to(torch.float32)
-            tensors |= {f"{site}/b": torch.zeros(m, r), f"{site}/a": a}
-        return State(tensors)
+        return factors.beginning(self.name, spec)
 
     def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:  # noqa: ARG002
         """Return the mean factors as they are; RuleError for another rank than the state's."""
-        held = _held(state, site)
+        held = factors.held(self.name, state, site)
         checked_rank(self.name, site, rank, held.shape)
         checked_scale(self.name, site, scale)
         if rank != held.rank:
@@ -64,7 +60,7 @@ class FedIT(Rule):
         self, state: State, site: str, contributions: Iterator[Contribution]
     ) -> tuple[State, SiteReport]:
         """Return the state with both factors averaged at this site."""
-        held = _held(state, site)
+        held = factors.held(self.name, state, site)
         b, a = torch.zeros_like(held.b).double(), torch.zeros_like(held.a).double()
         dtype = torch.float32
         for one in incoming(self.name, site, held.shape, contributions):
@@ -75,30 +71,15 @@ class FedIT(Rule):
             dtype = torch.promote_types(dtype, one.result.b.dtype)
         mean = LowRank(b.to(dtype), a.to(dtype))
         report = SiteReport(energy=mean.norm() ** 2, discarded=0.0)
-        return state.update({f"{site}/b": mean.b, f"{site}/a": mean.a}), report
+        return state.update(factors.stored(site, mean)), report
 
     def started(self, state: State, found: Mapping[str, Factorisation]) -> State:
         """Return the state with B̄Ā = these updates: B̄ = UΣ, Ā = Vᵀ, fresh rows where Σ is zero."""
-        tensors: dict[str, Tensor] = {}
-        for site, given in found.items():
-            held = _held(state, site)
-            kept = given.truncated(held.rank)
-            a = torch.cat([kept.v.T, held.a[kept.rank :]])
-            tensors |= {f"{site}/b": kept.padded(held.rank).lowrank().b, f"{site}/a": a}
-        return state.update(tensors)
+        return factors.started(self.name, state, found)
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return B̄Ā at every site, its factors ordered by singular value."""
-        sites = [name.removesuffix("/b") for name in state.tensors if name.endswith("/b")]
-        held = {site: _held(state, site) for site in sites}
-        return Adapter({s: factorise(d, d.rank).lowrank(d.rank) for s, d in held.items()})
-
-
-def _held(state: State, site: str) -> LowRank:
-    try:
-        return LowRank(state.tensors[f"{site}/b"], state.tensors[f"{site}/a"])
-    except KeyError:
-        raise SiteError(f"fedit: no site {site!r} in the state") from None
+        return factors.ordered(self.name, state)
 
 
 def _refuse_mixed(site: str, ranks: dict[str, int]) -> None:

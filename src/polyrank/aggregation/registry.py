@@ -7,31 +7,45 @@ from dataclasses import fields, replace
 
 from polyrank.aggregation.choose import choose
 from polyrank.aggregation.fedit import FedIT
+from polyrank.aggregation.ffa import FFA
 from polyrank.aggregation.flexlora import FlexLoRA
+from polyrank.aggregation.flora import FLoRA
+from polyrank.aggregation.hetlora import HetLoRA
 from polyrank.aggregation.rule import Rule
+from polyrank.aggregation.segment import Segment
 from polyrank.errors import RuleError
 
 RULES: Mapping[str, Rule] = {
     known.name: known
-    for known in (FlexLoRA(), FlexLoRA("delta"), FlexLoRA("tail-in-base"), FedIT())
+    for known in (
+        FlexLoRA(),
+        FlexLoRA("delta"),
+        FlexLoRA("tail-in-base"),
+        FedIT(),
+        HetLoRA(),
+        Segment(),
+        FFA(),
+        FFA(correction=False),
+        FLoRA(),
+    )
 }
 
+OPTIONS = ("split", "factorisation", "gamma", "penalty")
+"""What may be set of a rule that has it; everything else is told by the rule's name."""
 
-def rule(name: str, *, split: str | None = None, factorisation: str | None = None) -> Rule:
+
+def rule(name: str, options: Mapping[str, str | float | None] | None = None) -> Rule:
     """Return the rule of that name with its options; None leaves a rule's own default.
 
-    Names: ``flexlora`` (the paper's), ``flexlora:delta``, ``flexlora:tail-in-base``, ``fedit``.
+    Names: the keys of `RULES`. Options: those of `OPTIONS` that the rule has as a field.
     Raises RuleError, with the nearest name, for an unknown name or value, and for an option that
     the rule does not have.
     """
     known = choose("rule", name, RULES)
-    given = {"split": split, "factorisation": factorisation}
-    options = {key: value for key, value in given.items() if value is not None}
-    excess = sorted(options.keys() - _options(known))
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    own = {field.name for field in fields(known)}.intersection(OPTIONS)  # type: ignore[arg-type]
+    excess = sorted(given.keys() - own)
     if excess:
-        raise RuleError(f"rule {name!r} has no option {excess[0]!r}; leave it out")
-    return replace(known, **options)  # type: ignore[type-var]
-
-
-def _options(known: Rule) -> set[str]:
-    return {field.name for field in fields(known)}  # type: ignore[arg-type]
+        has = f"it has {sorted(own)}" if own else "it has none"
+        raise RuleError(f"rule {name!r} has no option {excess[0]!r} ({has}); leave it out")
+    return replace(known, **given)  # type: ignore[type-var]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar
 
 from polyrank.aggregation.types import (
     Assignment,
@@ -24,17 +23,23 @@ class Rule(ABC):
 
     A round asks, in this order: `ranks` and `deal_site` for every client; `weigh` once;
     `merge_site` for every site; `conclude` once. Rules are frozen dataclasses whose fields are
-    their options. `mixed_ranks` says whether clients may differ in rank. `excludes` names the local
-    methods that make no sense with the rule, each with the reason.
+    their options.
     """
-
-    mixed_ranks: ClassVar[bool] = True
-    excludes: ClassVar[Mapping[str, str]] = {}
 
     @property
     @abstractmethod
     def name(self) -> str:
         """The name used in recipes and reports, e.g. ``flexlora:delta``."""
+
+    @property
+    def mixed_ranks(self) -> bool:
+        """Whether clients may differ in rank at a site."""
+        return True
+
+    @property
+    def excludes(self) -> Mapping[str, str]:
+        """The local methods that make no sense with the rule, each with the reason."""
+        return {}
 
     @abstractmethod
     def init(self, spec: FleetSpec) -> State:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from polyrank.aggregation import Rule, rule
+from polyrank.aggregation import OPTIONS, Rule, rule
 from polyrank.config.section import Expected, Section
 from polyrank.errors import RecipeError
 from polyrank.federation import EarlyStopping, Evaluation, Faults, Sampling, Weighting
@@ -36,11 +36,17 @@ class AggregationSection(Section):
     """How clients' updates become the next global adapter."""
 
     rule: str = "flexlora"
-    """`flexlora` (the paper's), `flexlora:delta`, `flexlora:tail-in-base`, or `fedit`."""
+    """`flexlora` (the paper's), `flexlora:delta`, `flexlora:tail-in-base`, `fedit`, `hetlora`,
+    `segment`, `ffa`, `ffa:replace`, or `flora`: docs/methods.md."""
     split: str | None = None
     """Where FlexLoRA puts the singular values: `left` (B = UΣ) or `balanced`."""
     factorisation: str | None = None
     """FlexLoRA's method of factorisation; left out, chosen by shape."""
+    gamma: float | None = None
+    """HetLoRA: the share of its rank that a client keeps when it prunes; left out, 0.99; 1: no
+    pruning."""
+    penalty: float | None = None
+    """HetLoRA: strength of the local term on the ranks at stake; left out, 0.01."""
     weights: Literal["examples", "equal", "capped"] = "examples"
     """A client's weight: its training examples, 1, or its examples up to `cap`."""
     cap: int | None = None
@@ -50,7 +56,7 @@ class AggregationSection(Section):
 
     def build(self) -> Rule:
         """Return the rule."""
-        return rule(self.rule, split=self.split, factorisation=self.factorisation)
+        return rule(self.rule, self.model_dump(include=set(OPTIONS)))
 
     def weighting(self) -> Weighting:
         """Return how updates weigh."""

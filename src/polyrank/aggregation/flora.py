@@ -1,0 +1,154 @@
+"""FLoRA: updates are stacked, merged into an exact sum, and adapters begin anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from polyrank.aggregation.fresh import fresh_rows
+from polyrank.aggregation.incoming import (
+    Change,
+    checked_fleet,
+    checked_rank,
+    checked_scale,
+    incoming,
+)
+from polyrank.aggregation.rule import Rule
+from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
+from polyrank.algebra import Adapter, Delta, Dense, LowRank
+from polyrank.errors import SiteError
+
+
+@dataclass(frozen=True)
+class FLoRA(Rule):
+    """Stack the clients' factors, which is their exact sum, and merge it into the base.
+
+    D⁺ = D + [w_1 s_1 B_1 … w_N s_N B_N][A_1; …; A_N] = D + Σ w_i s_i B_i A_i, whatever the ranks.
+    Every round every client begins with D active (`Dealt.merged`), B = 0 and a fresh A, the same
+    for all clients of the round. Nothing is truncated, and nothing of a round's factors survives
+    but their product; re-initialisation costs the first steps of every round.
+
+    The loaded base is never written: D is kept apart, dense, in float32 or wider (float64 once
+    contributions are). It is dense from the first round on: one forward pass of training needs it
+    dense anyway, one tensor serves all clients, and a stack is thinner only for few rounds.
+
+    *Download.* A client that last took part in round t lacks the stacks of rounds t, t+1, …; it
+    gets them as they were sent, or D itself where that is smaller: `catch_up`. One that never took
+    part lacks all. One whose update was not accepted counts as not having taken part.
+
+    State: ``site/merged`` m×n; scalars ``stacked`` and ``opened``, the bytes of all stacks up to
+    now and up to the start of the round, and ``seen``, ``opened`` of each client's last round.
+
+    Source: Wang et al., arXiv 2409.05976.
+    """
+
+    @property
+    def name(self) -> str:
+        """``flora``."""
+        return "flora"
+
+    @property
+    def excludes(self) -> Mapping[str, str]:
+        """SLoRA."""
+        return {
+            "slora": "adapters are re-initialised every round, so its start would be thrown away"
+        }
+
+    def init(self, spec: FleetSpec) -> State:
+        """Return D = 0 at every site; SiteError or RankError for ranks that do not fit."""
+        checked_fleet(self.name, spec)
+        tensors = {_key(site): torch.zeros(shape) for site, shape in spec.shapes.items()}
+        return State(tensors, {"stacked": 0, "opened": 0, "seen": {}})
+
+    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
+        """Return B = 0 and a fresh A, and D to add to the base once there is one."""
+        merged = _merged(self.name, state, site)
+        m, n = merged.shape
+        checked_rank(self.name, site, rank, (m, n))
+        checked_scale(self.name, site, scale)
+        a = fresh_rows(n, rank, seed=seed, site=site).to(merged.dtype)
+        start = LowRank(merged.new_zeros(m, rank), a)
+        return Dealt(start, merged=Dense(merged) if _number(state, "stacked") else None)
+
+    def merge_site(
+        self, state: State, site: str, contributions: Iterator[Contribution]
+    ) -> tuple[State, SiteReport]:
+        """Return the state with the round's updates added to D at this site."""
+        old = _merged(self.name, state, site)
+        shape = (old.shape[0], old.shape[1])
+        travelled: list[int] = []
+        accepted = incoming(self.name, site, shape, _counted(contributions, travelled))
+        new = Dense(_added(old, accepted))
+        scalars = {"stacked": _number(state, "stacked") + sum(travelled)}
+        report = SiteReport(energy=new.norm() ** 2, discarded=0.0)
+        return state.update({_key(site): new.matrix}, scalars), report
+
+    def conclude(self, state: State, clients: Sequence[str]) -> State:
+        """Note that these clients hold D as it was when the round began."""
+        seen = {**_seen(state), **dict.fromkeys(clients, _number(state, "opened"))}
+        opened = _number(state, "stacked")
+        return state.update({}, {"opened": opened, "seen": dict(sorted(seen.items()))})
+
+    def catch_up(self, state: State, client: str) -> int:
+        """Return the bytes of all stacks that the client lacks, at most those of D."""
+        missed = _number(state, "stacked") - _seen(state).get(client, 0)
+        whole = sum(t.nbytes for name, t in state.tensors.items() if name.endswith(_SUFFIX))
+        return min(missed, whole)
+
+    def adapter(self, state: State) -> Adapter[Delta]:
+        """Return D at every site, dense."""
+        sites = [n.removesuffix(_SUFFIX) for n in state.tensors if n.endswith(_SUFFIX)]
+        return Adapter({site: Dense(_merged(self.name, state, site)) for site in sites})
+
+
+_SUFFIX = "/merged"
+_BATCH = 256
+
+
+def _added(total: Tensor, changes: Iterator[Change]) -> Tensor:
+    """Return total + Σ w_i B_i A_i in the widest dtype, small ranks batched into one product."""
+    new, waiting = total.clone(), list[LowRank]()
+    for one in changes:
+        waiting.append(one.result.scale(one.weight))
+        if sum(term.rank for term in waiting) >= _BATCH:
+            new = _with(new, waiting)
+    return _with(new, waiting)
+
+
+def _with(total: Tensor, waiting: list[LowRank]) -> Tensor:
+    """Add the waiting terms in place, as far as the dtype allows, and empty the list."""
+    for dtype in sorted({term.b.dtype for term in waiting}, key=lambda dtype: dtype.itemsize):
+        stack = LowRank.stack(term for term in waiting if term.b.dtype == dtype)
+        total = total.to(torch.promote_types(total.dtype, dtype))
+        total.addmm_(stack.b.to(total.dtype), stack.a.to(total.dtype))
+    waiting.clear()
+    return total
+
+
+def _counted(contributions: Iterator[Contribution], nbytes: list[int]) -> Iterator[Contribution]:
+    for one in contributions:
+        nbytes.append(one.result.nbytes if one.weight > 0 else 0)
+        yield one
+
+
+def _key(site: str) -> str:
+    return f"{site}{_SUFFIX}"
+
+
+def _merged(rule: str, state: State, site: str) -> Tensor:
+    try:
+        return state.tensors[_key(site)]
+    except KeyError:
+        raise SiteError(f"{rule}: no site {site!r} in the state") from None
+
+
+def _number(state: State, name: str) -> int:
+    return cast("int", state.scalars[name])
+
+
+def _seen(state: State) -> Mapping[str, int]:
+    return cast("Mapping[str, int]", state.scalars["seen"])
