@@ -118,7 +118,13 @@ class EvaluationSection(Section):
     every: int = 1
     """Validate the global adapter every so many rounds; 0: never in between."""
     examples: int = 32
-    """At most so many examples per client for the loss; 0: all."""
+    """At most so many examples per client for the loss, the first ones in the order of the source;
+    0: all."""
+    clients: int = 0
+    """Between the rounds, score at most so many clients that train and so many that are held out:
+    always the same ones, drawn by the seed, every LoRA type among them; 0: all."""
+    final_clients: int = 0
+    """The same before the first and after the last round."""
     own_rank: bool = True
     """Validate also what each client gets at its own rank."""
     generate: int = 4

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from polyrank.algebra import Adapter
-from polyrank.data import Encoded
+from polyrank.data import Encoded, joined, sizes
 from polyrank.federation.settings import Evaluation
 from polyrank.federation.work import ClientWork, Part
 from polyrank.model import LoadedModel, generate
@@ -17,6 +18,9 @@ from polyrank.training.metrics import exact_match, rouge_l
 
 OnBatch = Callable[[], None] | None
 """Called before each batch; may raise to end the evaluation."""
+
+LOSSES_TOGETHER, TEXTS_TOGETHER = 4096, 1024
+"""So many rows are put into batches of like length at once; more would have to be remembered."""
 
 Scores = dict[str, Any]
 """JSON: per group ``loss``, ``loss_se``, ``exact_match``, ``rouge_l``, ``clients``."""
@@ -35,12 +39,13 @@ def client_losses(
     Clients without an example in this part are left out.
     """
     rows = {c.id: c.rows[part][: settings.examples or None] for c in work if c.rows[part]}
-    flat = [row for id in rows for row in rows[id]]
-    losses = iter(token_losses(model, adapter, flat, settings.batch, on_batch))
     found = {}
-    for id, own in rows.items():
-        pairs = [next(losses) for _ in own]
-        found[id] = sum(loss for loss, _ in pairs) / sum(count for _, count in pairs)
+    for ids in _chunks({id: len(own) for id, own in rows.items()}, LOSSES_TOGETHER):
+        flat = joined(*(rows[id] for id in ids))
+        losses = iter(token_losses(model, adapter, flat, settings.batch, on_batch))
+        for id in ids:
+            pairs = list(itertools.islice(losses, len(rows[id])))
+            found[id] = sum(loss for loss, _ in pairs) / sum(count for _, count in pairs)
     return found
 
 
@@ -57,30 +62,56 @@ def client_texts(
     Prompts that leave no room in the context for the new tokens are passed over; a client left
     without any is left out.
     """
-    short = {c.id: [row for row in c.rows[part] if _fits(row, model, settings)] for c in work}
-    rows = [(c, row) for c in work for row in short[c.id][: settings.generate]]
-    texts = generate(
-        model,
-        adapter,
-        [row.input_ids[: row.prompt_length] for _, row in rows],
-        max_new_tokens=settings.max_new_tokens,
-        batch=settings.batch,
-        on_batch=on_batch,
-    )
+    clients = {client.id: client for client in work}
     scores: dict[str, list[tuple[float, float]]] = {}
-    for (client, row), text in zip(rows, texts, strict=True):
-        references = client.examples[part][row.example].references
-        pair = exact_match(text, references), rouge_l(text, references)
-        scores.setdefault(client.id, []).append(pair)
+    for ids in _chunks(dict.fromkeys(clients, settings.generate), TEXTS_TOGETHER):
+        rows = [
+            (clients[id], row) for id in ids for row in _short(clients[id], part, model, settings)
+        ]
+        texts = generate(
+            model,
+            adapter,
+            [row.input_ids[: row.prompt_length] for _, row in rows],
+            max_new_tokens=settings.max_new_tokens,
+            batch=settings.batch,
+            on_batch=on_batch,
+        )
+        for (client, row), text in zip(rows, texts, strict=True):
+            references = client.examples[part][row.example].references
+            pair = exact_match(text, references), rouge_l(text, references)
+            scores.setdefault(client.id, []).append(pair)
     return {
         id: (statistics.fmean(e for e, _ in pairs), statistics.fmean(r for _, r in pairs))
         for id, pairs in scores.items()
     }
 
 
-def _fits(row: Encoded, model: LoadedModel, settings: Evaluation) -> bool:
-    """Whether the context has room for the prompt and what is generated from it."""
-    return row.prompt_length + settings.max_new_tokens <= model.spec.context
+def _short(
+    client: ClientWork, part: Part, model: LoadedModel, settings: Evaluation
+) -> list[Encoded]:
+    """Return the first rows from which there is room to generate."""
+    own = client.rows[part]
+    fit = (i for i, size in enumerate(sizes(own)) if _fits(size.prompt, model, settings))
+    return [own[i] for i in itertools.islice(fit, settings.generate)]
+
+
+def _fits(prompt: int, model: LoadedModel, settings: Evaluation) -> bool:
+    """Whether the context has room for so many tokens and what is generated from them."""
+    return prompt + settings.max_new_tokens <= model.spec.context
+
+
+def _chunks(counts: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """Yield the clients in groups of up to `most` rows in all, or of one client with more."""
+    group: list[str] = []
+    total = 0
+    for id, count in counts.items():
+        if group and total + count > most:
+            yield group
+            group, total = [], 0
+        group.append(id)
+        total += count
+    if group:
+        yield group
 
 
 def evaluate(
@@ -107,7 +138,7 @@ def evaluate(
     generated = (
         client_texts(model, adapter, clients, part, settings, on_batch) if generating else {}
     )
-    rows = [row for client in clients for row in client.rows[part]]
+    prompts = (size.prompt for client in clients for size in sizes(client.rows[part]))
     each = {
         id: {
             "loss": _finite(loss),
@@ -132,7 +163,9 @@ def evaluate(
             for name in categories
         },
         "clients": each,
-        "no_room": sum(not _fits(row, model, settings) for row in rows) if generating else 0,
+        "no_room": sum(not _fits(prompt, model, settings) for prompt in prompts)
+        if generating
+        else 0,
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from polyrank.aggregation import State
 from polyrank.algebra import Adapter
 from polyrank.federation.evaluate import Scores, client_losses, evaluate, loss_only
+from polyrank.federation.panel import panel
 from polyrank.federation.round import Round, RoundSettings
 from polyrank.federation.settings import Evaluation
 from polyrank.federation.work import ClientWork, Part
@@ -31,17 +32,25 @@ class Scorer:
         progress: Progress,
         check_stop: Callable[[], None],
     ):
-        self._model, self._work, self._fleet = model, work, fleet
+        self._model, self._fleet = model, fleet
         self._round_settings, self._settings, self._progress = round_settings, settings, progress
         self._check_stop = check_stop
+        types, seed = fleet.assigned, round_settings.seed
+        self._panel = panel(work, "validation", types, settings.clients, seed)
+        self._final_panel = panel(work, "test", types, settings.final_clients, seed)
 
     def of(self, adapter: Adapter | None, part: Part, *, texts: bool) -> Scores:
-        """Return the scores of an adapter, or of the bare base, on one part of all clients."""
+        """Return the scores of an adapter, or of the bare base, as before and after the rounds."""
+        return self._of(adapter, self._final_panel, part, texts)
+
+    def _of(
+        self, adapter: Adapter | None, work: Mapping[str, ClientWork], part: Part, texts: bool
+    ) -> Scores:
         self._progress("evaluate", 0, 1)
         scores = evaluate(
             self._model,
             adapter,
-            self._work,
+            work,
             part,
             self._settings,
             texts=texts,
@@ -54,14 +63,14 @@ class Scorer:
         """Return the scores due after round `number` on the validation parts, or None.
 
         ``server`` is the global adapter at the server's rank; ``own_rank`` gives, per LoRA type and
-        for ``all`` seen clients, the loss with what each client would be dealt next.
+        for ``all`` of these that train, the loss with what each client would be dealt next.
         """
         settings = self._settings
         if not settings.every or number % settings.every:
             return None
         texts = bool(settings.generate_every) and number % settings.generate_every == 0
         adapter = self._round_settings.rule.adapter(state)
-        scores = self.of(adapter, "validation", texts=texts)
+        scores = self._of(adapter, self._panel, "validation", texts)
         own = self._own_rank(state, number) if settings.own_rank else None
         return {"server": scores, "own_rank": own}
 
@@ -82,16 +91,17 @@ class Scorer:
         for ids in alike.values():
             assignment = dealt.assignment(ids[0])
             adapter = assignment.start + assignment.frozen + assignment.merged
-            work = [self._work[id] for id in ids]
+            work = [self._panel[id] for id in ids]
             losses |= client_losses(
                 self._model, adapter, work, "validation", self._settings, self._check_stop
             )
         return losses
 
     def _by_type(self, round: int) -> dict[str, list[str]]:
-        """The seen clients of each LoRA type in a round."""
+        """The clients of each LoRA type in a round, of those that are scored and train."""
         types = self._fleet.at(round)
         groups: dict[str, list[str]] = {}
-        for id in self._round_settings.ranks:
-            groups.setdefault(types[id], []).append(id)
+        for id, client in self._panel.items():
+            if client.seen:
+                groups.setdefault(types[id], []).append(id)
         return dict(sorted(groups.items()))

@@ -97,4 +97,18 @@ def described(
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else {}  # type: ignore[arg-type]
+    """Return a dataclass as JSON.
+
+    A field that came with a later version (metadata ``later``) is in it only where it differs from
+    its default, so that folders of before can be resumed.
+    """
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return {}
+    found = dataclasses.asdict(value)
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if dataclasses.is_dataclass(item):
+            found[field.name] = _fields(item)
+        elif field.metadata.get("later") and item == field.default:
+            del found[field.name]
+    return found
