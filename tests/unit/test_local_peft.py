@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import optimization
 
+from dense_oracle import assigned
 from jobs import by_group, job
 from models import PAD, tiny, tiny_loaded
 from polyrank.algebra import Adapter, LowRank
@@ -73,6 +74,9 @@ def train_with_peft(architecture: str, one: Job) -> tuple[Adapter, float]:
     """Train the job alone with peft; return the factors, s folded into B, and the mean loss."""
     local, start = one.local, one.assignment.start
     adapted = wrap(architecture, one)
+    if one.assignment.train == "b":
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     if local.optimizer == "adamw":
         optimizer = torch.optim.AdamW(
@@ -205,6 +209,17 @@ def test_a_cohort_of_unequal_clients_equals_peft_trained_client_by_client(archit
         assert distance(trained.adapter, expected) < TOLERANCE, one.client
         assert trained.metrics["loss"] == pytest.approx(loss, rel=1e-9)
         assert trained.adapter.ranks == one.assignment.ranks
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_clients_that_train_b_alone_equal_peft_with_a_frozen(architecture):
+    model = tiny_loaded(architecture, dtype=torch.float64)
+    jobs = [assigned(one, train="b") for one in unequal_jobs(model)]
+    for one, trained in zip(jobs, train_cohort(model, jobs), strict=True):
+        expected, loss = train_with_peft(architecture, one)
+        assert distance(trained.adapter, one.assignment.start) > 1e-3, "it has to learn something"
+        assert distance(trained.adapter, expected) < TOLERANCE, one.client
+        assert trained.metrics["loss"] == pytest.approx(loss, rel=1e-9)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "phi3"])
