@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polyrank.aggregation import FedIT, FlexLoRA
+    from polyrank.aggregation import FFA, FedIT, FlexLoRA, FLoRA, HetLoRA, Segment, SLoRA
     from polyrank.data import load_tasks, partition
     from polyrank.errors import PolyrankError
     from polyrank.federation import (
@@ -27,20 +27,25 @@ if TYPE_CHECKING:
     from polyrank.training import LocalTraining
 
 __all__ = [
+    "FFA",
     "Conduct",
     "EarlyStopping",
     "Encoding",
     "Evaluation",
+    "FLoRA",
     "Faults",
     "FedIT",
     "Federation",
     "Fleet",
     "FlexLoRA",
+    "HetLoRA",
     "LoRAType",
     "LocalTraining",
     "PolyrankError",
+    "SLoRA",
     "Sampling",
     "Scaling",
+    "Segment",
     "Weighting",
     "load_adapter",
     "load_model",
@@ -50,7 +55,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "aggregation": ("FedIT", "FlexLoRA"),
+    "aggregation": ("FFA", "FedIT", "FlexLoRA", "FLoRA", "HetLoRA", "Segment", "SLoRA"),
     "data": ("load_tasks", "partition"),
     "errors": ("PolyrankError",),
     "federation": (

@@ -8,6 +8,7 @@ from polyrank.aggregation.hetlora import HetLoRA
 from polyrank.aggregation.registry import OPTIONS, RULES, rule
 from polyrank.aggregation.rule import Rule, deal
 from polyrank.aggregation.segment import Segment
+from polyrank.aggregation.slora import SLoRA
 from polyrank.aggregation.types import (
     Assignment,
     Contribution,
@@ -37,6 +38,7 @@ __all__ = [
     "Json",
     "Penalty",
     "Rule",
+    "SLoRA",
     "Segment",
     "SiteReport",
     "State",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from polyrank.aggregation.types import Contribution, FleetSpec
-from polyrank.algebra import LowRank
+from polyrank.algebra import Delta, LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError
 
 
@@ -58,22 +58,50 @@ class Change:
     result: LowRank
 
 
-def incoming(
-    rule: str, site: str, shape: tuple[int, int], contributions: Iterator[Contribution]
-) -> Iterator[Change]:
-    """Yield the contributions one by one, each checked, in one dtype of at least float32.
-
-    Those of weight zero are left out.
+def weighed(
+    rule: str, site: str, contributions: Iterator[Contribution]
+) -> Iterator[tuple[str, Contribution]]:
+    """Yield the contributions one by one, each with its place for messages, its weight checked.
 
     Raises RuleError for a weight that is negative or not finite, for no contribution, and at the
-    end if the weights do not sum to one; UpdateError for factors of another shape or rank than was
-    dealt, or with entries that are NaN or infinite. Messages name the site and the position.
+    end if the weights do not sum to one.
     """
     weights = []
     for index, one in enumerate(contributions):
         place = f"{rule}: contribution {index} at {site!r}"
         if not (math.isfinite(one.weight) and one.weight >= 0):
             raise RuleError(f"{place} has weight {one.weight}; expected a finite one ≥ 0")
+        weights.append(one.weight)
+        yield place, one
+    if not weights:
+        raise RuleError(f"{rule}: no contribution at {site!r}; a merge needs at least one")
+    if abs(math.fsum(weights) - 1) > 1e-6:
+        raise RuleError(
+            f"{rule}: the weights at {site!r} sum to {math.fsum(weights)}; expected 1, as from "
+            "polyrank.aggregation.normalised"
+        )
+
+
+def checked_finite(place: str, result: Delta) -> None:
+    """Raise UpdateError if an update has entries that are NaN or infinite."""
+    if not result.is_finite():
+        raise UpdateError(
+            f"{place} has entries that are NaN or infinite; leave the update out, or lower the "
+            "learning rate or the clip norm"
+        )
+
+
+def incoming(
+    rule: str, site: str, shape: tuple[int, int], contributions: Iterator[Contribution]
+) -> Iterator[Change]:
+    """Yield the contributions of factors one by one, checked, in one dtype of at least float32.
+
+    Those of weight zero are left out.
+
+    Raises what `weighed` raises; UpdateError for what is no pair of factors, for another shape or
+    rank than was dealt, or entries that are NaN or infinite. Messages name site and position.
+    """
+    for place, one in weighed(rule, site, contributions):
         start, result = one.dealt.start, one.result
         if not isinstance(start, LowRank) or not isinstance(result, LowRank):
             raise UpdateError(
@@ -85,21 +113,9 @@ def incoming(
                 f"{place} is of {result.shape} and rank {result.rank}; dealt were "
                 f"{shape} and rank {start.rank}; nothing is broadcast or cut"
             )
-        if not result.is_finite():
-            raise UpdateError(
-                f"{place} has entries that are NaN or infinite; leave the update out, or lower the "
-                "learning rate or the clip norm"
-            )
-        weights.append(one.weight)
+        checked_finite(place, result)
         if one.weight > 0:
             yield _widened(one.client, one.weight, start, result)
-    if not weights:
-        raise RuleError(f"{rule}: no contribution at {site!r}; a merge needs at least one")
-    if abs(math.fsum(weights) - 1) > 1e-6:
-        raise RuleError(
-            f"{rule}: the weights at {site!r} sum to {math.fsum(weights)}; expected 1, as from "
-            "polyrank.aggregation.normalised"
-        )
 
 
 def _widened(client: str, weight: float, start: LowRank, result: LowRank) -> Change:
