@@ -12,8 +12,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from polyrank.algebra import Adapter, factorise
+from polyrank.algebra import Adapter
 from polyrank.federation import RoundRecord
+from polyrank.federation.result import factored
 
 _SCORES = (("loss", "loss", 4), ("exact_match", "exact match", 3), ("rouge_l", "ROUGE-L", 3))
 _GROUPS = ("seen", "unseen")
@@ -178,7 +179,7 @@ def spectra(adapter: Adapter, last: RoundRecord | None) -> Table:
     for name in ("rank", "of", "‖D‖", "σ₁", "σ½", "σᵣ", "90%", "lost"):
         table.add_column(name, justify="right")
     for site, delta in adapter.items():
-        s = factorise(delta, max(1, delta.rank)).s.double()
+        s = factored(delta, delta.rank).s.double()
         energy = (s**2).cumsum(0)
         total = float(energy.amax()) if len(s) else 0.0  # A matrix that nobody moved has none.
         ninety = int((energy < 0.9 * total).sum()) + 1 if total else 0

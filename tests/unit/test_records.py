@@ -89,6 +89,7 @@ def test_a_summary_holds_what_readers_rely_on():
         target=None,
         stopped=None,
         result_round=2,
+        adapter_lost=0.25,
     )
     assert {"schema", "method", "rounds", "seconds", "tokens", "bytes_up", "bytes_down"} <= set(
         made

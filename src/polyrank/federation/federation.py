@@ -71,6 +71,7 @@ class Federation:
         preflight.check_measures(self.conduct, model, self.work)
         self._settings = setup.round_settings(self.rule, fleet, model.spec, self.work, self.conduct)
         spec = setup.fleet_spec(self._settings, fleet, model.spec, self.conduct.server_rank)
+        self._server_rank = spec.server_rank
         first = Checkpoint(0, self.rule.init(spec))
         self.engine = InProcess(
             model,
@@ -271,8 +272,9 @@ class Federation:
 
     @property
     def adapter(self) -> GlobalAdapter:
-        """The global adapter so far, at the server's rank."""
-        return GlobalAdapter(self.rule.adapter(self.result_state), self.model, self.conduct.scaling)
+        """The global adapter so far, as the rule keeps it; saved, it is at the server's rank."""
+        factors = self.rule.adapter(self.result_state)
+        return GlobalAdapter(factors, self.model, self.conduct.scaling, self._server_rank)
 
     def base(self) -> Scores:
         """Return the bare base's scores on the test parts, measured once and kept."""
@@ -287,7 +289,7 @@ class Federation:
         final = self._scorer.of(self.adapter.factors, "test", texts=True)
         storage.write_json(self.folder.path / "evaluation.json", final)
         with storage.disk_errors(self.folder.path / "adapter"):
-            self.adapter.save(self.folder.path / "adapter", overwrite=True)
+            lost = self.adapter.save(self.folder.path / "adapter", overwrite=True)
         restored = self._at.best is not None
         content = summary(
             method=self.rule.name,
@@ -297,6 +299,7 @@ class Federation:
             target=self.conduct.target_loss,
             stopped=self.stopped,
             result_round=self._at.progress.best_round if restored else self._at.round,
+            adapter_lost=lost,
         )
         storage.write_json(self.folder.path / SUMMARY, content)
         return content

@@ -122,8 +122,12 @@ def summary(
     target: float | None,
     stopped: str | None,
     result_round: int,
+    adapter_lost: float,
 ) -> dict[str, Any]:
-    """Return summary.json's content; `base` and `final` are evaluations on the test parts."""
+    """Return summary.json's content; `base` and `final` are evaluations on the test parts.
+
+    `adapter_lost` is the share of energy that the adapter folder lacks of what `final` evaluates.
+    """
     keys = ("loss", "loss_se", "exact_match", "rouge_l", "clients")
 
     def short(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +138,7 @@ def summary(
         "method": method,
         "rounds": len(records),
         "result_round": result_round,
+        "adapter_lost": adapter_lost,
         "stopped": stopped,
         "seconds": sum(r["seconds"]["total"] for r in records),
         "tokens": sum(r["tokens"] for r in records),
