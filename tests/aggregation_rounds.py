@@ -7,8 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from polyrank.aggregation import Contribution, Dealt, FleetSpec, Rule, SiteReport, State
-from polyrank.algebra import LowRank
+from polyrank.aggregation import (
+    Contribution,
+    Dealt,
+    FleetSpec,
+    Rule,
+    SiteReport,
+    State,
+    normalised,
+)
+from polyrank.algebra import Delta, LowRank, Sparse
 
 SITE = "block.0.q"
 
@@ -22,7 +30,7 @@ class Client:
     weight: float
 
 
-Training = Callable[[int, Dealt], LowRank]
+Training = Callable[[int, Dealt], Delta]
 
 
 def fleet(ranks: Sequence[int], alpha: float = 16.0, weights: Sequence[float] | None = None):
@@ -40,7 +48,11 @@ def fresh_state(rule: Rule, shape: tuple[int, int], clients, server_rank: int = 
 
 def widened(state: State) -> State:
     """Return the state in float64."""
-    return State({name: tensor.double() for name, tensor in state.tensors.items()}, state.scalars)
+    tensors = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in state.tensors.items()
+    }
+    return State(tensors, state.scalars)
 
 
 def play(
@@ -51,26 +63,54 @@ def play(
     def contributions():
         for i, client in enumerate(clients):
             dealt = rule.deal_site(state, SITE, client.rank, client.scale, seed)
-            yield Contribution(client.weight, dealt, training(i, dealt))
+            yield Contribution(client.weight, dealt, training(i, dealt), str(i))
 
     return rule.merge_site(state, SITE, contributions())
 
 
-def no_training(_: int, dealt: Dealt) -> LowRank:
-    """Return copies of what was dealt."""
-    return LowRank(dealt.start.b.clone(), dealt.start.a.clone())
+def play_round(
+    rule: Rule, state: State, clients, training: Training, seed: int = 0
+) -> tuple[State, SiteReport]:
+    """Play a whole round, in the order in which a rule is asked: ranks, weights, merge, end.
+
+    Clients are called ``0``, ``1``, …; their scale is α/r of the rank that they get.
+    """
+    dealt, results = {}, {}
+    for i, client in enumerate(clients):
+        rank = rule.ranks(state, str(i), {SITE: client.rank})[SITE]
+        scale = client.scale * client.rank / rank
+        dealt[str(i)] = rule.deal_site(state, SITE, rank, scale, seed)
+        results[str(i)] = training(i, dealt[str(i)])
+    given = {str(i): client.weight for i, client in enumerate(clients)}
+    weights = rule.weigh(state, given, lambda client: results[client].norm())
+    contributions = (
+        Contribution(weight, dealt[client], results[client], client)
+        for client, weight in zip(weights, normalised(weights), strict=True)
+    )
+    state, report = rule.merge_site(state, SITE, contributions)
+    return rule.conclude(state, [*weights]), report
+
+
+def no_training(_: int, dealt: Dealt) -> Delta:
+    """Return a copy of what was dealt."""
+    return dealt.start.scale(1.0)
 
 
 def noisy_training(seed: int, size: float = 1.0, dtype: torch.dtype = torch.float64) -> Training:
-    """Return a training that adds noise of its own to each client's factors."""
+    """Return a training that adds noise of its own to all that a client is to train."""
 
-    def training(i: int, dealt: Dealt) -> LowRank:
+    def training(i: int, dealt: Dealt) -> Delta:
         draw = torch.Generator().manual_seed(1000 * seed + i)
-        b, a = (
-            f.to(dtype) + size * torch.randn(f.shape, generator=draw, dtype=dtype)
-            for f in (dealt.start.b, dealt.start.a)
-        )
-        return LowRank(b, a)
+
+        def noisy(tensor: torch.Tensor) -> torch.Tensor:
+            noise = torch.randn(tensor.shape, generator=draw, dtype=dtype)
+            return tensor.to(dtype) + size * noise
+
+        if isinstance(dealt.start, Sparse):
+            values = noisy(dealt.start.values)
+            return Sparse(values, dealt.start.positions, dealt.start.shape)
+        b, a = noisy(dealt.start.b), dealt.start.a
+        return LowRank(b, a.to(dtype) if dealt.train == "b" else noisy(a))
 
     return training
 
@@ -89,3 +129,10 @@ def best(d: torch.Tensor, rank: int) -> torch.Tensor:
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """Return ‖one − other‖ / ‖other‖ (Frobenius)."""
     return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+def padded(factors: LowRank, rank: int) -> LowRank:
+    """Return the factors in float64, filled up with zeros to `rank`."""
+    more = rank - factors.rank
+    pad = torch.nn.functional.pad
+    return LowRank(pad(factors.b.double(), (0, more)), pad(factors.a.double(), (0, 0, 0, more)))
