@@ -70,6 +70,9 @@ def start(
     return Compared(out, results)
 
 
-def resume(out: Path, attendance: Attendance, follower: Follower, *, draw: bool = True) -> Compared:
-    """Go on with the comparison in a folder; what is finished is not done again."""
-    return start(Request.load(out), out, attendance, follower, draw=draw)
+def resume(out: Path, attendance: Attendance, follower: Follower) -> Compared:
+    """Go on with the comparison in a folder; what is finished is not done again.
+
+    Figures are drawn where matplotlib is there.
+    """
+    return start(Request.load(out), out, attendance, follower, draw=figures.can_draw())

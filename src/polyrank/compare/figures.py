@@ -8,6 +8,7 @@ depend on when they are made.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,18 @@ _LOSS = "validation loss per token"
 Style = Mapping[str, Any]
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is there."""
+    return find_spec("matplotlib") is not None
+
+
 def check_drawing() -> None:
     """Raise PolyrankError if matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
+    if not can_draw():
         raise PolyrankError(
             "figures need matplotlib: pip install 'polyrank[report]', or ask for none with "
             "--no-figures"
-        ) from error
+        )
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -183,7 +187,8 @@ def _categories(results: Mapping[str, Any], styles: Mapping[str, Style]) -> Any:
     if not panels:
         return None
     counts = [len(names) for _, names in panels]
-    figure = Figure(figsize=(7.2, 1.1 * len(panels) + 0.24 * sum(counts)), layout="constrained")
+    row = 0.16 + 0.04 * len(methods)  # Inches: methods lie one above the other within a row.
+    figure = Figure(figsize=(7.2, 1.1 * len(panels) + row * sum(counts)), layout="constrained")
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0]
     for axes, (who, names) in zip(grid, panels, strict=True):
         for one in methods:
@@ -192,9 +197,12 @@ def _categories(results: Mapping[str, Any], styles: Mapping[str, Style]) -> Any:
             ]
             known = [(loss, row) for loss, row in found if loss is not None]
             style = {**styles[one["label"]], "linestyle": "none"}
-            axes.plot(*zip(*known, strict=True), **style, alpha=0.85, label=one["label"])
+            axes.plot([x for x, _ in known], [y for _, y in known], **style, label=one["label"])
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        for y in range(0, len(names), 2):
+            axes.axhspan(y - 0.5, y + 0.5, color="#F4F4F4", linewidth=0, zorder=0)
         axes.set_title(f"{who} clients")
     grid[-1].set_xlabel("test loss per token, mean over the category's clients and over seeds")
     grid[0].legend(

@@ -159,7 +159,7 @@ class Comparison:
             ):
                 pass
 
-        trained = _trained(folder, recipe.rounds)
+        trained = (folder / FAILURE).is_file() or _trained(folder, recipe.rounds)
         failure = self._guarded(folder, seed, None if trained else work, parts)
         if failure is not None:
             if not (folder / FAILURE).is_file():  # A rate that diverges is an answer, this is none.
@@ -170,7 +170,7 @@ class Comparison:
             loss = record.validation_loss if record else None
             why = None if loss is not None else "no finite validation loss"
             trial = Trial(rate, loss, record.round if record else None, why)
-        told = trial.failure or f"validation {trial.loss:.4f} after round {trial.round}"
+        told = _short(trial.failure) or f"validation {trial.loss:.4f} after round {trial.round}"
         self._follower.run_done(told, anew=not trained)
         return trial
 
@@ -186,12 +186,12 @@ class Comparison:
         def work() -> None:
             carry_out(recipe, folder, self._attendance, parts, resume=folder.exists(), title=title)
 
-        finished = (folder / SUMMARY).is_file()
+        finished = any((folder / name).is_file() for name in (SUMMARY, FAILURE))
         failure = self._guarded(folder, seed, None if finished else work, parts)
         run = Run(seed, folder, failure)
         if failure is not None:
             course.failures.append({"rate": rate, "seed": seed, "reason": failure})
-            told = failure
+            told = _short(failure)
         else:
             loss = storage.read_json(folder / SUMMARY)["final"]["seen"]["loss"]
             told = "loss not finite" if loss is None else f"test loss {loss:.4f}"
@@ -249,6 +249,10 @@ class Comparison:
 
 def _title(method: Method, rate: float, seed: int) -> str:
     return f"{method.label}, rate {rate:g}, seed {seed}"
+
+
+def _short(failure: str | None) -> str:
+    return f"failed: {failure.splitlines()[0]}" if failure else ""
 
 
 def _trained(folder: Path, rounds: int) -> bool:

@@ -35,7 +35,10 @@ class Sheet:
             caption_style="",
         )
         for place, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if place == 0 else "right", no_wrap=place > 0)
+            if place == 0:
+                table.add_column(name, overflow="fold")
+            else:
+                table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(*map(Text, row))  # Brackets are no markup.
         return table
