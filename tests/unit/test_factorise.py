@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from polyrank.algebra import METHODS, LowRank, factorise
+from polyrank.algebra.factorisations import accumulate
 from polyrank.errors import FactorError, RankError
 
 EXACT = ["auto", "gram", "qr", "dense"]
@@ -181,29 +182,15 @@ def test_dense_takes_both_orientations_and_more_rows_than_one_block():
         )
 
 
-def test_randomised_is_repaired_by_the_subspace_of_the_round_before():
-    draw = torch.Generator().manual_seed(0)
-    flat = LowRank(
-        torch.randn(300, 120, generator=draw) / 10, torch.randn(120, 300, generator=draw) / 10
-    )
-    best = factorise(flat, 16, method="qr")
-    cold = factorise(flat, 16, method="randomised")
-    warm = factorise(flat, 16, method="randomised", warm=best.v)
-    excess = [(one.discarded**0.5 - best.discarded**0.5) / best.energy**0.5 for one in (cold, warm)]
-    assert 0 < excess[0] < 5e-3
-    assert abs(excess[1]) < 1e-6
-
-
-def test_randomised_depends_on_its_seed_alone_and_not_on_the_global_generator():
-    draw = torch.Generator().manual_seed(0)
-    flat = LowRank(torch.randn(90, 60, generator=draw), torch.randn(60, 90, generator=draw))
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    one = factorise(flat, 5, method="randomised", seed=3)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    assert torch.equal(one.u, factorise(flat, 5, method="randomised", seed=3).u)
-    assert not torch.equal(one.u, factorise(flat, 5, method="randomised", seed=4).u)
+def test_the_sum_of_terms_of_all_ranks_is_that_of_a_plain_loop():
+    terms = [
+        spectrum(300, 280, [1.0] * r, seed=i).to(dtype=torch.float32)
+        for i, r in enumerate([3, 200, 0, 8, 255, 1, 280, 30])
+    ]
+    expected = sum(term.to(dtype=torch.float64).dense() for term in terms)
+    torch.testing.assert_close(accumulate(iter(terms)).double(), expected, rtol=0, atol=1e-6)
+    wide = accumulate(iter([*terms, spectrum(300, 280, [1.0])]))
+    assert wide.dtype == torch.float64
 
 
 @pytest.mark.parametrize("method", METHODS)

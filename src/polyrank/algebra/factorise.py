@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from polyrank.algebra.factorisation import Factorisation
 from polyrank.algebra.factorisations import (
+    accumulate,
     factor_by_gram,
     factor_by_qr,
     factor_dense,
@@ -20,8 +22,7 @@ from polyrank.errors import FactorError, RankError
 # A stack is thin while its rank is below these shares of min(m, n). Measured on one CPU thread:
 # two eigenproblems of size R against one of size min(m, n) break even near 0.8.
 _THIN = 0.75
-_THIN_FOR_SKETCH = 0.5
-_BATCH = 256
+_THIN_FOR_SKETCH = 0.25
 
 _Algorithm = Callable[[Iterator[LowRank], int, Tensor | None, int], Factorisation]
 
@@ -81,13 +82,16 @@ def _qr(terms: Iterator[LowRank], rank: int, _warm: Tensor | None, _seed: int) -
 
 
 def _dense(terms: Iterator[LowRank], rank: int, _warm: Tensor | None, _seed: int) -> Factorisation:
-    return factor_dense(_accumulate(terms), rank)
+    return factor_dense(accumulate(terms), rank)
 
 
 def _randomised(
     terms: Iterator[LowRank], rank: int, warm: Tensor | None, seed: int
 ) -> Factorisation:
-    return factor_randomised(_gather(terms, _THIN_FOR_SKETCH), rank, warm=warm, seed=seed)
+    delta = _gather(terms, _THIN_FOR_SKETCH)
+    if isinstance(delta, Tensor):
+        return factor_randomised(delta, rank, warm=warm, seed=seed)
+    return factor_by_gram(delta, rank)
 
 
 METHODS: dict[str, _Algorithm] = {
@@ -125,34 +129,19 @@ def _gather(terms: Iterator[LowRank], thin: float) -> LowRank | Tensor:
         held.append(term)
         rank += term.rank
         if rank > thin * min(term.shape):
-            return _accumulate(terms, _stack(_drained(held)))
+            del term
+            return accumulate(chain(_drained(held), terms))
     return _stack(_drained(held))
 
 
 def _drained(held: list[LowRank]) -> Iterator[LowRank]:
-    yield from held
-    held.clear()
+    """Yield what is held, letting go of each term before the next is asked for."""
+    held.reverse()
+    while held:
+        yield held.pop()
 
 
 def _stack(terms: Iterator[LowRank]) -> LowRank:
     listed = list(terms)
     widest = max((term.b.dtype for term in listed), key=lambda dtype: dtype.itemsize)
     return LowRank.stack(term.to(dtype=widest) for term in listed)
-
-
-def _accumulate(terms: Iterator[LowRank], first: LowRank | None = None) -> Tensor:
-    """Return the dense sum, batching terms of small rank into one product."""
-    total = None if first is None else first.dense()
-    held: list[LowRank] = []
-    for term in terms:
-        held.append(term)
-        if sum(one.rank for one in held) >= _BATCH:
-            total = _added(total, _stack(_drained(held)))
-    return _added(total, _stack(_drained(held))) if held or total is None else total
-
-
-def _added(total: Tensor | None, term: LowRank) -> Tensor:
-    if total is None:
-        return term.dense()
-    widest = torch.promote_types(total.dtype, term.b.dtype)
-    return total.to(widest).addmm_(term.b.to(widest), term.a.to(widest))

@@ -10,7 +10,7 @@ from torch import Tensor
 from polyrank.algebra.factorisation import Factorisation, finished
 from polyrank.algebra.factorisations.project import project
 
-_ROWS = 512
+_ROWS, _COLUMNS = 512, 256
 
 
 class _Wide:
@@ -23,12 +23,13 @@ class _Wide:
         return torch.cat([rows.double() @ x for rows in torch.split(self.matrix, _ROWS)])
 
     def gram(self) -> Tensor:
-        """DᵀD in float64."""
+        """DᵀD in float64, the blocks on and below the diagonal only."""
         n = self.shape[1]
         total = self.matrix.new_zeros(n, n, dtype=torch.float64)
         for rows in torch.split(self.matrix, _ROWS):
             wide = rows.double()
-            total.addmm_(wide.T, wide)
+            for j in range(0, n, _COLUMNS):
+                total[j:, j : j + _COLUMNS].addmm_(wide[:, j:].T, wide[:, j : j + _COLUMNS])
         return total
 
 
@@ -46,8 +47,9 @@ def factor_dense(matrix: Tensor, rank: int) -> Factorisation:
         return factor_dense(matrix.T, rank).transposed()
     wide = _Wide(matrix)
     gram = wide.gram()
-    v = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank].contiguous()
     energy = float(gram.trace())
+    v = torch.linalg.eigh(gram, UPLO="L").eigenvectors[:, -rank:].flip(1)
+    del gram
     return project(
         wide,
         v,
