@@ -14,7 +14,7 @@ from polyrank.config.section import Expected, Section
 from polyrank.errors import RecipeError
 from polyrank.federation import EarlyStopping, Evaluation, Faults, Sampling, Weighting
 from polyrank.planning import Scaling
-from polyrank.training import LocalTraining
+from polyrank.training import LocalSettings, LocalTraining, local_method
 
 Cohort = Annotated[Literal["auto"] | int, Expected("'auto' or a whole number")]
 
@@ -63,11 +63,22 @@ class AggregationSection(Section):
         return Weighting(self.weights, self.cap)
 
 
+_METHOD_KEYS = ("optimizer", "proximal", "sparse_rounds")
+
+
 class LocalSection(Section):
     """A client's training in one round; its optimizer is made anew each time."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """The optimizer."""
+    method: Literal["fedavg", "fedit", "fedprox", "slora"] | None = None
+    """A paper's name for a set of the next three keys: `fedavg` (SGD), `fedit` (AdamW), `fedprox`
+    (`proximal` 0.01), `slora` (`sparse_rounds` 5)."""
+    optimizer: Literal["adamw", "sgd"] | None = None
+    """The optimizer; left out, the method's, or `adamw`."""
+    proximal: float | None = Field(default=None, ge=0)
+    """FedProx's μ: strength of the pull to where the round began; left out, the method's, or 0."""
+    sparse_rounds: int | None = Field(default=None, ge=0)
+    """SLoRA's first rounds, in which some entries of the matrices are trained instead of factors;
+    left out, the method's, or 0."""
     lr: float = 3e-4
     """Learning rate."""
     epochs: float | None = None
@@ -93,10 +104,18 @@ class LocalSection(Section):
 
     def build(self) -> LocalTraining:
         """Return the local training; one epoch if neither epochs nor steps are given."""
-        values = {**self.model_dump(), "clip": self.clip or None}
+        values = self.model_dump(exclude={"method", *_METHOD_KEYS})
+        values["clip"] = self.clip or None
         if self.epochs is None and self.steps is None:
             values["epochs"] = 1
-        return LocalTraining(**values)
+        return self.settings().applied(LocalTraining(**values))
+
+    def settings(self) -> LocalSettings:
+        """Return what the method, or its keys alone, come to; RecipeError if they contradict."""
+        given = self.model_dump(include=set(_METHOD_KEYS), exclude_none=True)
+        if self.method is None:
+            return LocalSettings(**given)
+        return local_method(self.method).settings(**given)
 
 
 class SamplingSection(Section):

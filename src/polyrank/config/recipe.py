@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 from pydantic import Field
 
-from polyrank.aggregation import Rule
+from polyrank.aggregation import Rule, SLoRA
 from polyrank.config.conduct import (
     AggregationSection,
     EngineSection,
@@ -24,6 +24,7 @@ from polyrank.config.conduct import (
 from polyrank.config.inputs import DataSection, FleetSection, ModelSection
 from polyrank.config.section import Section
 from polyrank.data import Clients
+from polyrank.errors import RecipeError
 from polyrank.federation import Conduct
 from polyrank.planning import Fleet
 from polyrank.seeds import derive
@@ -55,8 +56,18 @@ class Recipe(Section):
     engine: EngineSection = EngineSection()
 
     def rule(self) -> Rule:
-        """Return the aggregation rule."""
-        return self.aggregation.build()
+        """Return the aggregation rule, within SLoRA where the local method begins sparsely.
+
+        Raises RecipeError if rule and local method exclude each other.
+        """
+        rule, settings = self.aggregation.build(), self.local.settings()
+        for method in settings.methods:
+            if method in rule.excludes:
+                raise RecipeError(
+                    f"aggregation.rule = {rule.name!r} and the local method {method!r} exclude "
+                    f"each other: {rule.excludes[method]}; change one of them"
+                )
+        return SLoRA(rule, settings.sparse_rounds) if settings.sparse_rounds else rule
 
     def clients(self) -> Clients:
         """Load the tasks and deal them to clients."""
@@ -85,6 +96,12 @@ class Recipe(Section):
     def check(self) -> None:
         """Build every part that needs neither model nor data, so that mistakes show at once."""
         self.rule()
+        sparse = self.local.settings().sparse_rounds
+        if sparse >= self.rounds:
+            raise RecipeError(
+                f"local.sparse_rounds: {sparse} of {self.rounds} rounds would be sparse, which "
+                "leaves none for LoRA; raise rounds, or lower local.sparse_rounds"
+            )
         self.conduct()
         self.local.build()
         self.fleet.check((self.fleet.force, self.control))

@@ -3,13 +3,18 @@
 from polyrank.training.capacity import cohort_size, slot_bytes
 from polyrank.training.evaluation import token_losses
 from polyrank.training.local import Job, Trained, train_cohort
+from polyrank.training.methods import METHODS, LocalMethod, LocalSettings, local_method
 from polyrank.training.recipe import LocalTraining
 
 __all__ = [
+    "METHODS",
     "Job",
+    "LocalMethod",
+    "LocalSettings",
     "LocalTraining",
     "Trained",
     "cohort_size",
+    "local_method",
     "slot_bytes",
     "token_losses",
     "train_cohort",
