@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 
 from polyrank.aggregation import (
     Contribution,
@@ -37,6 +39,20 @@ def fleet(ranks: Sequence[int], alpha: float = 16.0, weights: Sequence[float] | 
     """Return clients with s = α/r and the given weights, equal by default."""
     shares = weights or [1 / len(ranks)] * len(ranks)
     return [Client(r, alpha / r, w) for r, w in zip(ranks, shares, strict=True)]
+
+
+@st.composite
+def fleets(draw, equal: bool = False):
+    """Draw clients of mixed ranks, weights and scales (fixed α, α ∝ r, or rsLoRA's α/√r)."""
+    count = draw(st.integers(1, 6))
+    ranks = draw(st.lists(st.integers(1, 8), min_size=count, max_size=count))
+    ranks = [ranks[0]] * count if equal else ranks
+    weights = normalised(draw(st.lists(st.integers(1, 50), min_size=count, max_size=count)))
+    alpha = draw(st.sampled_from([1.0, 4.0, 16.0]))
+    scale = draw(
+        st.sampled_from([lambda r: alpha / r, lambda r: alpha / math.sqrt(r), lambda _: alpha])
+    )
+    return [Client(r, scale(r), w) for r, w in zip(ranks, weights, strict=True)]
 
 
 def fresh_state(rule: Rule, shape: tuple[int, int], clients, server_rank: int = 0) -> State:

@@ -16,6 +16,7 @@ from aggregation_rounds import (
     best,
     distance,
     fleet,
+    fleets,
     fresh_state,
     no_training,
     noisy_training,
@@ -23,7 +24,7 @@ from aggregation_rounds import (
     product,
     widened,
 )
-from polyrank.aggregation import Contribution, Dealt, FedIT, FlexLoRA, normalised
+from polyrank.aggregation import Contribution, Dealt, FedIT, FlexLoRA
 from polyrank.algebra import LowRank
 
 MODES = ["replace", "delta", "tail-in-base"]
@@ -31,20 +32,6 @@ SPLITS = ["left", "balanced"]
 SHAPE = (13, 10)
 
 relaxed = settings(max_examples=25, deadline=None, suppress_health_check=[*HealthCheck])
-
-
-@st.composite
-def fleets(draw, equal: bool = False):
-    """Draw clients of mixed ranks, weights and scales (fixed α, α ∝ r, or rsLoRA's α/√r)."""
-    count = draw(st.integers(1, 6))
-    ranks = draw(st.lists(st.integers(1, 8), min_size=count, max_size=count))
-    ranks = [ranks[0]] * count if equal else ranks
-    weights = normalised(draw(st.lists(st.integers(1, 50), min_size=count, max_size=count)))
-    alpha = draw(st.sampled_from([1.0, 4.0, 16.0]))
-    scale = draw(
-        st.sampled_from([lambda r: alpha / r, lambda r: alpha / math.sqrt(r), lambda _: alpha])
-    )
-    return [Client(r, scale(r), w) for r, w in zip(ranks, weights, strict=True)]
 
 
 rules = st.builds(FlexLoRA, st.sampled_from(MODES), st.sampled_from(SPLITS))
