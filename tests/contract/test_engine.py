@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from federations import LOCAL, clients, fleet, one_block
-from polyrank.aggregation import FlexLoRA
-from polyrank.algebra import Adapter
+from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
+from polyrank.algebra import Adapter, LowRank, Sparse
 from polyrank.errors import ResourceError
 from polyrank.federation import Conduct, prepare, setup
 from polyrank.federation import engine as engines
@@ -37,6 +37,30 @@ def round(model, engine):
     return Round(settings, settings.rule.init(spec), 1, 0, sorted(settings.ranks))
 
 
+RULES = [  # with what their assignments are like in some of three rounds
+    (FlexLoRA(), {"factors"}),
+    (FlexLoRA("tail-in-base"), {"factors", "frozen"}),
+    (FFA(), {"factors", "B alone"}),
+    (HetLoRA(), {"factors", "penalty"}),
+    (FLoRA(), {"factors", "merged"}),
+    (SLoRA(FlexLoRA(), 2), {"sparse", "factors"}),
+    (SLoRA(HetLoRA(), 1), {"sparse", "factors", "penalty"}),
+]
+
+
+def kinds(assignment):
+    """What must be done to execute an assignment."""
+    marks = {
+        "factors": any(isinstance(d, LowRank) for d in assignment.start.values()),
+        "sparse": any(isinstance(d, Sparse) for d in assignment.start.values()),
+        "frozen": bool(assignment.frozen),
+        "merged": bool(assignment.merged),
+        "B alone": assignment.train == "b",
+        "penalty": assignment.penalty is not None,
+    }
+    return {name for name, is_so in marks.items() if is_so}
+
+
 def answers(engine, round, on_step=None):
     found = {}
     for cohort in engine.cohorts(round.clients):
@@ -54,6 +78,25 @@ def test_every_task_is_answered_once_and_acceptably(engine, round):
         assert set(METRICS) <= set(answer.metrics)
         assert all(delta.b.device.type == "cpu" for delta in answer.adapter.values())
     assert round.rejected == {}
+
+
+@pytest.mark.parametrize(("rule", "expected"), RULES, ids=[rule.name for rule, _ in RULES])
+def test_assignments_of_every_kind_are_answered_acceptably_round_after_round(
+    model, engine, rule, expected
+):
+    settings = setup.round_settings(rule, fleet(DATA), model.spec, engine.work, Conduct())
+    spec = setup.fleet_spec(settings, fleet(DATA), model.spec, None)
+    state, met = settings.rule.init(spec), set()
+    for number in (1, 2, 3):
+        round = Round(settings, state, number, 0, sorted(settings.ranks))
+        found = answers(engine, round)
+        for client, answer in found.items():
+            assignment = round.assignment(client)
+            met |= kinds(assignment)
+            round.accept(answer)
+            assert answer.adapter.hash() != assignment.start.hash(), "it was trained"
+        state, _ = round.aggregate(lambda client, site, of=found: of[client].adapter[site])
+    assert met == expected
 
 
 def test_what_is_trained_is_what_was_dealt(engine, round, monkeypatch):
