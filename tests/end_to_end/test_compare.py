@@ -334,17 +334,22 @@ def test_a_run_that_diverges_is_told_of_and_the_others_go_on(place: Path) -> Non
     assert lines_with(done.out, "flexlora:delta (0/1)", "–")
 
 
-def test_a_method_that_cannot_serve_the_fleet_fails_alone(place: Path) -> None:
-    out = place / "ranks"
-    override = "fleet={types = {T1 = 1, T2 = 500}, distribution = {T1 = 0.5, T2 = 0.5}}"
-    rules = ("--rules", "flexlora,fedit", "--seeds", "1")
-    done = polyrank("compare", place / "tiny.toml", override, *rules, "--out", out)
+def test_a_run_that_fails_otherwise_fails_alone_and_is_tried_again(place: Path) -> None:
+    out = place / "blocked"
+    blocked = out / "flexlora-delta/lr-0.01/seed-0"
+    command = ("compare", place / "tiny.toml", "--seeds", "1", "--out", out, "--no-figures")
+    assert polyrank(*command, "--rules", "flexlora").code == 0
+    blocked.mkdir(parents=True)
+    more = ("--rules", "flexlora,flexlora:delta,fedit")
+    done = polyrank(*command, *more)
     assert done.code == 1
     found = read(out / "compare.json")
-    assert [one["method"] for one in found["failures"]] == ["flexlora"]
-    assert "500" in found["failures"][0]["reason"]
-    assert found["methods"][1]["mean"]["seen"]["loss"] is not None
-    assert found["methods"][1]["difference"]["per_seed"] == []
+    assert [one["method"] for one in found["failures"]] == ["flexlora:delta"]
+    assert "expected a run folder" in found["failures"][0]["reason"]
+    assert found["methods"][2]["difference"]["mean"]["seen"]["loss"] is not None
+    blocked.rmdir()
+    assert polyrank("resume", out).code == 0
+    assert read(out / "compare.json")["complete"]
 
 
 def test_methods_that_asked_other_clients_are_flagged(copied: Path) -> None:

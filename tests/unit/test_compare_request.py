@@ -70,6 +70,30 @@ def test_a_run_s_recipe_has_the_method_the_rate_and_the_seed() -> None:
     assert one.model_dump(exclude=changed) == base.model_dump(exclude=changed)
 
 
+def test_an_option_goes_to_the_rules_that_have_it() -> None:
+    base = recipe(aggregation={"split": "balanced", "gamma": 0.5})
+    made = {
+        name: Method(name).recipe(base, rate=1.0, seed=0).aggregation
+        for name in ("flexlora", "hetlora", "ffa")
+    }
+    assert (made["flexlora"].split, made["flexlora"].gamma) == ("balanced", None)
+    assert (made["hetlora"].split, made["hetlora"].gamma) == (None, 0.5)
+    assert (made["ffa"].split, made["ffa"].gamma) == (None, None)
+
+
+def test_a_local_method_by_name_takes_the_place_of_the_recipe_s() -> None:
+    local = {"optimizer": "adamw", "sparse_rounds": 2}
+    base = recipe(local=local)
+    made = {
+        name: Method("flexlora", name).recipe(base, rate=1.0, seed=0).local
+        for name in ("fedavg", "fedit", "slora", "fedprox")
+    }
+    assert {name: one.method for name, one in made.items()} == {name: name for name in made}
+    assert (made["fedavg"].optimizer, made["fedit"].optimizer) == (None, "adamw")
+    assert (made["slora"].sparse_rounds, made["fedit"].sparse_rounds) == (2, None)
+    assert made["fedprox"].build().proximal > 0
+
+
 def test_a_rule_named_twice_is_refused() -> None:
     with pytest.raises(RecipeError, match="flexlora is named twice"):
         request("flexlora,fedit,flexlora")
@@ -90,7 +114,12 @@ def test_an_unknown_rule_is_refused_with_the_nearest_name() -> None:
         ({"tune": True, "rates": ()}, "above 0"),
         ({"tune": True, "recipe": recipe(evaluation={"every": 0})}, "evaluation.every"),
         ({"tune": True, "recipe": recipe(evaluation={"every": 5})}, "evaluation.every=4"),
-        ({"recipe": recipe(aggregation={"split": "balanced"})}, "'fedit, all weakest'.*split"),
+        ({"recipe": recipe(aggregation={"gamma": 0.5})}, "aggregation.gamma: none of the rules"),
+        (
+            {"rules": "flora+slora", "recipe": recipe(rounds=9)},
+            r"'flora\+slora'.*exclude each other",
+        ),
+        ({"rules": "flexlora+slra"}, r"'flexlora\+slra'.*slora"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_begun(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from polyrank import config
-from polyrank.aggregation import rule
+from polyrank.aggregation import OPTIONS, rule
 from polyrank.config import Recipe
 from polyrank.errors import PolyrankError, RecipeError
+from polyrank.training import local_method
+from polyrank.training.methods import LocalMethod
 
 WEAKEST = "weakest"
 
@@ -37,30 +39,49 @@ class Method:
     def _name(self) -> str:
         return self.rule if self.local is None else f"{self.rule}+{self.local}"
 
+    @property
+    def options(self) -> set[str]:
+        """The options of `OPTIONS` that its rule has."""
+        return {field.name for field in fields(rule(self.rule))}.intersection(OPTIONS)  # type: ignore[arg-type]
+
     def recipe(self, base: Recipe, *, rate: float, seed: int) -> Recipe:
         """Return the recipe of one run of this method.
 
-        RecipeError, naming the method, if the rule, its options and the local method do not go
-        together, as far as it shows without model and data.
+        Options of `base` that the rule does not have are left out, and so is what contradicts a
+        local method that the method names. RecipeError, naming the method, if rule and local
+        method do not go together, as far as it shows without model and data.
         """
         changes: dict[str, Any] = {
             "aggregation.rule": self.rule,
+            **{f"aggregation.{key}": None for key in OPTIONS if key not in self.options},
             "local.lr": rate,
             "seed": seed,
             "control": None,
         }
-        if self.local is not None:
-            changes["local.method"] = self.local
         if self.force is not None:
             changes["fleet.force"] = self.force
+        if not rule(self.rule).mixed_ranks:
+            changes["aggregation.server_rank"] = None  # It needs the clients' rank.
         try:
-            if not rule(self.rule).mixed_ranks:
-                changes["aggregation.server_rank"] = None  # It needs the clients' rank.
+            if self.local is not None:
+                changes |= _local(local_method(self.local), base)
             changed = config.parse(_changed(base.model_dump(), changes))
             changed.check()
         except PolyrankError as error:
             raise RecipeError(f"compare, method {self.label!r}: {error}") from error
         return changed
+
+
+def _local(method: LocalMethod, base: Recipe) -> dict[str, Any]:
+    """The changes by which a recipe's local training becomes that of a method by name."""
+    changes: dict[str, Any] = {"local.method": method.name}
+    if not method.proximal:
+        changes["local.proximal"] = None
+    if not method.sparse_rounds:
+        changes["local.sparse_rounds"] = None
+    if base.local.optimizer not in method.optimizers:
+        changes["local.optimizer"] = None
+    return changes
 
 
 def methods(rules: Sequence[str], control: str | None, recipe: Recipe) -> list[Method]:

@@ -13,6 +13,7 @@ from typing import Any
 import tomli_w
 
 from polyrank import config
+from polyrank.aggregation import OPTIONS
 from polyrank.compare.method import Method, methods
 from polyrank.compare.tuning import default_grid
 from polyrank.config import Recipe
@@ -76,6 +77,12 @@ class Request:
             tune,
             tuple(sorted(set(grid))),
         )
+        given = recipe.aggregation.model_dump(include={*OPTIONS}, exclude_none=True)
+        unused = sorted(given.keys() - {key for one in asked.methods for key in one.options})
+        if unused:
+            raise RecipeError(
+                f"compare: aggregation.{unused[0]}: none of the rules has it; leave it out"
+            )
         for method in asked.methods:  # Mistakes show before anything is begun.
             method.recipe(asked.recipe, rate=asked.rates[0], seed=recipe.seed)
         return asked
