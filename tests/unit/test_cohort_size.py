@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from models import tiny_loaded
+from dense_oracle import random_sparse
+from models import random_adapter, tiny_loaded
+from polyrank.aggregation import Assignment
 from polyrank.training import LocalTraining, cohort_size, slot_bytes
 from polyrank.training.capacity import CPU_TOKENS, MOST, _extrapolate, _kept
 
@@ -35,9 +37,35 @@ def test_a_slot_takes_at_least_its_factors_and_inputs_and_more_with_all_that_gro
     assert size(batch=16) > size()
     assert size(dropout=0.1) > size()
     assert size(optimizer="sgd") < size()
+    assert size(proximal=0.1) - size() == pytest.approx(1.25 * 4 * entries, abs=1), "the start"
     saving = tiny_loaded("llama", checkpointing=True, num_hidden_layers=12)
     plain = tiny_loaded("llama", num_hidden_layers=12)
     assert size(model=saving) < size(model=plain)
+
+
+def test_what_an_assignment_holds_beside_factors_is_counted():
+    model = tiny_loaded("llama")
+    ranks = dict.fromkeys(model.spec.shapes, 2)
+    factors, few = random_adapter(model, 2), random_sparse(model, 5)
+    scale = dict.fromkeys(ranks, 1.0)
+    plain = Assignment(factors, scale)
+    held = {
+        "frozen": Assignment(factors, scale, frozen=random_adapter(model, 3)),
+        "sparse": Assignment(few, scale),
+    }
+    sizes = {
+        name: slot_bytes(model, ranks, LocalTraining(), 20, 5, [plain, one])
+        for name, one in held.items()
+    }
+    bare = slot_bytes(model, ranks, LocalTraining(), 20, 5)
+    assert slot_bytes(model, ranks, LocalTraining(), 20, 5, [plain]) == bare
+    shapes = model.spec.shapes.values()
+    frozen = 2 * sum(3 * (m + n) for m, n in shapes)
+    whole = 3 * max(m * n for m, n in shapes)
+    assert sizes["frozen"] - bare == pytest.approx(1.25 * 4 * frozen, abs=1)
+    assert sizes["sparse"] - bare == pytest.approx(1.25 * 4 * whole, abs=1)
+    args = (model, ranks, LocalTraining(), 20, 5, 10 * bare)
+    assert (cohort_size(*args), cohort_size(*args, [held["frozen"]])) == (10, 9)
 
 
 def test_the_cohort_follows_from_memory_up_to_a_bound():

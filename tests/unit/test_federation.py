@@ -528,7 +528,8 @@ def test_sampling_few_of_many_deals_once_per_kind_of_client(model, monkeypatch):
     with federation(model=model, data=data, conduct=conduct) as parts:
         (record,) = parts.rounds(1)
     assert len(record.clients) == 4
-    assert len(dealt) <= 2 * 3 * 3, "three kinds of clients, three sites, for training and scoring"
+    # three kinds of clients, three sites: to reckon memory, for training, and for scoring
+    assert len(dealt) <= 3 * 3 * 3
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from collections import namedtuple
 import pytest
 
 from federations import LOCAL, MEASURED, clients, fleet, one_block
-from polyrank.aggregation import FleetSpec, FlexLoRA
+from polyrank.aggregation import FleetSpec, FlexLoRA, SLoRA
+from polyrank.algebra import LowRank, Sparse
 from polyrank.errors import RecipeError, ResourceError
 from polyrank.federation import Conduct, Evaluation, Faults, Sampling, preflight, prepare, setup
 from polyrank.federation.checkpoint import KEEP
@@ -43,6 +44,16 @@ def test_memory_that_one_client_does_not_fit_is_told(parts, monkeypatch):
     for wanted in ("auto", 1):
         with pytest.raises(ResourceError, match=r"memory: 0 MiB are free on cpu.*batches of 2 × "):
             resolve(parts, wanted)
+
+
+def test_the_first_assignments_are_one_for_each_set_of_ranks(parts):
+    model, _, work = parts
+    for rule, kind in ((FlexLoRA(), LowRank), (SLoRA(FlexLoRA(), 1), Sparse)):
+        settings = setup.round_settings(rule, fleet(clients()), model.spec, work, Conduct())
+        spec = setup.fleet_spec(settings, fleet(clients()), model.spec, None)
+        dealt = setup.first_assignments(settings, rule.init(spec))
+        assert len({one.hash() for one in dealt}) == len(dealt) == 3
+        assert all(isinstance(delta, kind) for one in dealt for delta in one.start.values())
 
 
 def test_disk_is_reckoned_from_states_and_updates_of_a_round(tmp_path, monkeypatch):

@@ -73,12 +73,11 @@ class Federation:
         spec = setup.fleet_spec(self._settings, fleet, model.spec, self.conduct.server_rank)
         self._server_rank = spec.server_rank
         first = Checkpoint(0, self.rule.init(spec))
-        self.engine = InProcess(
-            model,
-            self.work,
-            self.local,
-            preflight.resolve_cohort(self.conduct.cohort, model, spec, self.local, self.work),
+        dealt = setup.first_assignments(self._settings, first.state)
+        cohort = preflight.resolve_cohort(
+            self.conduct.cohort, model, spec, self.local, self.work, dealt
         )
+        self.engine = InProcess(model, self.work, self.local, cohort)
         self._scorer = Scorer(
             model,
             self.work,

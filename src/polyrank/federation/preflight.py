@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
 
-from polyrank.aggregation import FleetSpec
+from polyrank.aggregation import Assignment, FleetSpec
 from polyrank.data import sizes
 from polyrank.errors import DataError, RecipeError, ResourceError
 from polyrank.federation import storage
@@ -31,8 +31,13 @@ def resolve_cohort(
     spec: FleetSpec,
     local: LocalTraining,
     work: Mapping[str, ClientWork],
+    dealt: Sequence[Assignment] = (),
 ) -> int:
-    """Return how many clients train in one pass; ResourceError if not even one fits memory."""
+    """Return how many clients train in one pass; ResourceError if not even one fits memory.
+
+    `dealt` are the first round's assignments, for what they hold beside factors. A term that is
+    frozen only from the second round on (``flexlora:tail-in-base``) is not foreseen.
+    """
     longest = targets = 0
     for client in work.values():
         for size in sizes(client.rows["train"]):
@@ -40,7 +45,7 @@ def resolve_cohort(
     most = max(spec.ranks.values(), key=lambda ranks: sum(ranks.values()))
     largest = {**dict.fromkeys(model.spec.shapes, 0), **most}
     free = free_memory(model.device)
-    if slot_bytes(model, largest, local, longest, targets) > free:
+    if slot_bytes(model, largest, local, longest, targets, dealt) > free:
         raise ResourceError(
             f"memory: {free / 2**20:.0f} MiB are free on {model.device}, by estimate too little to "
             f"train one client with batches of {local.batch} × {longest} tokens; lower local.batch "
@@ -48,7 +53,7 @@ def resolve_cohort(
         )
     if wanted != "auto":
         return wanted
-    fits = cohort_size(model, largest, local, longest, targets, int(free * SHARE))
+    fits = cohort_size(model, largest, local, longest, targets, int(free * SHARE), dealt)
     return max(1, min(fits, len(spec.ranks)))
 
 

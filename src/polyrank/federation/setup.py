@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from polyrank.aggregation import FleetSpec, Rule
+from polyrank.aggregation import Assignment, FleetSpec, Rule, State
 from polyrank.errors import RankError
-from polyrank.federation.round import RoundSettings
+from polyrank.federation.round import Round, RoundSettings
 from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork
 from polyrank.planning import Fleet, ModelSpec
@@ -77,6 +77,12 @@ def fleet_spec(
         largest = {site: min(server_rank, *shapes[site]) for site in largest}
     later = {f"any of type {name}": own for name, own in by_type.items()} if fleet.schedule else {}
     return FleetSpec(shapes, {**settings.ranks, **later}, largest, settings.seed)
+
+
+def first_assignments(settings: RoundSettings, state: State) -> list[Assignment]:
+    """Return what is dealt in the first round, once for each set of ranks."""
+    round = Round(settings, state, 1, 0, list(settings.ranks))
+    return [*{id(one): one for one in map(round.assignment, round.clients)}.values()]
 
 
 def described(

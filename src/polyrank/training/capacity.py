@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from polyrank.algebra import Adapter, LowRank
+from polyrank.aggregation.types import Assignment
+from polyrank.algebra import Adapter, LowRank, Sparse
 from polyrank.model import Cohort, LoadedModel, Part, Slot, logits_at
 from polyrank.training.recipe import LocalTraining
 
@@ -34,6 +35,7 @@ def cohort_size(
     longest: int,
     targets: int,
     available_bytes: int,
+    dealt: Sequence[Assignment] = (),
 ) -> int:
     """Return how many clients of these ranks fit into `available_bytes`, at most `MOST`; may be 0.
 
@@ -41,14 +43,19 @@ def cohort_size(
     tokens of the longest example and `targets` the most tokens with loss in one example. On a CPU a
     pass of more than one client is also bounded by `CPU_TOKENS`.
     """
-    size = available_bytes // slot_bytes(model, ranks, local, longest, targets)
+    size = available_bytes // slot_bytes(model, ranks, local, longest, targets, dealt)
     if model.device.type == "cpu":
         size = min(size, max(1, CPU_TOKENS // (local.batch * longest)))
     return min(MOST, size)
 
 
 def slot_bytes(
-    model: LoadedModel, ranks: Mapping[str, int], local: LocalTraining, longest: int, targets: int
+    model: LoadedModel,
+    ranks: Mapping[str, int],
+    local: LocalTraining,
+    longest: int,
+    targets: int,
+    dealt: Sequence[Assignment] = (),
 ) -> int:
     """Return an estimate of the bytes that one client adds to a pass.
 
@@ -57,16 +64,34 @@ def slot_bytes(
     uses: the bytes that autograd keeps in forward passes over three short rows give the polynomial
     in the length. The logits at the targets are counted with them. Under checkpointing it is one
     hidden state a block, and one block's activations by plain arithmetic.
+
+    `dealt` are assignments of the kind that will come: their largest frozen term counts, and of a
+    sparse start the whole matrix that is made of it, at one site at a time. What is merged into the
+    base is not counted: it is there once, not for each client.
     """
     entries = sum(rank * sum(model.spec.shapes[site]) for site, rank in ranks.items())
     itemsize = max(4, model.dtype.itemsize)
-    factors = (_COPIES + local.moments) * entries * itemsize
+    factors = (_COPIES + local.moments + (local.proximal > 0)) * entries * itemsize
     measured = {length: _kept(model, ranks, local, length, targets=1) for length in _LENGTHS}
     per_target = _kept(model, ranks, local, _LENGTHS[0], targets=2) - measured[_LENGTHS[0]]
     row = _extrapolate(measured, longest) + targets * per_target
     if model.checkpointing:
         row += longest * itemsize * _checkpointed(model)
-    return int(MARGIN * (factors + local.batch * row))
+    return int(MARGIN * (factors + itemsize * _beside(dealt) + local.batch * row))
+
+
+def _beside(dealt: Sequence[Assignment]) -> int:
+    """Return the numbers that a slot holds beside what it trains.
+
+    A frozen term is held as dealt and in the cohort's stack. A sparse start is made a matrix, twice
+    in the backward pass, and its gradient is one.
+    """
+    frozen = max(
+        (sum(d.rank * sum(d.shape) for d in one.frozen.values()) for one in dealt), default=0
+    )
+    starts = [delta for one in dealt for delta in one.start.values()]
+    whole = max((d.shape[0] * d.shape[1] for d in starts if isinstance(d, Sparse)), default=0)
+    return 2 * frozen + 3 * whole
 
 
 def _extrapolate(measured: Mapping[int, int], at: int) -> int:
