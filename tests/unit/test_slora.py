@@ -25,6 +25,7 @@ from polyrank.aggregation import (
     FleetSpec,
     FlexLoRA,
     HetLoRA,
+    Segment,
     SLoRA,
     deal,
     rule,
@@ -181,6 +182,17 @@ def test_weights_ranks_and_downloads_are_those_of_the_inner_rule():
     assert staged.ranks(state, "0", {SITE: 4}) == {SITE: 2}
     assert staged.catch_up(state, "0") == 0
     assert not SLoRA(FedIT(), 1).mixed_ranks
+
+
+def test_the_end_of_a_round_is_told_to_the_inner_rule_once_it_is_its_own():
+    class Told(Segment):
+        def conclude(self, state, clients):
+            return state.update({}, {"told": [*clients]})
+
+    staged = SLoRA(Told(), 1)
+    state = staged.conclude(fresh_state(staged, SHAPE, fleet([4])), ["ada"])
+    assert "told" not in state.scalars
+    assert staged.conclude(state, ["bob"]).scalars["told"] == ["bob"]
 
 
 def test_what_makes_no_sense_is_refused_by_name():
