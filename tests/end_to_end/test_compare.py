@@ -1,3 +1,4 @@
+import fcntl
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from polyrank.compare import figures
 from polyrank.federation import RunFolder
 from runs import lines_with, polyrank, process, widest, write_recipe
 
@@ -226,6 +228,24 @@ def test_what_cannot_be_loaded_ends_the_comparison_before_its_folder_is_made(pla
     assert done.code == 1
     assert "nowhere" in done.err
     assert not out.exists()
+
+
+def test_one_process_at_a_time_carries_out_a_comparison(copied: Path) -> None:
+    with (copied / "out" / ".lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = polyrank("resume", copied / "out")
+    assert done.code == 1
+    assert "another process" in done.err
+
+
+def test_without_matplotlib_it_is_told_how_to_get_it_before_anything_is_begun(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda _: None)
+    done = polyrank("compare", place / "tiny.toml", *RULES, "--out", place / "undrawn")
+    assert done.code == 1
+    assert "pip install 'polyrank[report]'" in done.err
+    assert not (place / "undrawn").exists()
 
 
 def test_a_killed_comparison_goes_on_to_the_same_results(place: Path, tmp_path: Path) -> None:

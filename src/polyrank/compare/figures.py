@@ -38,6 +38,8 @@ _STYLE: Any = {
     "svg.hashsalt": "polyrank",
 }
 _DPI = 160
+_BANDS = 5
+"""The most methods whose ranges are drawn as bands."""
 _LOSS = "validation loss per token"
 
 Style = Mapping[str, Any]
@@ -73,7 +75,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
         for one in results["methods"]
     }
     seeds = len(results["seeds"])
-    over = f"mean of {seeds} seeds, band: lowest to highest" if seeds > 1 else "one seed"
+    shape = "band" if len(runs) <= _BANDS else "bars"
+    over = f"mean of {seeds} seeds, {shape}: lowest to highest" if seeds > 1 else "one seed"
     files: list[Path] = []
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # Whatever style the user has set.
@@ -114,7 +117,7 @@ def _styles(labels: Sequence[str]) -> dict[str, Style]:
         label: {
             "color": _COLOURS[place % len(_COLOURS)],
             "marker": _MARKERS[place % len(_MARKERS)],
-            "linestyle": _LINES[place % len(_LINES)],
+            "linestyle": _LINES[(place + place // len(_COLOURS)) % len(_LINES)],
         }
         for place, label in enumerate(labels)
     }
@@ -134,12 +137,16 @@ def _lines(
 
     figure = Figure(figsize=(7.2, 4.0))
     axes = figure.add_subplot()
-    for one in curves:
-        style = styles[one.label]
-        axes.fill_between(one.x, one.low, one.high, color=style["color"], alpha=0.08, linewidth=0)
-        for bound in (one.low, one.high) if one.low != one.high else ():
-            axes.plot(one.x, bound, color=style["color"], alpha=0.35, linewidth=0.6)
-        axes.plot(one.x, one.mean, **style)
+    for place, one in enumerate(curves):
+        if one.low != one.high:
+            _range(
+                axes,
+                one,
+                styles[one.label]["color"],
+                place - (len(curves) - 1) / 2,
+                len(styles) <= _BANDS,
+            )
+        axes.plot(one.x, one.mean, **styles[one.label])
     if log:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -153,6 +160,21 @@ def _lines(
     axes.set_title(title)
     _label_ends(axes, curves, styles)
     return figure
+
+
+def _range(axes: Any, one: Curve, colour: str, place: float, bands: bool) -> None:
+    """Draw a curve's range over seeds: a band, or bars side by side where bands would blur."""
+    from matplotlib.transforms import ScaledTranslation
+
+    if bands:
+        axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.08, linewidth=0)
+        for bound in (one.low, one.high):
+            axes.plot(one.x, bound, color=colour, alpha=0.35, linewidth=0.6)
+        return
+    aside = ScaledTranslation(0.025 * place, 0, axes.get_figure().dpi_scale_trans)
+    axes.vlines(one.x, one.low, one.high, color=colour, alpha=0.6, linewidth=0.8).set_transform(
+        axes.transData + aside
+    )
 
 
 def _label_ends(axes: Any, curves: Sequence[Curve], styles: Mapping[str, Style]) -> None:
@@ -187,15 +209,14 @@ def _categories(results: Mapping[str, Any], styles: Mapping[str, Style]) -> Any:
     if not panels:
         return None
     counts = [len(names) for _, names in panels]
-    row = 0.16 + 0.04 * len(methods)  # Inches: methods lie one above the other within a row.
+    row = 0.12 + 0.03 * len(methods)  # Inches: methods lie one above the other within a row.
     figure = Figure(figsize=(7.2, 1.1 * len(panels) + row * sum(counts)), layout="constrained")
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0]
     for axes, (who, names) in zip(grid, panels, strict=True):
-        for one in methods:
-            found = [
-                (one["per_category"][name][who]["loss"], row) for row, name in enumerate(names)
-            ]
-            known = [(loss, row) for loss, row in found if loss is not None]
+        for place, one in enumerate(methods):
+            shift = 0.6 * ((place + 0.5) / len(methods) - 0.5)
+            losses = [one["per_category"].get(name, {}).get(who, {}).get("loss") for name in names]
+            known = [(loss, y + shift) for y, loss in enumerate(losses) if loss is not None]
             style = {**styles[one["label"]], "linestyle": "none"}
             axes.plot([x for x, _ in known], [y for _, y in known], **style, label=one["label"])
         axes.set_yticks(range(len(names)), names)
