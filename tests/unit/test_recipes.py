@@ -21,8 +21,11 @@ def test_a_recipe_of_ours_begins_with_what_it_is(path: Path) -> None:
     assert "fleet" in tomllib.loads(path.read_text(encoding="utf-8"))
 
 
-def test_there_are_the_three_recipes_that_the_docs_name() -> None:
-    assert [path.stem for path in RECIPES] == ["hub-example", "natural-instructions", "quickstart"]
+def test_every_recipe_is_named_in_the_docs() -> None:
+    pages = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    assert RECIPES
+    assert [path.stem for path in RECIPES if f"recipes/{path.name}" not in text] == []
 
 
 def test_the_page_marks_values_as_code_and_leaves_apostrophes() -> None:
