@@ -10,20 +10,22 @@ with 20 clients of each (`uniform`) or 4, 4, 4 and 68 (`heavy-tail-strong`).
 Timed from the clients' float32 factors in memory, weighting, checks and the accumulation of the sum
 included: `strict` (method auto), `fast` (method randomised) from a cold start and from the V of the
 round before. Reference is `torch.linalg.svd` of the finished float32 sum, without the time to form
-it, timed once per repeat and taken once per distinct rank. All run in turn in each repeat; medians.
+it, timed once per repeat and taken once per distinct rank. All run in turn in each repeat; medians
+of the process's own time on one thread, so that what else the machine does matters less.
 
 Stacks are `random` (independent factors: no spectral gap, and last round's V is worthless) or
 `collinear` (each client moved a thousandth away from its prefix). Excess is (‖D − X‖ − ‖D − T₂₀₀D‖)
 / ‖D‖ in float64. Memory is what the process's resident set rose by while the step ran, less the
-result, in units of one dense float32 matrix: measured in a fresh process (Linux only), in which
-factors are made one client at a time; the factors of one client of rank 200 are a fifth of a unit
-(an eighth at 2048×5504) and counted in.
+result, in units of one dense float32 matrix: workspaces of LAPACK and one client's factors, as read
+and as weighted, are counted in. It is measured in a fresh process (Linux only), in which factors
+are made one client at a time and the allocator keeps nothing that was freed.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -103,9 +105,9 @@ def step(case: Case, way: str, updates: Iterator[LowRank], v: Tensor) -> Factori
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
-    begin = time.perf_counter()
+    begin = time.process_time()
     found = work()
-    return time.perf_counter() - begin, found
+    return time.process_time() - begin, found
 
 
 def resident(field: str) -> int:
@@ -135,7 +137,11 @@ def peak_apart(case: Case, way: str) -> str:
     shape = "x".join(map(str, case.shape))
     which = [shape, case.distribution, case.stack, way]
     done = subprocess.run(
-        [sys.executable, __file__, "--peak", *which], capture_output=True, text=True, check=True
+        [sys.executable, __file__, "--peak", *which],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed is given back
     )
     return f"{float(done.stdout):.1f}"
 
@@ -174,17 +180,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="512×512 only")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(1)
     if chosen.peak:
         shape, distribution, stack, way = chosen.peak
         m, n = map(int, shape.split("x"))
         print(peak(Case((m, n), distribution, stack), way))
         return
     print(
-        f"torch {torch.__version__}, {platform.machine()}, {chosen.threads} thread(s); 80 clients; "
+        f"torch {torch.__version__}, {platform.machine()}, one thread; 80 clients; "
         f"medians of {chosen.repeats}\n"
     )
     print(

@@ -19,7 +19,7 @@ class KrylovSpace:
         m, n = matrix.shape
         self.matrix, self.width = matrix, 0
         self._q, self._y = matrix.new_empty(most, n), matrix.new_empty(most, m)
-        self._gram = matrix.new_empty(most, most, dtype=torch.float64)
+        self._gram = matrix.new_empty(0, 0, dtype=torch.float64)
 
     def add(self, block: Tensor) -> None:
         """Extend the basis by the span of `block`, b×n, orthonormalised against it."""
@@ -30,11 +30,12 @@ class KrylovSpace:
         self._q[start:stop] = block
         torch.mm(block, self.matrix.T, out=self._y[start:stop])
         new = self._y[start:stop].double()
+        inner = new.new_empty(stop - start, stop)
         for begin in range(0, stop, _ROWS):
             end = min(begin + _ROWS, stop)
-            self._gram[start:stop, begin:end] = new @ self._y[begin:end].double().T
-        self._gram[:start, start:stop] = self._gram[start:stop, :start].T
-        self.width = stop
+            inner[:, begin:end] = new @ self._y[begin:end].double().T
+        gram = torch.cat([torch.cat([self._gram, inner[:, :start].T], dim=1), inner])
+        self._gram, self.width = gram, stop
 
     def grow(self, width: int) -> None:
         """Extend the basis by DᵀD times its last `width` vectors."""
@@ -42,12 +43,12 @@ class KrylovSpace:
 
     def ritz(self) -> Tensor:
         """Return the squared singular values of D in the space, descending, in float64."""
-        ritz: Tensor = torch.linalg.eigvalsh(self._gram[: self.width, : self.width])
+        ritz: Tensor = torch.linalg.eigvalsh(self._gram)
         return ritz.flip(0)
 
     def best(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return `ritz` and orthonormal columns, m×rank, of D's best left vectors in the space."""
-        ritz, w = torch.linalg.eigh(self._gram[: self.width, : self.width])
+        ritz, w = torch.linalg.eigh(self._gram)
         lead = w[:, -rank:].flip(1).to(self.matrix.dtype)
         return ritz.flip(0), torch.linalg.qr(self._y[: self.width].T @ lead).Q
 
@@ -57,4 +58,4 @@ class KrylovSpace:
 
     def clear(self) -> None:
         """Forget all vectors."""
-        self.width = 0
+        self._gram, self.width = self._gram.new_empty(0, 0), 0

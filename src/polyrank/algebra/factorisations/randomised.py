@@ -46,10 +46,11 @@ def factor_randomised(
     Halko, Martinsson & Tropp, arXiv 0909.4061; Musco & Musco, arXiv 1504.05477; the check is ours.
     """
     m, n = matrix.shape
-    start = None if warm is None else matrix @ warm.to(matrix)
     if m < n:
-        return _tall(matrix.T, rank, start, seed).transposed()
-    return _tall(matrix, rank, None if start is None else matrix.T @ start, seed)
+        left = None if warm is None else matrix @ warm.to(matrix)
+        return _tall(matrix.T, rank, left, seed).transposed()
+    right = None if warm is None else matrix.T @ (matrix @ warm.to(matrix))
+    return _tall(matrix, rank, right, seed)
 
 
 def _tall(matrix: Tensor, rank: int, start: Tensor | None, seed: int) -> Factorisation:
@@ -57,6 +58,7 @@ def _tall(matrix: Tensor, rank: int, start: Tensor | None, seed: int) -> Factori
     found = None if start is None else search.tried(start)
     while found is None and search.grow():
         found = search.confirmed(0.0)
+    del search  # its space is as large as what the dense path needs
     return factor_dense(matrix, rank) if found is None else found
 
 
