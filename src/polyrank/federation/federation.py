@@ -292,7 +292,7 @@ class Federation:
         restored = self._at.best is not None
         content = summary(
             method=self.rule.name,
-            records=self.folder.records(),
+            records=self.folder.records(each_client=False),
             base=self.base(),
             final=final,
             target=self.conduct.target_loss,

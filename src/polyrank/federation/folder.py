@@ -116,29 +116,51 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def records(self) -> list[dict[str, Any]]:
-        """Return the records of rounds.jsonl; a last line that was cut off is left out."""
-        path = self.path / "rounds.jsonl"
-        if not path.exists():
-            return []
+    def records(self, *, each_client: bool = True) -> list[dict[str, Any]]:
+        """Return the records of rounds.jsonl; a last line that was cut off is left out.
+
+        Without `each_client` the clients' own scores are left out: they are most of a record.
+        """
         found = []
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
+        for record, _ in self._lines():
+            if not each_client and record.get("evaluation"):
+                record["evaluation"]["server"].pop("clients", None)
+            found.append(record)
         return found
 
     def keep_records(self, last: int) -> None:
         """Drop the records of rounds after `last`: their checkpoint was never finished."""
-        kept = [record for record in self.records() if record["round"] <= last]
-        if [record["round"] for record in kept] != list(range(1, last + 1)):
+        path = self.path / "rounds.jsonl"
+        kept, end = [], 0
+        for record, stop in self._lines():
+            if record["round"] <= last:
+                kept.append(record["round"])
+                end = stop
+        if kept != list(range(1, last + 1)):
             raise RunError(
-                f"{self.path / 'rounds.jsonl'}: expected the records of rounds 1 to {last}, found "
-                f"{[record['round'] for record in kept]}; restore the file from a copy"
+                f"{path}: expected the records of rounds 1 to {last}, found {kept}; restore the "
+                "file from a copy"
             )
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        storage.write_text(self.path / "rounds.jsonl", "".join(lines))
+        with storage.disk_errors(path), path.open("ab") as file:
+            file.truncate(end)
+            os.fsync(file.fileno())
+
+    def _lines(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Yield the whole lines of rounds.jsonl, each with the position after it."""
+        path = self.path / "rounds.jsonl"
+        if not path.exists():
+            return
+        end = 0
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    return
+                end += len(line)
+                yield record, end
 
     # --- checkpoints ---
 
