@@ -51,7 +51,9 @@ SPECTRA = {
     "a gap behind rank": levels((1.0, 2 * RANK), (0.1, 0)),
     "two plateaus": levels((1.0, RANK), (0.95, RANK), (0.7, 0)),
     "two plateaus and a gap": levels((1.0, RANK), (0.95, RANK), (0.3, 0)),
-    "two plateaus on a high floor": levels((1.0, RANK), (0.95, RANK), (0.9, 0)),
+    "two plateaus and a slope": lambda size: torch.cat(
+        [levels((1.0, RANK), (0.97, 0))(2 * RANK), torch.linspace(0.95, 0.1, size - 2 * RANK)]
+    ),
     "a few that stand out": levels((3.0, RANK // 8), (0.95, RANK), (0.3, 0)),
 }
 SHAPES = [(400, 380), (380, 460)]

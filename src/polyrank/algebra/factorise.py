@@ -47,7 +47,8 @@ def factorise(
     `gram`        thin stacks: Gram matrices in float64; hands over to `qr` when terms cancel
     `qr`          thin stacks: QR and a small SVD in float64; the strict path
     `dense`       D is accumulated in one m×n buffer, terms are dropped as they are read
-    `randomised`  subspace iteration; `warm` (last round's v) and `seed` serve it alone
+    `randomised`  thick stacks: a checked Krylov space, excess error at most 1e-3·‖D‖, else `dense`;
+                  `warm` (last round's v) and `seed` serve it alone. Thin ones: as `gram`
     ============  ================================================================================
 
     `auto` takes `qr` for float64 and `gram` for float32 terms, and `dense` once the stacked rank
