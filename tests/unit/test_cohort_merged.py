@@ -134,6 +134,18 @@ def test_a_sum_that_bfloat16_would_lose_acts_on_a_bfloat16_base():
     torch.testing.assert_close(seen[0] - own, x.float() @ tiny.matrix.T, rtol=1e-3, atol=2e-6)
 
 
+def test_a_dense_adapter_acts_on_a_bfloat16_base_where_nothing_else_does():
+    """As in the evaluation of a rule that keeps sums: no slot trains or freezes anything there."""
+    model = tiny_loaded("gpt2", dtype=torch.bfloat16)
+    site = model.spec.sites[0].name
+    child = model.module.get_submodule(site)
+    x = torch.randn(2, 5, child.weight.shape[0]).bfloat16()
+    whole = random_merged(model)
+    expected = (child(x).float() + x.float() @ whole[site].matrix.T).bfloat16()
+    with applied(model, whole):
+        torch.testing.assert_close(child(x), expected, rtol=2**-8, atol=0)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_mixture_of_kinds_is_applied_evaluated_and_generated_from(architecture):
     model = tiny_loaded(architecture, dtype=torch.float64)
