@@ -16,14 +16,16 @@ from polyrank import config
 from polyrank.aggregation import rule
 from polyrank.algebra import Adapter
 from polyrank.config import Recipe
-from polyrank.data import Clients
+from polyrank.data import Clients, Skipped
 from polyrank.errors import FolderExistsError, InterruptedRunError, RunError
 from polyrank.federation import (
     Checkpoint,
+    ClientWork,
     Federation,
     GlobalAdapter,
     RoundRecord,
     RunFolder,
+    prepare,
     storage,
 )
 from polyrank.model import LoadedModel
@@ -116,6 +118,13 @@ class Parts:
         self._attendance.check_stop()
         self._attendance.listener.loading("model")
         return self._load()
+
+    @cached_property
+    def prepared(self) -> tuple[Mapping[str, ClientWork], Skipped]:
+        """The clients' examples as token ids, and what could not be used."""
+        clients, model = self.clients, self.model
+        self._attendance.listener.loading("token ids")
+        return prepare(clients, model, self._recipe.data.encoding())
 
 
 def start(recipe: Recipe, out: Path, attendance: Attendance) -> Outcome:
@@ -224,6 +233,7 @@ def _build(
         resume=resume,
         allow_inexact=attendance.allow_inexact,
         attachments=attachments,
+        prepared=parts.prepared,
         progress=attendance.listener.progress,
         stop=attendance.stop,
     )

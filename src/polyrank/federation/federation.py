@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from polyrank.aggregation import FlexLoRA, Rule, State, Update
-from polyrank.data import ClientData
+from polyrank.data import ClientData, Skipped
 from polyrank.errors import InterruptedRunError, RoundFailedError, UpdateError
 from polyrank.federation import preflight, setup, storage, surroundings
 from polyrank.federation.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ from polyrank.federation.result import GlobalAdapter
 from polyrank.federation.round import Failure, Round, sample_clients
 from polyrank.federation.scorer import Progress, Scorer
 from polyrank.federation.settings import Conduct
-from polyrank.federation.work import fingerprint, prepare
+from polyrank.federation.work import ClientWork, fingerprint, prepare
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
 from polyrank.training import LocalTraining
@@ -34,9 +34,10 @@ class Federation:
     With `out` everything is kept in that folder, which must not exist yet, unless `resume` is set:
     then the run goes on after the last whole checkpoint in it. Without `out` a temporary folder is
     used and removed at the end. `attachments` are texts, by file name, to lay into a new folder
-    first of all, such as the recipe. `stop` is asked at every optimizer step and batch of an
-    evaluation; once it says yes, the run ends with InterruptedRunError, all saved but the clients
-    that were in training.
+    first of all, such as the recipe. `prepared` is what `prepare` gave for these clients, model and
+    encoding, where several federations share it. `stop` is asked at every optimizer step and batch
+    of an evaluation; once it says yes, the run ends with InterruptedRunError, all saved but the
+    clients that were in training.
 
     Raises RecipeError, DataError, RankError, RuleError or ResourceError before any training if the
     parts do not fit together.
@@ -55,6 +56,7 @@ class Federation:
         resume: bool = False,
         allow_inexact: bool = False,
         attachments: Mapping[str, str] | None = None,
+        prepared: tuple[Mapping[str, ClientWork], Skipped] | None = None,
         progress: Progress | None = None,
         stop: Callable[[], bool] | None = None,
     ):
@@ -66,7 +68,7 @@ class Federation:
         self._stop: Callable[[], bool] = stop or (lambda: False)
 
         setup.check_names(fleet, clients)
-        self.work, self.skipped = prepare(clients, model, self.conduct.encoding)
+        self.work, self.skipped = prepared or prepare(clients, model, self.conduct.encoding)
         self.seen = [id for id, client in self.work.items() if client.seen]
         preflight.check_measures(self.conduct, model, self.work)
         self._settings = setup.round_settings(self.rule, fleet, model.spec, self.work, self.conduct)
