@@ -10,8 +10,9 @@ with 20 clients of each (`uniform`) or 4, 4, 4 and 68 (`heavy-tail-strong`).
 Timed from the clients' float32 factors in memory, weighting, checks and the accumulation of the sum
 included: `strict` (method auto), `fast` (method randomised) from a cold start and from the V of the
 round before. Reference is `torch.linalg.svd` of the finished float32 sum, without the time to form
-it, timed once per repeat and taken once per distinct rank. All run in turn in each repeat; medians
-of the process's own time on one thread, so that what else the machine does matters less.
+it, timed once per repeat and taken once per distinct rank; LAPACK takes about half as long for the
+transpose of the wide matrix. All run in turn in each repeat; medians of the process's own time on
+one thread, so that what else the machine does matters less.
 
 Stacks are `random` (independent factors: no spectral gap, and last round's V is worthless) or
 `collinear` (each client moved a thousandth away from its prefix). Excess is (‖D − X‖ − ‖D − T₂₀₀D‖)

@@ -42,7 +42,7 @@ def factor_randomised(
     good as nothing. Where this needs a space wider than min(m, n)/2, `factor_dense` takes over,
     and `method` of the result says so.
 
-    A space of K vectors takes (m + n)·K entries beside D; K was seen to be 1.5 to 5 times `rank`.
+    A space of K vectors takes (m + n)·K entries beside D; K was seen to be 1.2 to 6 times `rank`.
     Halko, Martinsson & Tropp, arXiv 0909.4061; Musco & Musco, arXiv 1504.05477; the check is ours.
     """
     m, n = matrix.shape
