@@ -4,20 +4,22 @@
     python benchmarks/scale.py --quick                      # a minute
     python benchmarks/scale.py --clients 100 1000 --rounds 20 --examples 50
 
-Each size runs in a process of its own, on one thread, the way a user would run it: a JSON-lines file
--> `load_tasks` -> `partition` -> `Fleet` -> `Federation`, whose rounds are then run. Every client has
-its own examples of real text, drawn from the kit's Natural Instructions if it is there (``--texts``),
-otherwise from the embedded tasks, and tokenised. The model is the embedded miniature. Local training
-is one short step, so that what is measured is the run around it.
+Each size runs in a process of its own, on one thread, the way a user would run it: a JSON-lines
+file -> `load_tasks` -> `partition` -> `Fleet` -> `Federation`, whose rounds are then run. Every
+client has its own examples of real text, drawn from the kit's Natural Instructions if it is there
+(``--texts``), otherwise from the embedded tasks, and tokenised. The model is the embedded
+miniature. Local training is one short step, so that what is measured is the run around it.
 
-Peak is `ru_maxrss` of the process, in MiB; "after round N" is the resident memory at that moment.
-Seconds are medians over the rounds, by phase; `write` is what a round takes beyond the phases of its
-record: its line and its checkpoint. Printed are tables in Markdown.
+Peak is `ru_maxrss` of the process, in MiB. "After round N" is the resident memory at that moment,
+and in brackets what of it is in use: the C allocator keeps freed memory, which ``mallinfo2`` tells.
+Seconds are medians over the rounds, by phase; `write` is what a round takes beyond the phases of
+its record: its line and its checkpoint. Printed are tables in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gzip
 import json
 import platform
@@ -48,7 +50,7 @@ def main() -> None:
         f"torch {torch.__version__}, {platform.machine()}, 1 thread; {given.examples} examples a "
         f"client, {given.sampled} clients a round, {given.rounds} rounds\n"
     )
-    tables(found, given)
+    tables(found)
 
 
 def arguments() -> argparse.Namespace:
@@ -167,7 +169,7 @@ def measured(path: Path, clients: int, given: argparse.Namespace, out: Path) -> 
             spent = {**record.seconds, "total": wall, "write": wall - record.seconds["total"]}
             seconds.append({**spent, "evaluated": record.evaluation is not None})
             if record.round == 1 or record.round % 10 == 0:
-                after[record.round] = resident()
+                after[record.round] = (resident(), resident() - kept_free())
         federation.finish()
     return {
         "clients": clients,
@@ -203,7 +205,33 @@ def resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def tables(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
+def kept_free() -> float:
+    """MiB that the C allocator holds free; 0 where it is not glibc's."""
+    names = [
+        "arena",
+        "ordblks",
+        "smblks",
+        "hblks",
+        "hblkhd",
+        "usmblks",
+        "fsmblks",
+        "uordblks",
+        "fordblks",
+        "keepcost",
+    ]
+
+    class Info(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in names]
+
+    try:
+        mallinfo = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        return 0.0
+    mallinfo.restype = Info
+    return mallinfo().fordblks / 2**20
+
+
+def tables(found: list[dict[str, Any]]) -> None:
     first = found[0]
     print("| clients | examples | file, MiB | peak, MiB | against the first |")
     print("|---:|---:|---:|---:|---:|")
@@ -213,11 +241,11 @@ def tables(found: list[dict[str, Any]], given: argparse.Namespace) -> None:
             f"{one['peak'] / first['peak']:.3f} |"
         )
     rounds = list(first["after"])
-    print("\nResident memory, MiB:\n")
+    print("\nResident memory, MiB (in use):\n")
     print(f"| clients | model loaded | {' | '.join(f'after round {n}' for n in rounds)} |")
     print("|---:" * (2 + len(rounds)) + "|")
     for one in found:
-        after = " | ".join(f"{one['after'][n]:.1f}" for n in rounds)
+        after = " | ".join("{:.0f} ({:.0f})".format(*one["after"][n]) for n in rounds)
         print(f"| {one['clients']:,} | {one['imported']:.0f} | {after} |")
     print("\nPeak memory so far, MiB, and seconds before the first round:\n")
     print(f"| clients | {' | '.join(f'{name}' for name in first['peaks'])} |")

@@ -145,9 +145,47 @@ def read_update(path: Path) -> Update:
 
 
 def read_site(path: Path, site: str) -> Delta:
-    """Read one site of a persisted update, and nothing else of the file."""
-    with safe_open(path, "pt") as file:
-        return _delta(file, site, _names_by_site(file)[site])
+    """Read one site of a persisted update, and nothing else of the file.
+
+    A run does this once per client, site and round, and `safe_open.get_tensor` (safetensors 0.8.0)
+    never frees some bytes of each call: 14 MiB in 50 rounds of 80 clients. So the tensors are read
+    from the format itself: the header's length in 8 bytes, the header as JSON, the data.
+    """
+    found = {}
+    with path.open("rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        for key, about in json.loads(file.read(begin - 8)).items():
+            owner, _, name = key.rpartition("|")
+            if owner == site:
+                start, stop = about["data_offsets"]
+                file.seek(begin + start)
+                found[name] = _from_bytes(bytearray(file.read(stop - start)), **about)
+    if not found:
+        raise KeyError(site)
+    return from_tensors(found)
+
+
+def _from_bytes(
+    data: bytearray, dtype: str, shape: list[int], data_offsets: list[int]
+) -> torch.Tensor:
+    """Return a tensor of the safetensors format in memory of its own; see `_tensor`."""
+    if len(data) < data_offsets[1] - data_offsets[0]:
+        raise ValueError("the file ends within a tensor")
+    if not data:
+        return torch.empty(shape, dtype=_DTYPES[dtype])
+    return torch.frombuffer(data, dtype=_DTYPES[dtype]).reshape(shape).clone()
+
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 def _names_by_site(file: safe_open) -> dict[str, list[str]]:
