@@ -89,3 +89,11 @@ def test_the_peak_hardly_grows_with_the_clients_and_would_if_all_were_kept_in_me
     # hundred a client, and what the allocator leaves unused.
     assert grown < added / 4, f"{grown / 2**20:.1f} MiB more for {added / 2**20:.1f} MiB of data"
     assert kept > added, f"only {kept / 2**20:.1f} MiB: the bound would prove nothing"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_what_is_resident_after_a_round_does_not_grow_with_the_rounds(tmp_path):
+    write(tmp_path / "tasks.jsonl", 30)
+    _, resident = measure(tmp_path / "tasks.jsonl", rounds=24)
+    grown = resident[23] - resident[7]
+    assert grown < 2**20, f"{grown / 2**10:.0f} KiB in 16 rounds: {resident}"

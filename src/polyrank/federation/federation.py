@@ -12,7 +12,7 @@ from typing import Any
 from polyrank.aggregation import FlexLoRA, Rule, State, Update
 from polyrank.data import ClientData, Skipped
 from polyrank.errors import InterruptedRunError, RoundFailedError, UpdateError
-from polyrank.federation import preflight, setup, storage, surroundings
+from polyrank.federation import memory, preflight, setup, storage, surroundings
 from polyrank.federation.checkpoint import Checkpoint
 from polyrank.federation.engine import InProcess
 from polyrank.federation.evaluate import Scores
@@ -189,6 +189,7 @@ class Federation:
         self.folder.save_checkpoint(after)
         self._at = after
         self.folder.clear_updates(last=round.number)
+        memory.give_back()
         return record
 
     def _attempts(self) -> list[Round]:
