@@ -175,9 +175,10 @@ def export(
         raise typer.BadParameter("give --rank or --merged, not both")
     if target.exists():
         raise FolderExistsError(f"{target}: exists already; choose another folder")
-    from polyrank import report, runner
+    from polyrank import report
+    from polyrank.inside import adapter_of
 
-    adapter = runner.adapter_of(folder)
+    adapter = adapter_of(folder)
     if merged:
         lost = adapter.save_merged(target)
         typer.echo(f"{target}: base and adapter as one model")
@@ -194,9 +195,10 @@ def export(
 @app.command()
 def inspect(folder: RunFolderArgument) -> None:
     """Show a run's ranks, rounds, spectra and discarded energy; also while it goes on."""
-    from polyrank import report, runner
+    from polyrank import report
+    from polyrank.inside import look
 
-    inside = runner.look(folder)
+    inside = look(folder)
     console = Console(highlight=False)
     for note in inside.notes:
         console.print(note, style="yellow", markup=False)

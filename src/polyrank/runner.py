@@ -12,29 +12,15 @@ from typing import Any, Protocol
 
 import torch
 
-from polyrank import config
-from polyrank.aggregation import rule
-from polyrank.algebra import Adapter
 from polyrank.config import Recipe
 from polyrank.data import Clients, Skipped
-from polyrank.errors import FolderExistsError, InterruptedRunError, RunError
-from polyrank.federation import (
-    Checkpoint,
-    ClientWork,
-    Federation,
-    GlobalAdapter,
-    RoundRecord,
-    RunFolder,
-    prepare,
-    storage,
-)
+from polyrank.errors import FolderExistsError, InterruptedRunError
+from polyrank.federation import ClientWork, Federation, RoundRecord, prepare, storage
+from polyrank.inside import FLEET, RECIPE, recipe_of
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
 
-RECIPE = "recipe.toml"
-FLEET = "fleet.json"
 CONTROL = "control"
-ABOUT = "run.json"
 BASE = "base.json"
 SUMMARY = "summary.json"
 
@@ -248,58 +234,6 @@ def _fleet_json(fleet: Fleet, model: LoadedModel) -> str:
         "ranks": {name: fleet.types[name].resolve(model.spec) for name in used},
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def recipe_of(folder: Path) -> Recipe:
-    """Return the recipe of a run folder; RunError if there is none."""
-    if not folder.is_dir():
-        raise RunError(f"{folder}: no such run folder")
-    if not (folder / RECIPE).is_file():
-        raise RunError(
-            f"{folder}: expected a folder that `polyrank run` made, with a {RECIPE} in it"
-        )
-    return config.read(folder / RECIPE)
-
-
-@dataclass(frozen=True)
-class Inside:
-    """What `polyrank inspect` shows of a run folder, whether or not the run is finished."""
-
-    records: list[RoundRecord]
-    fleet: Mapping[str, Any] | None
-    factors: Adapter | None
-    result_round: int
-    notes: list[str]
-
-
-def look(folder: Path) -> Inside:
-    """Read a run folder, without loading its model."""
-    opened = RunFolder.peek(folder)
-    about = storage.read_json(folder / ABOUT)
-    saved = opened.load_checkpoint()
-    return Inside(
-        records=[RoundRecord.from_json(r) for r in opened.records() if r["round"] <= saved.round],
-        fleet=storage.read_json(folder / FLEET) if (folder / FLEET).exists() else None,
-        factors=_factors(about["settings"]["rule"], saved) if saved.round else None,
-        result_round=saved.progress.best_round if saved.best else saved.round,
-        notes=opened.notes,
-    )
-
-
-def adapter_of(folder: Path) -> GlobalAdapter:
-    """Return the adapter of a run as its last whole checkpoint has it, finished or not."""
-    recipe = recipe_of(folder)
-    saved = RunFolder.peek(folder).load_checkpoint()
-    if not saved.round:
-        raise RunError(
-            f"{folder}: no round is finished yet, so there is no adapter; polyrank resume {folder}"
-        )
-    factors = _factors(recipe.aggregation.rule, saved)
-    return GlobalAdapter(factors, recipe.model.load(), recipe.lora.build())
-
-
-def _factors(name: str, saved: Checkpoint) -> Adapter:
-    return rule(name).adapter(saved.best or saved.state)
 
 
 def difference(summary: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:

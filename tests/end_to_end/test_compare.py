@@ -98,6 +98,35 @@ def test_the_base_is_evaluated_once_a_seed(place: Path) -> None:
     assert found[0] == {"seed": 0, **first["base"]}
 
 
+def test_a_base_that_was_evaluated_is_taken_over_by_methods_that_are_added(place: Path) -> None:
+    out = place / "base-kept"
+    command = ("compare", place / "tiny.toml", "--seeds", "1", "--out", out, "--no-figures")
+    assert polyrank(*command, "--rules", "flexlora").code == 0
+    file = out / "flexlora/lr-0.01/seed-0/base.json"
+    file.write_text(file.read_text() + "\n")  # To be told from one that was made anew.
+    assert polyrank(*command, "--rules", "flexlora,flexlora:delta,fedit").code == 0
+    for added in ("flexlora-delta", "fedit-all-weakest"):
+        assert (out / added / "lr-0.01/seed-0/base.json").read_bytes() == file.read_bytes()
+
+
+def test_runs_of_every_kind_can_be_inspected_and_exported(place: Path) -> None:
+    out = place / "kinds"
+    rules = (
+        "--rules",
+        "flexlora+slora,flora+fedit,hetlora+fedit",
+        "local.sparse_rounds=1",
+        "--seeds",
+        "1",
+    )
+    done = polyrank("compare", place / "tiny.toml", *rules, "--out", out, "--no-figures")
+    assert done.code == 0, done.err
+    for run in runs_of(out):
+        shown = polyrank("inspect", run)
+        assert shown.code == 0, shown.err
+        assert len(lines_with(shown.out, "_proj")) == 14
+        assert polyrank("export", run, run / "small", "--rank", 1).code == 0
+
+
 def test_means_spreads_and_differences_are_those_of_the_runs(place: Path) -> None:
     found = read(place / "out" / "compare.json")
     assert [one["label"] for one in found["methods"]] == [

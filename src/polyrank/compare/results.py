@@ -11,7 +11,8 @@ from polyrank.compare.request import Request
 from polyrank.compare.run import Course, Run
 from polyrank.compare.tuning import edge
 from polyrank.federation import RoundRecord, RunFolder, storage
-from polyrank.runner import ABOUT, FLEET, SUMMARY
+from polyrank.inside import ABOUT, FLEET
+from polyrank.runner import SUMMARY
 
 SCHEMA = 1
 GROUPS = ("seen", "unseen")

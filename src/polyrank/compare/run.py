@@ -221,9 +221,6 @@ class Comparison:
                     {"schema": 1, "error": type(error).__name__, "reason": reason},
                 )
             return reason
-        finally:
-            if parts.base is None and (folder / BASE).is_file():
-                parts.base = (folder / BASE).read_text(encoding="utf-8")
         return None
 
     def _load(self, parts: Parts) -> None:
@@ -231,7 +228,7 @@ class Comparison:
         _ = parts.fleet, parts.model
 
     def _find_base(self, parts: Parts, seed: int) -> None:
-        """Take the base's evaluation over from a run of this seed that was begun before."""
+        """Take the base's evaluation over from a run of this seed, also of another method."""
         if parts.base is None:
             for file in sorted(self.folder.glob(f"*/lr-*/seed-{seed}/{BASE}")):
                 parts.base = file.read_text(encoding="utf-8")

@@ -1,0 +1,73 @@
+"""What is inside a run folder, finished or not: its recipe, its rounds and its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyrank import config
+from polyrank.aggregation import Rule, rule
+from polyrank.algebra import Adapter
+from polyrank.config import Recipe
+from polyrank.errors import RunError
+from polyrank.federation import GlobalAdapter, RoundRecord, RunFolder, storage
+
+RECIPE = "recipe.toml"
+FLEET = "fleet.json"
+ABOUT = "run.json"
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """Return the recipe of a run folder; RunError if there is none."""
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such run folder")
+    if not (folder / RECIPE).is_file():
+        raise RunError(
+            f"{folder}: expected a folder that `polyrank run` made, with a {RECIPE} in it"
+        )
+    return config.read(folder / RECIPE)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What `polyrank inspect` shows of a run folder, whether or not the run is finished."""
+
+    records: list[RoundRecord]
+    fleet: Mapping[str, Any] | None
+    factors: Adapter | None
+    result_round: int
+    notes: list[str]
+
+
+def look(folder: Path) -> Inside:
+    """Read a run folder, without loading its model."""
+    opened = RunFolder.peek(folder)
+    saved = opened.load_checkpoint()
+    return Inside(
+        records=[RoundRecord.from_json(r) for r in opened.records() if r["round"] <= saved.round],
+        fleet=storage.read_json(folder / FLEET) if (folder / FLEET).exists() else None,
+        factors=_rule_of(folder).adapter(saved.best or saved.state) if saved.round else None,
+        result_round=saved.progress.best_round if saved.best else saved.round,
+        notes=opened.notes,
+    )
+
+
+def adapter_of(folder: Path) -> GlobalAdapter:
+    """Return the adapter of a run as its last whole checkpoint has it, finished or not."""
+    recipe = recipe_of(folder)
+    saved = RunFolder.peek(folder).load_checkpoint()
+    if not saved.round:
+        raise RunError(
+            f"{folder}: no round is finished yet, so there is no adapter; polyrank resume {folder}"
+        )
+    factors = recipe.rule().adapter(saved.best or saved.state)
+    return GlobalAdapter(factors, recipe.model.load(), recipe.lora.build())
+
+
+def _rule_of(folder: Path) -> Rule:
+    """The rule of a run, by its recipe, or by its name where the run was made from Python."""
+    if (folder / RECIPE).is_file():
+        return recipe_of(folder).rule()
+    return rule(storage.read_json(folder / ABOUT)["settings"]["rule"])
