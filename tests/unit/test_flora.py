@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import federations
 from aggregation_rounds import (
     SITE,
     distance,
@@ -19,6 +20,8 @@ from aggregation_rounds import (
 from polyrank.aggregation import Contribution, FleetSpec, FLoRA, SLoRA, deal
 from polyrank.algebra import Dense, LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError
+from polyrank.federation import Conduct
+from polyrank.planning import Fleet, LoRAType
 
 SHAPE = (14, 11)
 RANKS = [1, 2, 4, 8]
@@ -74,10 +77,9 @@ def test_every_round_begins_at_zero_with_a_fresh_row_of_a_for_all():
 def test_one_tensor_serves_all_clients_and_there_is_none_before_the_first_merge():
     clients = fleet(RANKS)
     state = fresh_state(RULE, SHAPE, clients)
-    assert RULE.deal_site(state, SITE, 4, 1.0, 0).merged is None
     assert not deal(RULE, state, {SITE: 4}, {SITE: 1.0}, 0).merged
     state, _ = play(RULE, state, clients, noisy_training(0, dtype=torch.float32))
-    one, two = (RULE.deal_site(state, SITE, rank, 1.0, 0).merged for rank in (1, 8))
+    one, two = (deal(RULE, state, {SITE: r}, {SITE: 1.0}, 0).merged[SITE] for r in (1, 8))
     assert one.matrix is two.matrix is state.tensors[f"{SITE}/merged"]
     adapter = RULE.adapter(state)[SITE]
     assert isinstance(adapter, Dense)
@@ -152,3 +154,30 @@ def test_what_makes_no_sense_is_refused_by_name():
         RULE.merge_site(state, SITE, iter([Contribution(1.0, dealt, narrow)]))
     with pytest.raises(RuleError, match="at least one"):
         RULE.merge_site(state, SITE, iter([]))
+
+
+def test_the_sum_acts_also_at_sites_that_a_client_does_not_train():
+    shapes = {"q": (6, 5), "up": (7, 5)}
+    spec = FleetSpec(shapes, {"a": {"q": 2}, "b": {"up": 2}}, dict.fromkeys(shapes, 2), seed=0)
+    state = RULE.init(spec)
+    dealt = RULE.deal_site(state, "q", 2, 1.0, 0)
+    sent = LowRank(torch.ones(6, 2), dealt.start.a)
+    state, _ = RULE.merge_site(state, "q", iter([Contribution(1.0, dealt, sent, "a")]))
+    state = RULE.conclude(state, ["a"])
+    given = deal(RULE, state, {"up": 2}, {"up": 1.0}, 0)
+    assert [*given.start] == ["up"]
+    assert distance(given.merged["q"].matrix, sent.dense()) == 0
+    assert not given.merged["up"].matrix.any()
+
+
+def test_clients_that_train_different_sites_share_a_pass():
+    data = federations.clients(seen=3)
+    types = {
+        "attention": LoRAType("attention", {"attention": 2}),
+        "rest": LoRAType("rest", {"feed-forward": 2}),
+    }
+    fleet_ = Fleet.table({"c0": "attention", "c1": "rest", "c2": "rest"}, types=types)
+    conduct = Conduct(evaluation=federations.MEASURED, cohort=3)
+    with federations.federation(data=data, rule=RULE, fleet=fleet_, conduct=conduct) as run:
+        records = list(run.rounds(2))
+    assert [len(record.clients) - len(record.rejected) for record in records] == [3, 3]

@@ -37,8 +37,10 @@ class Toy(Rule):
     def deal_site(self, state, site, rank, scale, seed):
         if self.kind == "sparse":
             return Dealt(Sparse(torch.zeros(3), POSITIONS, SHAPE))
-        merged = Dense(torch.ones(SHAPE))
-        return Dealt(factors(rank), None, merged, self.kind, (0.5, 1))
+        return Dealt(factors(rank), None, self.kind, (0.5, 1))
+
+    def merged(self, state):
+        return Adapter({} if self.kind == "sparse" else {"q": Dense(torch.ones(SHAPE))})
 
     def merge_site(self, state, site, contributions):
         total = sum(one.weight * one.result.dense() for one in contributions)

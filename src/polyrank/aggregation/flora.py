@@ -28,9 +28,10 @@ class FLoRA(Rule):
     """Stack the clients' factors, which is their exact sum, and merge it into the base.
 
     D⁺ = D + [w_1 s_1 B_1 … w_N s_N B_N][A_1; …; A_N] = D + Σ w_i s_i B_i A_i, whatever the ranks.
-    Every round every client begins with D active (`Dealt.merged`), B = 0 and a fresh A, the same
-    for all clients of the round. Nothing is truncated, and nothing of a round's factors survives
-    but their product; re-initialisation costs the first steps of every round.
+    Every round every client begins with D active at all sites, also at those that it does not
+    train (`merged`), B = 0 and a fresh A, the same for all clients of the round. Nothing is
+    truncated, and nothing of a round's factors survives but their product; re-initialisation costs
+    the first steps of every round.
 
     The loaded base is never written: D is kept apart, dense, in float32 or wider (float64 once
     contributions are). It is dense from the first round on: one forward pass of training needs it
@@ -65,14 +66,13 @@ class FLoRA(Rule):
         return State(tensors, {"stacked": 0, "opened": 0, "seen": {}})
 
     def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
-        """Return B = 0 and a fresh A, and D to add to the base once there is one."""
-        merged = _merged(self.name, state, site)
-        m, n = merged.shape
+        """Return B = 0 and a fresh A."""
+        held = _merged(self.name, state, site)
+        m, n = held.shape
         checked_rank(self.name, site, rank, (m, n))
         checked_scale(self.name, site, scale)
-        a = fresh_rows(n, rank, seed=seed, site=site).to(merged.dtype)
-        start = LowRank(merged.new_zeros(m, rank), a)
-        return Dealt(start, merged=Dense(merged) if _number(state, "stacked") else None)
+        a = fresh_rows(n, rank, seed=seed, site=site).to(held.dtype)
+        return Dealt(LowRank(held.new_zeros(m, rank), a))
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
@@ -93,6 +93,10 @@ class FLoRA(Rule):
         opened = _number(state, "stacked")
         return state.update({}, {"opened": opened, "seen": dict(sorted(seen.items()))})
 
+    def merged(self, state: State) -> Adapter[Dense]:
+        """Return D at every site, once there is one."""
+        return self._whole(state) if _number(state, "stacked") else Adapter({})
+
     def catch_up(self, state: State, client: str) -> int:
         """Return the bytes of all stacks that the client lacks, at most those of D."""
         missed = _number(state, "stacked") - _seen(state).get(client, 0)
@@ -101,6 +105,9 @@ class FLoRA(Rule):
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return D at every site, dense."""
+        return self._whole(state)
+
+    def _whole(self, state: State) -> Adapter[Dense]:
         sites = [n.removesuffix(_SUFFIX) for n in state.tensors if n.endswith(_SUFFIX)]
         return Adapter({site: Dense(_merged(self.name, state, site)) for site in sites})
 

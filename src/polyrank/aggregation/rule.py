@@ -14,14 +14,14 @@ from polyrank.aggregation.types import (
     SiteReport,
     State,
 )
-from polyrank.algebra import Adapter, Delta, Factorisation
+from polyrank.algebra import Adapter, Delta, Dense, Factorisation
 from polyrank.errors import RuleError
 
 
 class Rule(ABC):
     """How updates become the next state, and the state becomes assignments. Pure.
 
-    A round asks, in this order: `ranks` and `deal_site` for every client; `weigh` once;
+    A round asks, in this order: `ranks`, `deal_site` and `merged` for every client; `weigh` once;
     `merge_site` for every site; `conclude` once. Rules are frozen dataclasses whose fields are
     their options.
     """
@@ -83,6 +83,10 @@ class Rule(ABC):
         """Return the state at the end of a round, all sites merged; `clients` were accepted."""
         return state
 
+    def merged(self, state: State) -> Adapter[Dense]:  # noqa: ARG002
+        """Return what is added to the base of every client, whichever sites it trains."""
+        return Adapter({})
+
     def catch_up(self, state: State, client: str) -> int:  # noqa: ARG002
         """Return the bytes of `merged` that this client has yet to download; 0 without merging."""
         return 0
@@ -110,7 +114,7 @@ def deal(
         start=Adapter({site: one.start for site, one in dealt.items()}),
         scale={site: scale[site] for site in sorted(ranks)},
         frozen=Adapter({s: one.frozen for s, one in dealt.items() if one.frozen is not None}),
-        merged=Adapter({s: one.merged for s, one in dealt.items() if one.merged is not None}),
+        merged=rule.merged(state),
         train=ways.pop() if ways else "both",
         penalty=_penalty(dealt),
     )

@@ -13,7 +13,7 @@ from polyrank import seeds
 from polyrank.aggregation.incoming import checked_finite, checked_rank, checked_scale, weighed
 from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
-from polyrank.algebra import Adapter, Delta, Factorisation, Sparse, factor_dense
+from polyrank.algebra import Adapter, Delta, Dense, Factorisation, Sparse, factor_dense
 from polyrank.errors import RuleError, SiteError, UpdateError
 
 
@@ -37,7 +37,8 @@ class SLoRA(Rule):
 
     State: that of `inner`, and during the first stage ``site/sparse-values`` [k] and
     ``site/sparse-positions`` int64 [k] for the largest rank of fleet and server; scalar ``slora``:
-    rounds done, shapes, server's ranks. `weigh`, `ranks` and `catch_up` are those of `inner`.
+    rounds done, shapes, server's ranks. `weigh`, `ranks`, `merged` and `catch_up` are those of
+    `inner`.
 
     Source: Babakniya et al., arXiv 2308.06522 [S]. Raises RuleError for less than one round, and
     for a rule that excludes SLoRA.
@@ -89,6 +90,10 @@ class SLoRA(Rule):
     ) -> Mapping[str, float]:
         """As the inner rule."""
         return self.inner.weigh(state, weights, norm)
+
+    def merged(self, state: State) -> Adapter[Dense]:
+        """As the inner rule."""
+        return self.inner.merged(state)
 
     def catch_up(self, state: State, client: str) -> int:
         """As the inner rule."""

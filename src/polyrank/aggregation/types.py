@@ -69,13 +69,12 @@ class Dealt:
     """One site of an assignment: the update to start from, and how it is to be trained.
 
     `start` is trained: `LowRank` factors, or a `Sparse` update whose values alone are trained.
-    `frozen` and `merged` are active and not trained; `merged` is the same for all clients of a
-    round. `penalty` is (strength, keep) of a `Penalty`, if there is one.
+    `frozen` is active and not trained. `penalty` is (strength, keep) of a `Penalty`, if there is
+    one.
     """
 
     start: Delta
     frozen: LowRank | None = None
-    merged: Dense | None = None
     train: Train = "both"
     penalty: tuple[float, int] | None = None
 
@@ -88,8 +87,8 @@ class Assignment:
     multiplies on return, so that gradients are those of LoRA with ΔW = s·B A. A `Sparse` start is
     trained as it is, without a scale. `frozen` is a low-rank term per site and `merged` a dense one
     that are active in the forward pass and not trained (empty if none); `merged` is float32 or
-    wider and is the same for all clients of a round. `train` ``b`` fixes A. `penalty` is a term of
-    the loss.
+    wider and is the same for all clients of a round, also at sites that a client does not train.
+    `train` ``b`` fixes A. `penalty` is a term of the loss.
     """
 
     start: Adapter[Delta]

@@ -274,7 +274,6 @@ class Round:
             dealt = Dealt(
                 assignment.start[site],
                 assignment.frozen.get(site),
-                assignment.merged.get(site),
                 assignment.train,
                 None if penalty is None else (penalty.strength, penalty.keep[site]),
             )
