@@ -128,8 +128,9 @@ def _kept(
     kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
 
     def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+        # Without its history: a node that keeps its own output would keep itself alive for good.
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return kept[tensor.untyped_storage().data_ptr()]
 
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
     positions = torch.arange(targets, device=model.device)
