@@ -63,7 +63,16 @@ def adapter_of(folder: Path) -> GlobalAdapter:
             f"{folder}: no round is finished yet, so there is no adapter; polyrank resume {folder}"
         )
     factors = recipe.rule().adapter(saved.best or saved.state)
-    return GlobalAdapter(factors, recipe.model.load(), recipe.lora.build())
+    ranks = _server_ranks(folder, factors, recipe.aggregation.server_rank)
+    return GlobalAdapter(factors, recipe.model.load(), recipe.lora.build(), ranks)
+
+
+def _server_ranks(folder: Path, factors: Adapter, wanted: int | None) -> dict[str, int]:
+    """The rank at which the server keeps each site: `wanted`, or the fleet's largest there."""
+    if wanted is not None:
+        return {site: min(wanted, *delta.shape) for site, delta in factors.items()}
+    by_type = storage.read_json(folder / FLEET)["ranks"].values()
+    return {site: max(ranks.get(site, 0) for ranks in by_type) for site in factors}
 
 
 def _rule_of(folder: Path) -> Rule:

@@ -139,6 +139,12 @@ def spent(summary: Mapping[str, Any]) -> str:
     )
     if summary["stopped"]:
         text += f" Stopped early: {summary['stopped']}; result of round {summary['result_round']}."
+    lost = summary.get("adapter_lost", 0.0)  # Runs of before had no exact sums.
+    if lost > 1e-6:
+        text += (
+            f" The update is an exact sum; the adapter folder, at the server's rank, lacks "
+            f"{lost:.2%} of its energy (`polyrank export --merged` keeps all)."
+        )
     target = summary["to_target"]
     if target and target["rounds"] is None:
         text += f" The target loss {target['loss']:g} was not reached."

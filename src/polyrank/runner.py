@@ -226,12 +226,11 @@ def _build(
 
 
 def _fleet_json(fleet: Fleet, model: LoadedModel) -> str:
-    """Who has which type, and the rank of each type at each site."""
-    used = fleet.counts()
+    """Who has which type in round 1, and the rank at each site of every type that may come."""
     content = {
         "schema": 1,
-        "clients": dict(sorted(fleet.assigned.items())),
-        "ranks": {name: fleet.types[name].resolve(model.spec) for name in used},
+        "clients": dict(sorted(fleet.at(1).items())),
+        "ranks": fleet.ranks_by_type(model.spec),
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
