@@ -11,6 +11,7 @@ from polyrank.errors import RecipeError, ResourceError
 from polyrank.federation import Conduct, Evaluation, Faults, Sampling, preflight, prepare, setup
 from polyrank.federation.checkpoint import KEEP
 from polyrank.federation.settings import Encoding
+from polyrank.training import slot_bytes
 
 Usage = namedtuple("Usage", "free")
 
@@ -46,14 +47,32 @@ def test_memory_that_one_client_does_not_fit_is_told(parts, monkeypatch):
             resolve(parts, wanted)
 
 
-def test_the_first_assignments_are_one_for_each_set_of_ranks(parts):
+def test_the_heaviest_assignments_are_one_for_each_set_of_ranks(parts):
     model, _, work = parts
     for rule, kind in ((FlexLoRA(), LowRank), (SLoRA(FlexLoRA(), 1), Sparse)):
         settings = setup.round_settings(rule, fleet(clients()), model.spec, work, Conduct())
         spec = setup.fleet_spec(settings, fleet(clients()), model.spec, None)
-        dealt = setup.first_assignments(settings, rule.init(spec))
+        dealt = setup.heaviest_assignments(settings, spec, rule.init(spec))
         assert len({one.hash() for one in dealt}) == len(dealt) == 3
         assert all(isinstance(delta, kind) for one in dealt for delta in one.start.values())
+
+
+def test_a_frozen_term_that_comes_later_is_reckoned_with(parts):
+    """Under tail-in-base a client of rank 1 holds factors of the server's rank from round 2 on."""
+    model, _, work = parts
+    size, foreseen = {}, {}
+    for mode in ("delta", "tail-in-base"):
+        for rule in (FlexLoRA(mode), SLoRA(FlexLoRA(mode), 1)):
+            settings = setup.round_settings(rule, fleet(clients()), model.spec, work, Conduct())
+            spec = setup.fleet_spec(settings, fleet(clients()), model.spec, None)
+            dealt = setup.heaviest_assignments(settings, spec, rule.init(spec))
+            foreseen[rule.name] = {
+                one.frozen.ranks.get("model.layers.0.self_attn.q_proj") for one in dealt
+            }
+        size[mode] = slot_bytes(model, dict.fromkeys(model.spec.shapes, 1), LOCAL, 20, 5, dealt)
+    assert foreseen["flexlora:tail-in-base"] == foreseen["flexlora:tail-in-base+slora"] == {5}
+    assert foreseen["flexlora:delta"] == {None}
+    assert size["tail-in-base"] > size["delta"]
 
 
 def test_disk_is_reckoned_from_states_and_updates_of_a_round(tmp_path, monkeypatch):

@@ -111,6 +111,10 @@ class FlexLoRA(Rule):
             SiteReport(found.energy, found.discarded, found.method),
         )
 
+    def frozen_ranks(self, spec: FleetSpec) -> Mapping[str, int]:
+        """Return the server's rank where clients hold the rest of D, and nothing otherwise."""
+        return spec.server_rank if _MODES[self.mode].frozen is _tail else {}
+
     def started(self, state: State, found: Mapping[str, Factorisation]) -> State:
         """Return the state with D = these updates, cut to the server's rank."""
         tensors: dict[str, Tensor] = {}

@@ -91,6 +91,10 @@ class Rule(ABC):
         """Return the bytes of `merged` that this client has yet to download; 0 without merging."""
         return 0
 
+    def frozen_ranks(self, spec: FleetSpec) -> Mapping[str, int]:  # noqa: ARG002
+        """Return per site the largest rank of a frozen term that a client may come to hold."""
+        return {}
+
     def started(self, state: State, found: Mapping[str, Factorisation]) -> State:  # noqa: ARG002
         """Return the state that begins at these updates instead of at zero (SLoRA's start).
 

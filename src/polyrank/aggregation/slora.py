@@ -99,6 +99,10 @@ class SLoRA(Rule):
         """As the inner rule."""
         return self.inner.catch_up(state, client)
 
+    def frozen_ranks(self, spec: FleetSpec) -> Mapping[str, int]:
+        """As the inner rule."""
+        return self.inner.frozen_ranks(spec)
+
     def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
         """Return the first entries of the order, as many as the rank's factors have; then inner."""
         if not self._sparse(state):

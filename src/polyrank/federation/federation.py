@@ -75,7 +75,7 @@ class Federation:
         spec = setup.fleet_spec(self._settings, fleet, model.spec, self.conduct.server_rank)
         self._server_rank = spec.server_rank
         first = Checkpoint(0, self.rule.init(spec))
-        dealt = setup.first_assignments(self._settings, first.state)
+        dealt = setup.heaviest_assignments(self._settings, spec, first.state)
         cohort = preflight.resolve_cohort(
             self.conduct.cohort, model, spec, self.local, self.work, dealt
         )

@@ -35,8 +35,7 @@ def resolve_cohort(
 ) -> int:
     """Return how many clients train in one pass; ResourceError if not even one fits memory.
 
-    `dealt` are the first round's assignments, for what they hold beside factors. A term that is
-    frozen only from the second round on (``flexlora:tail-in-base``) is not foreseen.
+    `dealt` are assignments as heavy as they will come, for what they hold beside factors.
     """
     longest = targets = 0
     for client in work.values():

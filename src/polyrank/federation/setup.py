@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from polyrank.aggregation import Assignment, FleetSpec, Rule, State
+from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import RankError
 from polyrank.federation.round import Round, RoundSettings
 from polyrank.federation.settings import Conduct
@@ -79,10 +82,23 @@ def fleet_spec(
     return FleetSpec(shapes, {**settings.ranks, **later}, largest, settings.seed)
 
 
-def first_assignments(settings: RoundSettings, state: State) -> list[Assignment]:
-    """Return what is dealt in the first round, once for each set of ranks."""
+def heaviest_assignments(
+    settings: RoundSettings, spec: FleetSpec, state: State
+) -> list[Assignment]:
+    """Return what is dealt in the first round, once for each set of ranks, made as heavy as later.
+
+    A frozen term that only comes with later rounds is there as zeros.
+    """
     round = Round(settings, state, 1, 0, list(settings.ranks))
-    return [*{id(one): one for one in map(round.assignment, round.clients)}.values()]
+    dealt = {id(one): one for one in map(round.assignment, round.clients)}.values()
+    ranks = settings.rule.frozen_ranks(spec)
+    if not ranks:
+        return [*dealt]
+    zeros = {
+        site: LowRank(torch.zeros(spec.shapes[site][0], r), torch.zeros(r, spec.shapes[site][1]))
+        for site, r in ranks.items()
+    }
+    return [dataclasses.replace(one, frozen=Adapter(zeros)) for one in dealt]
 
 
 def described(

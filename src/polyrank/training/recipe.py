@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -50,7 +50,7 @@ class LocalTraining:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.0
-    proximal: float = 0.0
+    proximal: float = field(default=0.0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
