@@ -27,6 +27,7 @@ format: $(READY)
 bench: $(READY)  ## the benchmarks at a size that fits a coffee break; docs/benchmarks.md has the full ones
 	$(BIN)/python benchmarks/server_step.py --quick
 	$(BIN)/python benchmarks/local_training.py --quick
+	$(BIN)/python benchmarks/server_scale.py --quick
 	$(BIN)/python benchmarks/scale.py --quick
 
 # torch first: as a dependency of another package it may come in another build than asked for.
