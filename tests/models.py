@@ -18,15 +18,19 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     OPTConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
 )
@@ -52,12 +56,20 @@ _WIDE: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 _GROUPED: dict[str, Any] = {**_WIDE, "num_key_value_heads": 2}
+_ALTERNATING = ["sliding_attention", "full_attention"]
 
 CONFIGS: Mapping[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, _GROUPED),
+    "qwen2": (Qwen2Config, _GROUPED),
     "qwen3": (Qwen3Config, {**_GROUPED, "head_dim": 6}),
     "phi3": (Phi3Config, _GROUPED),
     "gemma2": (Gemma2Config, {**_GROUPED, "head_dim": 4, "sliding_window": 4}),
+    "gemma3": (
+        Gemma3TextConfig,
+        {**_GROUPED, "head_dim": 4, "sliding_window": 4, "layer_types": _ALTERNATING},
+    ),
+    "mistral": (MistralConfig, {**_GROUPED, "sliding_window": 4}),
+    "olmo2": (Olmo2Config, _GROUPED),
     "mixtral": (MixtralConfig, {**_GROUPED, "num_local_experts": 4}),
     "qwen2_moe": (
         Qwen2MoeConfig,

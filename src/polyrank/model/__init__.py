@@ -1,6 +1,7 @@
 """The only importer of transformers and peft: loading, sites, LoRA layers, PEFT folders."""
 
 from polyrank.model.cohort import Cohort, Part, Slot, applied
+from polyrank.model.cut import Cut, side
 from polyrank.model.describe import describe
 from polyrank.model.forward import logits_at
 from polyrank.model.generation import generate
@@ -9,12 +10,15 @@ from polyrank.model.losses import losses_then_gradient, target_losses
 from polyrank.model.merge import save_merged
 from polyrank.model.peft_folder import load_adapter, save_adapter
 from polyrank.model.sites import choose_sites, find_blocks
+from polyrank.model.span import Span
 
 __all__ = [
     "Cohort",
+    "Cut",
     "LoadedModel",
     "Part",
     "Slot",
+    "Span",
     "applied",
     "choose_sites",
     "describe",
@@ -27,6 +31,7 @@ __all__ = [
     "resolve_device",
     "save_adapter",
     "save_merged",
+    "side",
     "target_losses",
     "wrap_model",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +25,19 @@ def logits_at(model: LoadedModel, input_ids: Tensor, positions: Tensor) -> Tenso
     Raises ModelError if the model has no output embedding or the gathered positions do not come
     out of it.
     """
+    with gathered(model, positions):
+        logits = model.module(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
+        ).logits
+    return checked_logits(model, logits, positions)
+
+
+@contextmanager
+def gathered(model: LoadedModel, positions: Tensor) -> Iterator[None]:
+    """Let only the chosen positions into the output embedding while the context is entered.
+
+    Raises ModelError if the model has no output embedding.
+    """
     head = model.module.get_output_embeddings()
     if not isinstance(head, nn.Module):
         raise ModelError(
@@ -35,11 +51,13 @@ def logits_at(model: LoadedModel, input_ids: Tensor, positions: Tensor) -> Tenso
 
     handle = head.register_forward_pre_hook(gather)
     try:
-        logits = model.module(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False
-        ).logits
+        yield
     finally:
         handle.remove()
+
+
+def checked_logits(model: LoadedModel, logits: Tensor, positions: Tensor) -> Tensor:
+    """Return what came out of a `gathered` model as P×vocabulary; ModelError if it is not that."""
     if logits.shape[:-1] != (1, len(positions)):
         raise ModelError(
             f"{type(model.module).__name__}: expected logits at {len(positions)} positions, got "

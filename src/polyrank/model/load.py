@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,7 +25,9 @@ from transformers.utils.logging import disable_progress_bar
 from polyrank.errors import ModelError
 from polyrank.model.checkpointing import checkpoint_blocks
 from polyrank.model.describe import describe
+from polyrank.model.part import read_part
 from polyrank.model.sites import ALL_LINEAR, find_blocks
+from polyrank.model.span import Span, sites_within
 from polyrank.planning.spec import ModelSpec
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -41,7 +46,8 @@ class LoadedModel:
 
     `spec` holds its sizes and chosen sites, `source` the hub id or folder that it came from.
     `checkpointing` says whether its blocks compute their activations again in the backward pass.
-    The tokenizer always has an end-of-sequence and a padding token.
+    The tokenizer always has an end-of-sequence and a padding token. `hosted` are the blocks whose
+    weights are held here, usually all; `spec.sites` lie in these.
     """
 
     module: PreTrainedModel
@@ -51,6 +57,7 @@ class LoadedModel:
     dtype: torch.dtype
     source: str
     checkpointing: bool
+    hosted: frozenset[int]
 
 
 def load_model(
@@ -63,12 +70,15 @@ def load_model(
     groups: Mapping[str, Sequence[str]] | None = None,
     checkpointing: bool = False,
     revision: str | None = None,
+    spans: Sequence[Span] | None = None,
 ) -> LoadedModel:
     """Return a causal language model with its tokenizer, from a hub id or a folder.
 
     `device` is ``auto`` (cuda, else mps, else cpu) or a torch device; `dtype` is ``float32``,
     ``bfloat16`` or ``float64``. `sites`, `exclude` and `groups` are those of `choose_sites`.
-    Weights are read from safetensors files only, and no code that comes with a model is run.
+    Weights are read from safetensors files only, and no code that comes with a model is run. With
+    `spans` only the blocks in them are read, and their sites are chosen; the others' weights take
+    no memory, and only a `Cut` can run the model.
 
     Raises ModelError if the model is missing, unreadable, incomplete or not a causal language
     model, or lacks a tokenizer or its end-of-sequence token; SiteError as `choose_sites`.
@@ -83,26 +93,17 @@ def load_model(
     if _is_path(source) and not Path(name).is_dir():
         raise ModelError(f"model: expected a folder with a model in it, {name} is not one")
 
-    def fetch(what: str, factory: Any, **options: Any) -> Any:
+    def fetch(what: str, read: Callable[..., Any], **options: Any) -> Any:
         try:
-            return factory.from_pretrained(
-                name, revision=revision, trust_remote_code=False, **options
-            )
+            return read(name, revision=revision, **options)
         except _UNREADABLE as error:
             raise ModelError(_unreadable(what, name, error)) from error
 
-    config = fetch("configuration", AutoConfig)
+    config = fetch("configuration", AutoConfig.from_pretrained, trust_remote_code=False)
     _refuse_other_kinds(name, config)
-    tokenizer = fetch("tokenizer", AutoTokenizer)
-    module, info = fetch(
-        "weights",
-        AutoModelForCausalLM,
-        config=config,
-        dtype=DTYPES[dtype],
-        use_safetensors=True,
-        output_loading_info=True,
-    )
-    missing = sorted(info["missing_keys"])
+    tokenizer = fetch("tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=False)
+    read = _read_whole if spans is None else partial(read_part, spans=spans)
+    module, missing = fetch("weights", read, config=config, dtype=DTYPES[dtype], device=where)
     if missing:
         raise ModelError(
             f"model {name}: the weights lack {len(missing)} tensors that "
@@ -110,7 +111,7 @@ def load_model(
             "Is this a complete causal language model?"
         )
     return wrap_model(
-        module.to(where),
+        module,
         tokenizer,
         sites=sites,
         exclude=exclude,
@@ -118,6 +119,27 @@ def load_model(
         checkpointing=checkpointing,
         source=name,
     )
+
+
+def _read_whole(
+    name: str,
+    *,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return a model, and the names of tensors that its files lack."""
+    module, info = AutoModelForCausalLM.from_pretrained(
+        name,
+        config=config,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    return module.to(device), sorted(info["missing_keys"])
 
 
 def wrap_model(
@@ -132,7 +154,8 @@ def wrap_model(
 ) -> LoadedModel:
     """Return a model that is in memory already, frozen and described.
 
-    The module is put into evaluation mode and its parameters stop requiring gradients. A tokenizer
+    The module is put into evaluation mode and its parameters stop requiring gradients. Blocks on
+    the meta device count as held elsewhere, and have no sites here. A tokenizer
     without a padding token gets the end-of-sequence token for one. `checkpointing` wraps the blocks
     of this module for good.
 
@@ -140,18 +163,22 @@ def wrap_model(
     vocabulary; SiteError as `choose_sites`.
     """
     spec = describe(module, sites=sites, exclude=exclude, groups=groups)
+    blocks = find_blocks(module).modules
+    hosted = frozenset(i for i, block in enumerate(blocks) if not _is_absent(block))
+    spec = sites_within(spec, hosted)
     _complete_tokenizer(tokenizer, module, source or type(module).__name__)
     module.eval().requires_grad_(False)
     if checkpointing:
-        checkpoint_blocks(find_blocks(module).modules)
+        checkpoint_blocks(blocks)
     return LoadedModel(
         module=module,
         tokenizer=tokenizer,
         spec=spec,
-        device=module.device,
+        device=next((p.device for p in module.parameters() if not p.is_meta), module.device),
         dtype=module.dtype,
         source=source,
         checkpointing=checkpointing,
+        hosted=hosted,
     )
 
 
@@ -177,6 +204,11 @@ def resolve_device(device: str) -> torch.device:
         here = [name for name, is_there in usable.items() if is_there()]
         raise ModelError(f"model.device: {device!r} is not usable here; there is {here}")
     return found
+
+
+def _is_absent(block: nn.Module) -> bool:
+    """Whether a block's weights are not held here."""
+    return any(parameter.is_meta for parameter in block.parameters())
 
 
 def _is_path(source: str | Path) -> bool:
