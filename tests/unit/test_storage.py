@@ -160,3 +160,15 @@ def test_one_site_is_read_as_it_was_written_and_nothing_stays_behind(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match="ends within a tensor"):
         _ = [storage.read_site(path, site) for site in adapter]
+
+
+def test_a_site_is_found_whatever_the_others_and_the_client_are_called(tmp_path):
+    names = ["q", "q|b", "v.q", 'q"', "q\\", "ä|q"]
+    factors = {name: LowRank(torch.rand(3, 2), torch.rand(2, 4)) for name in names}
+    path = tmp_path / "update.safetensors"
+    client = '"q|b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"q|a":'
+    for one in ("q|b", client):
+        storage.write_update(path, Update(one, 1, 0, "x", 5, Adapter(factors), {"loss": 1.0}))
+        for site, delta in factors.items():
+            assert torch.equal(storage.read_site(path, site).b, delta.b), site
+            assert torch.equal(storage.read_site(path, site).a, delta.a), site

@@ -20,6 +20,7 @@ from polyrank.aggregation import State, Update
 from polyrank.algebra import Adapter, Delta, from_tensors
 from polyrank.errors import AdapterError, FactorError, ResourceError, RunError
 
+_decode = json.JSONDecoder().raw_decode
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -154,15 +155,28 @@ def read_site(path: Path, site: str) -> Delta:
     found = {}
     with path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
-        for key, about in json.loads(file.read(begin - 8)).items():
-            owner, _, name = key.rpartition("|")
-            if owner == site:
-                start, stop = about["data_offsets"]
-                file.seek(begin + start)
-                found[name] = _from_bytes(bytearray(file.read(stop - start)), **about)
+        for name, about in _entries(file.read(begin - 8).decode(), site):
+            start, stop = about["data_offsets"]
+            file.seek(begin + start)
+            found[name] = _from_bytes(bytearray(file.read(stop - start)), **about)
     if not found:
         raise KeyError(site)
     return from_tensors(found)
+
+
+def _entries(header: str, site: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and entry of a site's tensors, leaving those of all other sites unparsed.
+
+    Parsing the whole header for each site would take time that grows with the square of the sites.
+    """
+    opening = json.dumps(f"{site}|", ensure_ascii=False)[:-1]
+    at = header.find(opening)
+    while at >= 0:
+        key, end = _decode(header, at)
+        owner, _, name = key.rpartition("|")
+        if owner == site and header[end] == ":":  # Otherwise it is a longer key, or within a text.
+            yield name, _decode(header, end + 1)[0]
+        at = header.find(opening, at + 1)
 
 
 def _from_bytes(
