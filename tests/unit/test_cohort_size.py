@@ -95,7 +95,7 @@ def test_measuring_leaves_no_trace():
 
 
 def test_measuring_leaves_no_tensor_behind():
-    """Autograd can refer to itself where no collector looks; a comparison measures for every run."""
+    """Autograd can refer to itself where no collector looks; every run measures."""
     model = tiny_loaded("llama", num_hidden_layers=1)
     ranks = dict.fromkeys(model.spec.shapes, 2)
 

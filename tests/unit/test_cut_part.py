@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from models import batch, tiny, tiny_loaded, tiny_tokenizer, write_tiny
 from polyrank.errors import ModelError, SiteError
 from polyrank.model import Cut, LoadedModel, Span, load_model, logits_at, wrap_model
+from polyrank.model.stored import stored_tensors
 
 BLOCKS = 4
 LAYERS = {
@@ -195,3 +196,25 @@ def test_a_weight_that_is_needed_later_and_not_held_is_named():
     cut = Cut(wrap_model(module, tiny_tokenizer()), 2)
     with pytest.raises(ModelError, match=r"transformer\.ln_f is needed after block 2"):
         cut.tail(torch.zeros(1, 3, 16), torch.tensor([0]))
+
+
+def test_stored_tensors_are_those_that_safetensors_reads(tmp_path):
+    kinds = [torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.float16, torch.float64]
+    tensors = {str(kind): torch.arange(6).reshape(2, 3).to(kind) for kind in kinds}
+    tensors |= {"empty": torch.zeros(0, 3), "scalar": torch.tensor(1.5)}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path, {"format": "pt"})
+    stored = stored_tensors(path)
+    assert stored.keys() == tensors.keys()
+    for name, expected in load_file(path).items():
+        assert stored[name][...].dtype == expected.dtype
+        assert torch.equal(stored[name][...], expected)
+
+
+@pytest.mark.parametrize("kept", [4, 60, -100])
+def test_a_file_that_ends_early_is_told(tmp_path, kept):
+    folder = write(tmp_path / "base")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ModelError, match="weights cannot be read"):
+        load_model(folder, device="cpu", spans=[Span()])

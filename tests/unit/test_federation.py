@@ -9,7 +9,7 @@ import torch
 
 import federations
 from federations import LOCAL, MEASURED, QUIET, TYPES, clients, federation, fleet
-from polyrank.aggregation import FedIT, FlexLoRA
+from polyrank.aggregation import FedIT, FlexLoRA, FLoRA
 from polyrank.algebra import Adapter
 from polyrank.errors import (
     CheckpointError,
@@ -495,6 +495,10 @@ def test_a_type_may_leave_sites_alone(model):
         assert len(parts.adapter.factors) == 3
         assert set(parts.ranks["c0"]) < set(parts.ranks["c1"])
         parts.finish()
+    for rule in (FlexLoRA("tail-in-base"), FLoRA()):
+        with federation(model=model, fleet=fleet, rule=rule) as parts:
+            list(parts.rounds(3))
+            parts.finish()
     only = Fleet.table(dict.fromkeys(fleet.assigned, "attention"), types=types)
     with federation(model=model, fleet=only) as parts:
         list(parts.rounds(1))

@@ -142,6 +142,25 @@ def test_tail_in_base_lets_every_client_start_exactly_at_the_aggregate(split):
     assert rule.deal_site(state, SITE, 8, 3.0, 0).frozen is None
 
 
+def test_tail_in_base_acts_whole_where_a_client_trains_nothing():
+    """So that it starts exactly at the aggregate at every site, not only at its own."""
+    shapes = {"k": (6, 5), "q": (8, 7)}
+    draw = torch.Generator().manual_seed(0)
+    for rule in (FlexLoRA("tail-in-base"), FlexLoRA("delta")):
+        state = rule.init(FleetSpec(shapes, {}, {"k": 3, "q": 4}, 0))
+        u, s, vh = torch.linalg.svd(torch.randn(6, 5, generator=draw), full_matrices=False)
+        held = {"k/u": u[:, :3], "k/s": s[:3], "k/v": vh[:3].T.contiguous()}
+        state = state.update(held)
+        got = deal(rule, state, {"q": 2}, {"q": 1.0}, 0)
+        assert set(got.start) == {"q"}
+        if rule.mode == "delta":
+            assert not got.frozen
+        else:
+            whole = (u[:, :3] * s[:3]) @ vh[:3]
+            assert set(got.frozen) == {"k"}, "at q there is nothing yet"
+            assert torch.allclose(got.frozen["k"].dense(), whole, atol=1e-5)
+
+
 def test_only_tail_in_base_sends_a_frozen_term():
     for mode in ("replace", "delta"):
         state = trained(FlexLoRA(mode))

@@ -62,6 +62,10 @@ def test_weights_are_norms_over_the_whole_adapter_and_equal_if_nothing_moved():
     norms = {"ada": 3.0, "bob": 1.0}
     assert rule.weigh(state, {"ada": 1.0, "bob": 99.0}, norms.__getitem__) == norms
     assert rule.weigh(state, {"ada": 1.0, "bob": 99.0}, lambda _: 0.0) == {"ada": 1.0, "bob": 1.0}
+    norms["bob"] = 0.0
+    found = rule.weigh(state, {"ada": 1.0, "bob": 99.0}, norms.__getitem__)
+    assert found["ada"] == 3.0
+    assert 0 < found["bob"] < 1e-11, "it may be alone at a site, where weights must not be all zero"
 
 
 def test_with_equal_ranks_and_weights_and_no_pruning_it_is_fedit():

@@ -5,7 +5,7 @@ from collections import namedtuple
 import pytest
 
 from federations import LOCAL, MEASURED, clients, fleet, one_block
-from polyrank.aggregation import FleetSpec, FlexLoRA, SLoRA
+from polyrank.aggregation import FleetSpec, FlexLoRA, FLoRA, SLoRA, deal
 from polyrank.algebra import LowRank, Sparse
 from polyrank.errors import RecipeError, ResourceError
 from polyrank.federation import Conduct, Evaluation, Faults, Sampling, preflight, prepare, setup
@@ -76,16 +76,25 @@ def test_a_frozen_term_that_comes_later_is_reckoned_with(parts):
 
 
 def test_disk_is_reckoned_from_states_and_updates_of_a_round(tmp_path, monkeypatch):
+    """As they are kept: a sparse update with its positions, an exact sum whole."""
     ranks = {"a": {"q": 4}, "b": {"q": 1}}
     spec = FleetSpec({"q": (1000, 500)}, ranks, {"q": 4}, 0)
-    factors = 4 * 4 * 1500
-    needed = (KEEP + 2) * 2 * factors + 10 * factors
+    row = 4 * 1500  # Bytes of rank one.
+    expected = {
+        FlexLoRA(): (4 * row + 4 * 4, 4 * row),
+        FLoRA(): (4 * 1000 * 500, 4 * row),
+        SLoRA(FlexLoRA(), 1): (4 * row + 4 * 4 + 12 * 4 * 1500, 12 * 4 * 1500 + 2 * 8),
+    }
     place = tmp_path / "not" / "there" / "yet"
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Usage(needed))
-    preflight.check_disk(place, spec, 10)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Usage(needed - 1))
-    with pytest.raises(ResourceError, match="a round needs up to"):
-        preflight.check_disk(place, spec, 10)
+    for rule, (state, update) in expected.items():
+        begun = rule.init(spec)
+        dealt = [deal(rule, begun, own, {"q": 1.0}, 0) for own in ranks.values()]
+        needed = (KEEP + 2) * 2 * state + 10 * update
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _, n=needed: Usage(n))
+        preflight.check_disk(place, begun, dealt, 10)
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _, n=needed: Usage(n - 1))
+        with pytest.raises(ResourceError, match="a round needs up to"):
+            preflight.check_disk(place, begun, dealt, 10)
     assert list(tmp_path.iterdir()) == []
 
 

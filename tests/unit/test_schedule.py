@@ -163,6 +163,18 @@ def test_a_trace_is_csv_or_json_lines(tmp_path, name, text):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", 'round,client,type\n2,"a\u2028b\nc",T1\n'),
+        ("t.jsonl", '{"round": 2, "client": "a\u2028b\\nc", "type": "T1"}\n'),
+    ],
+)
+def test_a_clients_name_may_hold_what_else_ends_a_line(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_trace(str(tmp_path / name)) == {2: {"a\u2028b\nc": "T1"}}
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("round,client\n2,a\n", r"line 2: expected round, client, type; \['type'\] missing"),

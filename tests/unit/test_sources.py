@@ -142,6 +142,9 @@ def test_a_hub_that_cannot_be_reached_is_a_data_error(monkeypatch):
 
 BAD = {
     "broken line": ("a.jsonl", b'{"input": "a"}\n{"input": \n', r"a\.jsonl, line 2: not valid"),
+    "nested too deep": ("a.json", b'{"a": ' + b"[" * 10**5 + b"}", "line 1: not readable as JSON"),
+    "a number too long": ("a.json", b'{"a": ' + b"1" * 5000 + b"}", "line 1: not readable as JSON"),
+    "a column twice": ("a.csv", b"\na,b,a\n1,2,3\n", "two columns are called 'a'"),
     "broken list": ("a.json", b'[{"a": 1},\n{"b" 2}]', "line 2: not valid JSON"),
     "not an object": ("a.jsonl", b'{"input": "a"}\n\n[1]\n', r"line 3: expected a JSON object.*li"),
     "list of texts": ("a.json", b'["a"]', "item 1: expected a JSON object"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +111,13 @@ class FlexLoRA(Rule):
             SiteReport(found.energy, found.discarded, found.method),
         )
 
+    def elsewhere(self, state: State, sites: Collection[str]) -> Adapter[LowRank]:
+        """Return, in ``tail-in-base``, the whole D at the sites where the client trains nothing."""
+        tail = _MODES[self.mode].frozen
+        others = [site for site in _sites(state) if site not in sites]
+        found = {site: tail(_held(self.name, state, site), 0) for site in others}
+        return Adapter({site: whole for site, whole in found.items() if whole is not None})
+
     def frozen_ranks(self, spec: FleetSpec) -> Mapping[str, int]:
         """Return the server's rank where clients hold the rest of D, and nothing otherwise."""
         return spec.server_rank if _MODES[self.mode].frozen is _tail else {}
@@ -126,8 +133,7 @@ class FlexLoRA(Rule):
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return D at every site as B = UΣ, A = Vᵀ, at the server's rank."""
-        sites = [name.removesuffix("/u") for name in state.tensors if name.endswith("/u")]
-        return Adapter({site: _held(self.name, state, site).lowrank() for site in sites})
+        return Adapter({s: _held(self.name, state, s).lowrank() for s in _sites(state)})
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,10 @@ class _Held:
 
     def tensors(self, site: str) -> dict[str, Tensor]:
         return {f"{site}/u": self.u, f"{site}/s": self.s, f"{site}/v": self.v}
+
+
+def _sites(state: State) -> list[str]:
+    return [name.removesuffix("/u") for name in state.tensors if name.endswith("/u")]
 
 
 def _held(rule: str, state: State, site: str) -> _Held:

@@ -88,9 +88,13 @@ class HetLoRA(Rule):
         weights: Mapping[str, float],
         norm: Callable[[str], float],
     ) -> Mapping[str, float]:
-        """Return ‖ΔW_i‖_F per client; equal weights if all updates are zero."""
+        """Return ‖ΔW_i‖_F per client; equal weights if all updates are zero.
+
+        A zero among others counts as a trillionth of the largest, since it may be alone at a site.
+        """
         norms = {client: norm(client) for client in weights}
-        return norms if any(norms.values()) else dict.fromkeys(weights, 1.0)
+        least = 1e-12 * max(norms.values())
+        return {client: max(one, least) or 1.0 for client, one in norms.items()}
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]

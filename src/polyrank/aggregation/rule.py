@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from polyrank.aggregation.types import (
     Assignment,
@@ -14,7 +14,7 @@ from polyrank.aggregation.types import (
     SiteReport,
     State,
 )
-from polyrank.algebra import Adapter, Delta, Dense, Factorisation
+from polyrank.algebra import Adapter, Delta, Dense, Factorisation, LowRank
 from polyrank.errors import RuleError
 
 
@@ -95,6 +95,13 @@ class Rule(ABC):
         """Return per site the largest rank of a frozen term that a client may come to hold."""
         return {}
 
+    def elsewhere(self, state: State, sites: Collection[str]) -> Adapter[LowRank]:  # noqa: ARG002
+        """Return what is active, and not trained, at the sites other than these for their client.
+
+        A client that trains nothing at a site is dealt nothing there, unless the rule says so here.
+        """
+        return Adapter({})
+
     def started(self, state: State, found: Mapping[str, Factorisation]) -> State:  # noqa: ARG002
         """Return the state that begins at these updates instead of at zero (SLoRA's start).
 
@@ -117,7 +124,10 @@ def deal(
     return Assignment(
         start=Adapter({site: one.start for site, one in dealt.items()}),
         scale={site: scale[site] for site in sorted(ranks)},
-        frozen=Adapter({s: one.frozen for s, one in dealt.items() if one.frozen is not None}),
+        frozen=Adapter(
+            {s: one.frozen for s, one in dealt.items() if one.frozen is not None}
+            | dict(rule.elsewhere(state, ranks))
+        ),
         merged=rule.merged(state),
         train=ways.pop() if ways else "both",
         penalty=_penalty(dealt),

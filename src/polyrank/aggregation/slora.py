@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,7 +13,7 @@ from polyrank import seeds
 from polyrank.aggregation.incoming import checked_finite, checked_rank, checked_scale, weighed
 from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
-from polyrank.algebra import Adapter, Delta, Dense, Factorisation, Sparse, factor_dense
+from polyrank.algebra import Adapter, Delta, Dense, Factorisation, LowRank, Sparse, factor_dense
 from polyrank.errors import RuleError, SiteError, UpdateError
 
 
@@ -98,6 +98,10 @@ class SLoRA(Rule):
     def catch_up(self, state: State, client: str) -> int:
         """As the inner rule."""
         return self.inner.catch_up(state, client)
+
+    def elsewhere(self, state: State, sites: Collection[str]) -> Adapter[LowRank]:
+        """As the inner rule; nothing during the sparse rounds."""
+        return Adapter({}) if self._sparse(state) else self.inner.elsewhere(state, sites)
 
     def frozen_ranks(self, spec: FleetSpec) -> Mapping[str, int]:
         """As the inner rule."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,11 +49,11 @@ def read_trace(source: str) -> dict[int, dict[str, str]]:
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines())
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         for row in reader:
             yield reader.line_num, row
         return
-    for line, one in enumerate(text.splitlines(), start=1):
+    for line, one in enumerate(text.split("\n"), start=1):
         if not one.strip():
             continue
         try:

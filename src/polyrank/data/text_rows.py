@@ -101,6 +101,8 @@ def _parsed(name: str, text: str, line: int) -> Any:
             f"{name}, line {line + error.lineno - 1}: not valid JSON ({error.msg} at column "
             f"{error.colno}); expected one object per line, or one list of objects"
         ) from error
+    except (RecursionError, ValueError) as error:  # Nested, or with a number, beyond all measure.
+        raise DataError(f"{name}, line {line}: not readable as JSON ({error})") from error
 
 
 def _object(name: str, place: str, value: Any) -> Row:
@@ -119,7 +121,10 @@ def csv_rows(name: str, lines: Lines, delimiter: str) -> Iterator[Row]:
     parts = itertools.chain.from_iterable(io.StringIO(line, newline="") for line in lines())
     reader = csv.reader(parts, delimiter=delimiter, strict=True)
     try:
-        header = next(reader, [])
+        header = next((fields for fields in reader if fields), [])
+        twice = sorted({column for column in header if header.count(column) > 1})
+        if twice:
+            raise DataError(f"{name}: two columns are called {twice[0]!r}; rename one of them")
         for fields in reader:
             if not fields:
                 continue

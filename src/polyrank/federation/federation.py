@@ -97,7 +97,7 @@ class Federation:
                 self.folder = held.enter_context(RunFolder.open(path))
                 self._at = self._go_on(allow_inexact)
             else:
-                preflight.check_disk(path, spec, self._round_size())
+                preflight.check_disk(path, first.state, dealt, self._round_size())
                 begun = RunFolder.create(path, self._begun(attachments or {}), first)
                 self.folder = held.enter_context(begun)
                 self._at = first

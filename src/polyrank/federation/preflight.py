@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
 
-from polyrank.aggregation import Assignment, FleetSpec
+from polyrank.aggregation import Assignment, FleetSpec, State
 from polyrank.data import sizes
 from polyrank.errors import DataError, RecipeError, ResourceError
 from polyrank.federation import storage
@@ -84,12 +84,14 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def check_disk(folder: Path, spec: FleetSpec, clients: int) -> None:
+def check_disk(folder: Path, state: State, dealt: Sequence[Assignment], clients: int) -> None:
     """Raise ResourceError if the checkpoints and the updates of one round will not fit the disk."""
-    state = _bytes(spec, spec.server_rank)
-    updates = clients * max(_bytes(spec, ranks) for ranks in spec.ranks.values())
-    needed = (KEEP + 2) * 2 * state + updates  # A state and a best one each; one being written,
-    free = shutil.disk_usage(storage.existing(folder)).free  # and the adapter.
+    updates = clients * max(
+        _bytes(delta.tensors() for delta in one.start.values()) for one in dealt
+    )
+    # A state and a best one in each checkpoint, one more being written, and the adapter.
+    needed = (KEEP + 2) * 2 * _bytes([state.tensors]) + updates
+    free = shutil.disk_usage(storage.existing(folder)).free
     if needed > free:
         raise ResourceError(
             f"{folder}: a round needs up to {needed / 2**20:.0f} MiB on disk, {free / 2**20:.0f} "
@@ -97,6 +99,5 @@ def check_disk(folder: Path, spec: FleetSpec, clients: int) -> None:
         )
 
 
-def _bytes(spec: FleetSpec, ranks: Mapping[str, int]) -> int:
-    """Bytes of float32 factors of these ranks."""
-    return sum(4 * rank * sum(spec.shapes[site]) for site, rank in ranks.items())
+def _bytes(tensors: Iterable[Mapping[str, torch.Tensor]]) -> int:
+    return sum(tensor.nbytes for named in tensors for tensor in named.values())

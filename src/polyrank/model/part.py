@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -31,6 +29,7 @@ from polyrank.errors import ModelError
 from polyrank.model.absent import as_zeros, outside
 from polyrank.model.sites import Blocks, find_blocks
 from polyrank.model.span import Span, blocks_of
+from polyrank.model.stored import Stored, stored_tensors
 
 
 def read_part(
@@ -62,15 +61,14 @@ def read_part(
     _compute_buffers(module, device)
     hosted = _hosted(module, blocks, chosen, device)
     mapping = get_model_conversion_mapping(module)
-    with ExitStack() as opened:
-        read = LoadStateDictConfig(
-            dtype=dtype,
-            dtype_plan=module._get_dtype_plan(dtype),
-            device_map={"": device},
-            weight_mapping=mapping,
-        )
-        tensors = _tensors(name, revision, _Names(module, mapping, hosted), opened)
-        info, _ = convert_and_load_state_dict_in_model(module, tensors, read)
+    read = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=module._get_dtype_plan(dtype),
+        device_map={"": device},
+        weight_mapping=mapping,
+    )
+    tensors = _tensors(name, revision, _Names(module, mapping, hosted))
+    info, _ = convert_and_load_state_dict_in_model(module, tensors, read)
     # What is not hosted is not missing: both ends of a tie on the meta device are left alone.
     info.missing_keys &= hosted
     module.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
@@ -159,35 +157,29 @@ class _Names:
         return named in self._hosted
 
 
-def _tensors(name: str, revision: str | None, names: _Names, opened: ExitStack) -> dict[str, Any]:
-    """Return the needed tensors of a model's files, not yet read, by their names there.
-
-    They are read one by one, not mapped, so that nothing of a file stays in memory but them.
-    """
-    found: dict[str, Any] = {}
-    for path, keys in _files(name, revision, names).items():
-        file = opened.enter_context(safe_open(path, framework="pt", backend="pread"))
-        for key in file.keys() if keys is None else keys:
-            if names.hold(key):
-                found[key] = file.get_slice(key)
-    return found
+def _tensors(name: str, revision: str | None, names: _Names) -> dict[str, Stored]:
+    """Return the needed tensors of a model's files, not yet read, by their names there."""
+    return {
+        key: tensor
+        for path in _files(name, revision, names)
+        for key, tensor in stored_tensors(path).items()
+        if names.hold(key)
+    }
 
 
-def _files(name: str, revision: str | None, names: _Names) -> dict[str, list[str] | None]:
-    """Return the files that hold needed tensors, with their names where an index tells them."""
+def _files(name: str, revision: str | None, names: _Names) -> list[Path]:
+    """Return the files that hold needed tensors: those that an index names, or the only one."""
 
-    def locate(file: str, **options: Any) -> str | None:
-        return cached_file(name, file, revision=revision, **options)
+    def locate(file: str, **options: Any) -> Path | None:
+        found = cached_file(name, file, revision=revision, **options)
+        return None if found is None else Path(found)
 
     single = locate(SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     if single is not None:
-        return {single: None}
+        return [single]
     index = locate(SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     if index is None:
         raise OSError(f"neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME} is there")
-    placed: Mapping[str, str] = json.loads(Path(index).read_text("utf-8"))["weight_map"]
-    keys: dict[str, list[str]] = {}
-    for key, shard in placed.items():
-        if names.hold(key):
-            keys.setdefault(shard, []).append(key)
-    return {str(locate(shard)): held for shard, held in keys.items()}
+    placed: Mapping[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+    shards = sorted({shard for key, shard in placed.items() if names.hold(key)})
+    return [path for shard in shards if (path := locate(shard)) is not None]
