@@ -44,7 +44,7 @@ class Stored:
             raise OSError(f"{self.path.name} says two sizes for a tensor of shape {self.shape}")
         if not tensor.nbytes:
             return tensor
-        space = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        space = tensor.reshape(-1).view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
             while space:
