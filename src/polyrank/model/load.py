@@ -25,7 +25,6 @@ from transformers.utils.logging import disable_progress_bar
 from polyrank.errors import ModelError
 from polyrank.model.checkpointing import checkpoint_blocks
 from polyrank.model.describe import describe
-from polyrank.model.part import read_part
 from polyrank.model.sites import ALL_LINEAR, find_blocks
 from polyrank.model.span import Span, sites_within
 from polyrank.planning.spec import ModelSpec
@@ -102,7 +101,7 @@ def load_model(
     config = fetch("configuration", AutoConfig.from_pretrained, trust_remote_code=False)
     _refuse_other_kinds(name, config)
     tokenizer = fetch("tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=False)
-    read = _read_whole if spans is None else partial(read_part, spans=spans)
+    read = _read_whole if spans is None else _reader_of(spans)
     module, missing = fetch("weights", read, config=config, dtype=DTYPES[dtype], device=where)
     if missing:
         raise ModelError(
@@ -119,6 +118,13 @@ def load_model(
         checkpointing=checkpointing,
         source=name,
     )
+
+
+def _reader_of(spans: Sequence[Span]) -> Callable[..., tuple[PreTrainedModel, list[str]]]:
+    # Imported where it is used: it stands on inner parts of transformers' loader, which may change.
+    from polyrank.model.part import read_part
+
+    return partial(read_part, spans=spans)
 
 
 def _read_whole(
