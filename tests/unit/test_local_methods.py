@@ -1,11 +1,12 @@
 """Local methods by name: what they stand for, what contradicts them, which rules exclude them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from federations import QUIET, federation
+from federations import LOCAL, QUIET, federation
 from polyrank import config
 from polyrank.aggregation import FlexLoRA, FLoRA, SLoRA
 from polyrank.errors import RecipeError
@@ -121,9 +122,10 @@ def test_a_recipe_with_a_method_written_and_read_again_is_the_same(read, tmp_pat
 def test_what_a_rule_wraps_is_described_with_the_run(tmp_path):
     conduct = Conduct(evaluation=QUIET, cohort=2)
     rule = SLoRA(FlexLoRA("delta", split="balanced"), 1)
-    with federation(tmp_path / "run", rule=rule, conduct=conduct) as run:
+    local = replace(LOCAL, proximal=0.5)
+    with federation(tmp_path / "run", rule=rule, conduct=conduct, local=local) as run:
         list(run.rounds(2))
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["options"]["rounds"] == 1
     assert settings["options"]["inner"]["split"] == "balanced"
-    assert settings["local"]["proximal"] == 0.0
+    assert settings["local"]["proximal"] == 0.5
