@@ -39,9 +39,9 @@ def test_a_run_tells_its_set_up_and_rounds_on_stderr_and_its_result_on_stdout(
     out, err = ((finished.parent / name).read_text() for name in ("out.txt", "err.txt"))
     assert "4 clients and 2 unseen" in err
     assert lines_with(err, "T2", "2 at 8 matrices, 6 at 6 matrices")
-    assert "flexlora, all clients weakest" in err
+    assert "flexlora:delta, all clients weakest" in err
     assert len(re.findall(r"^ +[12]  ", err, re.MULTILINE)) == 4  # Two rounds, twice.
-    assert lines_with(out, "score", "before", "flexlora", "all weakest", "difference")
+    assert lines_with(out, "score", "before", "flexlora:delta", "all weakest", "difference")
     assert len(lines_with(out, "seen (4)", "loss")) == 1
     assert len(lines_with(out, "unseen (2)", "exact match")) == 1
     assert "2 rounds in" in out

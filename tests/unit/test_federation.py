@@ -223,7 +223,7 @@ def test_a_round_whose_checkpoint_failed_is_recorded_once_when_it_is_tried_again
         ({"local": replace(LOCAL, lr=0.5)}, "settings.local.lr: was 0.02, is 0.5"),
         ({"conduct": replace(PLAIN, seed=1)}, "settings.conduct.seed: was 0, is 1"),
         ({"conduct": replace(PLAIN, cohort=3)}, "settings.cohort: was 2, is 3"),
-        ({"rule": FlexLoRA(split="balanced")}, "settings.options.split: was 'left'"),
+        ({"rule": FlexLoRA("delta", split="balanced")}, "settings.options.split: was 'left'"),
         ({"model": federations.one_block(seed=1)}, "model.fingerprint"),
         ({"data": clients(examples=4)}, "data: was"),
         (

@@ -8,7 +8,7 @@ import pytest
 
 from federations import LOCAL, QUIET, federation
 from polyrank import config
-from polyrank.aggregation import FlexLoRA, FLoRA, SLoRA
+from polyrank.aggregation import DEFAULT, FlexLoRA, FLoRA, SLoRA, rule
 from polyrank.errors import RecipeError
 from polyrank.federation import Conduct
 from polyrank.training import METHODS, LocalSettings, LocalTraining, local_method
@@ -52,7 +52,7 @@ def test_without_a_name_the_keys_stand_for_themselves_and_by_default_for_fedit(r
     both = read("optimizer=sgd", "proximal=0.5", "sparse_rounds=2")
     assert both.local.settings() == LocalSettings("sgd", 0.5, 2)
     assert both.local.settings().methods == ("fedavg", "fedprox", "slora")
-    assert both.rule() == SLoRA(FlexLoRA(), 2)
+    assert both.rule() == SLoRA(rule(DEFAULT), 2)
 
 
 def test_a_key_beside_a_name_may_say_how_strong_or_how_long(read):

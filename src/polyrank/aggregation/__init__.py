@@ -5,7 +5,7 @@ from polyrank.aggregation.ffa import FFA
 from polyrank.aggregation.flexlora import FlexLoRA
 from polyrank.aggregation.flora import FLoRA
 from polyrank.aggregation.hetlora import HetLoRA
-from polyrank.aggregation.registry import OPTIONS, RULES, rule
+from polyrank.aggregation.registry import DEFAULT, OPTIONS, RULES, rule
 from polyrank.aggregation.rule import Rule, deal
 from polyrank.aggregation.segment import Segment
 from polyrank.aggregation.slora import SLoRA
@@ -24,6 +24,7 @@ from polyrank.aggregation.types import (
 from polyrank.aggregation.weights import normalised
 
 __all__ = [
+    "DEFAULT",
     "FFA",
     "OPTIONS",
     "RULES",

@@ -30,6 +30,10 @@ RULES: Mapping[str, Rule] = {
     )
 }
 
+DEFAULT = "flexlora:delta"
+"""The rule where none is named: of those that send no more than FlexLoRA's own, the one that ended
+lowest in docs/results.md."""
+
 OPTIONS = ("split", "factorisation", "gamma", "penalty")
 """What may be set of a rule that has it; everything else is told by the rule's name."""
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from polyrank.aggregation import OPTIONS, Rule, rule
+from polyrank.aggregation import DEFAULT, OPTIONS, Rule, rule
 from polyrank.config.section import Expected, Section
 from polyrank.errors import RecipeError
 from polyrank.federation import EarlyStopping, Evaluation, Faults, Sampling, Weighting
@@ -35,7 +35,7 @@ class LoRASection(Section):
 class AggregationSection(Section):
     """How clients' updates become the next global adapter."""
 
-    rule: str = "flexlora"
+    rule: str = DEFAULT
     """`flexlora` (the paper's), `flexlora:delta`, `flexlora:tail-in-base`, `fedit`, `hetlora`,
     `segment`, `ffa`, `ffa:replace`, or `flora`: docs/methods.md."""
     split: str | None = None

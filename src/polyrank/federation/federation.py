@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from polyrank.aggregation import FlexLoRA, Rule, State, Update
+from polyrank.aggregation import DEFAULT, Rule, State, Update
+from polyrank.aggregation import rule as rule_called
 from polyrank.data import ClientData, Skipped
 from polyrank.errors import InterruptedRunError, RoundFailedError, UpdateError
 from polyrank.federation import memory, preflight, setup, storage, surroundings
@@ -61,7 +62,7 @@ class Federation:
         stop: Callable[[], bool] | None = None,
     ):
         self.model, self.fleet = model, fleet
-        self.rule = rule or FlexLoRA()
+        self.rule = rule or rule_called(DEFAULT)
         self.local = local or LocalTraining()
         self.conduct = conduct or Conduct()
         self._progress: Progress = progress or (lambda *_: None)
