@@ -15,6 +15,10 @@ from polyrank.algebra.lowrank import LowRank
 BATCH = 256
 # Rows of the sum per product: 256 rows stay in the cache and in the allocator's small blocks.
 _ROWS = 256
+# oneDNN keeps a compiled kernel for every shape that it meets, up to a thousand of them. So it gets
+# products with matrices that are worth it alone, and ranks rounded up to a multiple of this.
+_WORTHWHILE = 1 << 20
+_MULTIPLE = 8
 
 
 def accumulate(terms: Iterator[LowRank]) -> Tensor:
@@ -46,8 +50,10 @@ def _added(total: Tensor | None, term: LowRank) -> Tensor:
         total = term.b.new_zeros(term.shape)
     widest = torch.promote_types(total.dtype, term.b.dtype)
     total, b, a = total.to(widest), term.b.to(widest), term.a.to(widest)
-    if _has_onednn(total) and term.rank > 0:
-        right = a.T.contiguous().to_mkldnn()
+    if term.rank > 0 and total.numel() >= _WORTHWHILE and _has_onednn(total):
+        more = -term.rank % _MULTIPLE
+        right = functional.pad(a.T, (0, more)).contiguous().to_mkldnn()
+        b = functional.pad(b, (0, more))
         for rows, left in zip(torch.split(total, _ROWS), torch.split(b, _ROWS), strict=True):
             rows += functional.linear(left.contiguous().to_mkldnn(), right).to_dense()
         return total
