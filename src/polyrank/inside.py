@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polyrank import config
-from polyrank.aggregation import Rule, rule
+from polyrank.aggregation import Rule, SLoRA, rule
 from polyrank.algebra import Adapter
 from polyrank.config import Recipe
 from polyrank.errors import RunError
@@ -79,4 +79,6 @@ def _rule_of(folder: Path) -> Rule:
     """The rule of a run, by its recipe, or by its name where the run was made from Python."""
     if (folder / RECIPE).is_file():
         return recipe_of(folder).rule()
-    return rule(storage.read_json(folder / ABOUT)["settings"]["rule"])
+    settings = storage.read_json(folder / ABOUT)["settings"]
+    name, begins_sparsely, _ = settings["rule"].partition("+")
+    return SLoRA(rule(name), settings["options"]["rounds"]) if begins_sparsely else rule(name)

@@ -5,6 +5,11 @@ import json
 import torch
 from safetensors.torch import load_file
 
+from federations import QUIET, federation
+from polyrank.aggregation import FlexLoRA, SLoRA
+from polyrank.algebra import LowRank, Sparse
+from polyrank.federation import Conduct
+from polyrank.inside import look
 from runs import polyrank, write_recipe
 
 FAST = ("rounds=2", "evaluation.generate=0", "evaluation.every=0", "local.steps=1")
@@ -69,3 +74,15 @@ def test_a_run_of_a_sparse_stage_can_be_inspected_and_exported_in_it(tmp_path):
     done = polyrank("export", run, tmp_path / "out")
     assert done.code == 0, done.err
     assert ranks(tmp_path / "out") == {2, 6}
+
+
+def test_a_sparse_run_made_from_python_can_be_inspected_in_it_and_after_it(tmp_path):
+    for rounds in (1, 3):
+        out = tmp_path / str(rounds)
+        conduct = Conduct(evaluation=QUIET, cohort=2)
+        with federation(out, rule=SLoRA(FlexLoRA("delta"), 2), conduct=conduct) as run:
+            list(run.rounds(rounds))
+        found = look(out).factors
+        assert {type(delta) for delta in found.values()} == {Sparse if rounds == 1 else LowRank}
+        done = polyrank("inspect", out)
+        assert done.code == 0, done.err
