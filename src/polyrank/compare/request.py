@@ -19,6 +19,7 @@ from polyrank.compare.tuning import default_grid
 from polyrank.config import Recipe
 from polyrank.errors import RecipeError, RunError
 from polyrank.federation import storage
+from polyrank.federation.surroundings import flat
 
 FILE = "comparison.toml"
 SCHEMA = 1
@@ -164,16 +165,6 @@ class Request:
 
 def _differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys in which two recipes differ, with both values, as far as a comparison uses them."""
-    old, new = _flat(before.model_dump()), _flat(now.model_dump())
+    old, new = flat(before.model_dump()), flat(now.model_dump())
     keys = [key for key in {**old, **new} if key not in _FREE]
     return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= _flat(item, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = item
-    return flat

@@ -186,7 +186,9 @@ class _Client:
 
     def pull_back(self) -> None:
         """Add the gradient of FedProx's term, μ(θ − θ_start)."""
-        for parameter, start in zip(self._parameters, self._start, strict=False):
+        if not self._start:
+            return
+        for parameter, start in zip(self._parameters, self._start, strict=True):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - start, alpha=self.job.local.proximal)
 
