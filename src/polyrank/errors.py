@@ -9,6 +9,7 @@
     ├── RankError              ranks: zero, negative, or above what the matrix allows
     ├── RuleError              an aggregation rule: cannot take this fleet, or these weights
     ├── UpdateError            an update of a client that does not fit its assignment
+    ├── FrameError             a message of a split step: malformed, out of order, not finite
     ├── AdapterError           a PEFT folder that cannot be read or written
     ├── ResourceError          memory or disk that will not suffice, seen before the start
     └── RunError               a run folder
@@ -57,6 +58,10 @@ class RuleError(PolyrankError):
 
 class UpdateError(PolyrankError):
     """A client's update does not fit what it was assigned; it is not aggregated."""
+
+
+class FrameError(PolyrankError):
+    """A message of a split step is malformed, out of order, or of another client, or not finite."""
 
 
 class AdapterError(PolyrankError):

@@ -4,6 +4,7 @@ from polyrank.planning.fleet import DISTRIBUTIONS, TYPES, Fleet, LoRAType, share
 from polyrank.planning.scaling import Scaling
 from polyrank.planning.schedule import EVERYONE, Redraw, Schedule, Trace
 from polyrank.planning.spec import ModelSpec, Site
+from polyrank.planning.split import Split
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -16,6 +17,7 @@ __all__ = [
     "Scaling",
     "Schedule",
     "Site",
+    "Split",
     "Trace",
     "shares_of",
 ]
