@@ -1,10 +1,21 @@
 """Fleets: who trains at which ranks."""
 
+from dataclasses import replace
+
 import pytest
 
 from models import tiny_loaded
-from polyrank.errors import RankError
-from polyrank.planning import DISTRIBUTIONS, TYPES, Fleet, LoRAType, ModelSpec, Site
+from polyrank.errors import ModelError, RankError
+from polyrank.planning import (
+    DISTRIBUTIONS,
+    TYPES,
+    Fleet,
+    LoRAType,
+    ModelSpec,
+    Site,
+    Split,
+    Trace,
+)
 
 SPEC = ModelSpec(
     architecture="Toy",
@@ -144,3 +155,45 @@ def test_the_weakest_is_the_one_that_trains_least_of_those_present():
     assert fleet.forced("weakest", SPEC).assigned == dict.fromkeys("xyz", "narrow")
     assert fleet.forced("absent", SPEC).assigned == dict.fromkeys("xyz", "absent")
     assert fleet.assigned["x"] == "wide", "the fleet itself stays"
+
+
+CUTS = {"T1": Split(1), "T3": Split(2, 3)}
+
+
+def test_a_type_that_is_cut_stays_cut_whoever_has_it_and_when():
+    moved = Trace({2: {"a": "T2", "b": "T1"}})
+    fleet = Fleet.table({"a": "T1", "b": "T2"}, cuts=CUTS).with_schedule(moved)
+    assert [fleet.cut_of(client, 1) for client in "ab"] == [Split(1), None]
+    assert [fleet.cut_of(client, 2) for client in "ab"] == [None, Split(1)]
+    sampled = Fleet.sample("ab", {"T1": 0.5, "T2": 0.5}, cuts=CUTS)
+    assert [sampled.cut_of(c, 1) is None for c in "ab"] == [sampled.at(1)[c] == "T2" for c in "ab"]
+    assert Fleet.table({"a": "T1"}).cut_of("a", 1) is None
+
+
+def test_a_forced_fleet_keeps_the_cut_of_its_type():
+    fleet = Fleet.table(
+        {"a": "T1", "b": "T2"}, types={t: LoRAType(t, {"all": 1}) for t in ("T1", "T2")}
+    )
+    cut = replace(fleet, cuts={"T2": Split(1)})
+    assert cut.forced("T2", SPEC).cut_of("a", 1) == Split(1)
+    assert cut.forced("T1", SPEC).cut_of("b", 1) is None
+
+
+def test_a_cut_of_an_unknown_type_is_refused():
+    with pytest.raises(RankError, match=r"cuts: no LoRA type \['T9'\]; there are \['T1', 'T2'"):
+        Fleet.table({"a": "T1"}, cuts={"T9": Split(1)})
+
+
+@pytest.mark.parametrize(
+    ("cut", "blocks", "message"),
+    [
+        (Split(2), 2, r"fleet\.cuts\.T2: .*within 1…1, as the model has 2 blocks.*got 2"),
+        (Split(1, 2), 2, r"fleet\.cuts\.T2: .*within 1…1.*got 1–2"),
+        (Split(1), 1, r"fleet\.cuts\.T1: .*a model of 1 block cannot be cut"),
+    ],
+)
+def test_a_cut_outside_the_model_is_refused_by_the_name_of_its_key(cut, blocks, message):
+    fleet = Fleet.table({"a": "T1"}, cuts={"T1": Split(1), "T2": cut})
+    with pytest.raises(ModelError, match=message):
+        fleet.check_cuts(replace(SPEC, blocks=blocks))
+    Fleet.table({"a": "T1"}, cuts={"T1": Split(1)}).check_cuts(SPEC)

@@ -9,7 +9,7 @@ from polyrank.aggregation import FedIT, FleetSpec, FlexLoRA, Update
 from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import RuleError, UpdateError
 from polyrank.federation.round import Failure, Round, RoundSettings, sample_clients
-from polyrank.planning import Scaling
+from polyrank.planning import Scaling, Split
 
 SHAPES = {"q": (6, 5), "v": (4, 7)}
 RANKS = {"a": {"q": 1, "v": 2}, "b": {"q": 3, "v": 2}, "c": {"q": 3, "v": 2}, "d": {"q": 2}}
@@ -332,3 +332,15 @@ def test_those_that_failed_are_asked_again_only_if_there_are_no_others():
     five = sample_clients(clients, 5, 0, last=["c1", "c2"])
     assert len(five) == 5
     assert {"c0", "c3", "c4", "c5"} < set(five)
+
+
+def test_a_task_says_where_the_client_is_cut_in_this_round():
+    at = {("a", 1): Split(1), ("a", 2): Split(1, 2)}
+    held = {Split(1): frozenset({"q"}), Split(1, 2): frozenset()}
+    chosen = settings(cut_of=lambda client, number: at.get((client, number)), held_by=held)
+    round = begin(chosen)
+    assert round.task("a").cut == Split(1, 2)
+    assert round.task("b").cut is None
+    assert chosen.held("a", 1) == {"q"}
+    assert chosen.held("b", 1) is None
+    assert begin().task("a").cut is None

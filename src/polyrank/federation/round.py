@@ -15,6 +15,7 @@ from polyrank.aggregation.weights import normalised
 from polyrank.algebra import Delta, Sparse, distance
 from polyrank.errors import RuleError, UpdateError
 from polyrank.planning.scaling import Scaling
+from polyrank.planning.split import Split
 from polyrank.seeds import derive
 
 METRICS = ("loss", "tokens", "target_tokens")
@@ -29,13 +30,17 @@ Ranks = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Task:
-    """What one client is asked to do in a round. `seed` is the root of its random choices."""
+    """What one client is asked to do in a round.
+
+    `seed` is the root of its random choices; `cut` says where its model is cut, if it is.
+    """
 
     client: str
     round: int
     attempt: int
     seed: int
     assignment: Assignment
+    cut: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,9 @@ class RoundSettings:
 
     `ranks` per client and site in the first round, and `ranks_in` those of any round, where they
     change; `weights` per client, not yet normalised; `scaling` of LoRA; `max_increment`: an update
-    whose ‖ΔW − what was dealt‖_F over all sites is larger is refused.
+    whose ‖ΔW − what was dealt‖_F over all sites is larger is refused. `cut_of` gives a client's cut
+    in a round, and `held_by` the sites that the client holds at each cut that may come; without
+    them all clients run the whole model.
     """
 
     rule: Rule
@@ -73,6 +80,17 @@ class RoundSettings:
     seed: int
     max_increment: float | None = None
     ranks_in: Callable[[int], Mapping[str, Ranks]] | None = None
+    cut_of: Callable[[str, int], Split | None] | None = None
+    held_by: Mapping[Split, frozenset[str]] = field(default_factory=dict)
+
+    def cut(self, client: str, round: int) -> Split | None:
+        """Return where this client's model is cut in this round; None if it runs all of it."""
+        return None if self.cut_of is None else self.cut_of(client, round)
+
+    def held(self, client: str, round: int) -> frozenset[str] | None:
+        """Return the sites that a split client holds itself in this round; None: all of them."""
+        cut = self.cut(client, round)
+        return None if cut is None else self.held_by[cut]
 
     def affordable(self, client: str, round: int) -> Ranks:
         """Return the ranks that this client can afford in this round."""
@@ -103,7 +121,8 @@ class Round:
     def task(self, client: str) -> Task:
         """Return the client's task. Clients of equal ranks share one assignment object."""
         seed = derive(self.settings.seed, self.number, self.attempt, client, "train")
-        return Task(client, self.number, self.attempt, seed, self.assignment(client))
+        cut = self.settings.cut(client, self.number)
+        return Task(client, self.number, self.attempt, seed, self.assignment(client), cut)
 
     def assignment(self, client: str) -> Assignment:
         """Return what the rule deals this client; deterministic, so it can be asked again."""

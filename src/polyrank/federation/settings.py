@@ -9,6 +9,7 @@ from typing import Literal
 
 from polyrank.errors import RecipeError
 from polyrank.planning import Scaling
+from polyrank.training.split import SplitSettings
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ class Conduct:
     `server_rank` is the rank at which the server keeps the aggregate (default: per site, the
     fleet's largest); `cohort` how many clients train in one pass (``auto``: as memory
     allows, on a CPU up to 2,048 tokens);
-    `target_loss` a validation loss whose reaching the summary reports.
+    `target_loss` a validation loss whose reaching the summary reports; `split` how clients whose
+    type is cut talk to the server.
     """
 
     seed: int = 0
@@ -172,6 +174,7 @@ class Conduct:
     server_rank: int | None = None
     cohort: int | Literal["auto"] = "auto"
     target_loss: float | None = None
+    split: SplitSettings = field(default=SplitSettings(), metadata={"later": True})
 
     def __post_init__(self) -> None:
         if self.server_rank is not None and self.server_rank < 1:

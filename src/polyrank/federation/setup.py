@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from polyrank.errors import RankError
 from polyrank.federation.round import Round, RoundSettings
 from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork
-from polyrank.planning import Fleet, ModelSpec
+from polyrank.planning import Fleet, ModelSpec, Split
 from polyrank.training import LocalTraining
 
 
@@ -29,7 +29,11 @@ def round_settings(
     work: Mapping[str, ClientWork],
     conduct: Conduct,
 ) -> RoundSettings:
-    """Return what all rounds share; RankError for a seen client without a LoRA type."""
+    """Return what all rounds share.
+
+    Raises RankError for a seen client without a LoRA type, ModelError for a cut outside the model.
+    """
+    fleet.check_cuts(spec)
     seen = [id for id, client in work.items() if client.seen]
     without = [id for id in seen if id not in fleet.assigned]
     if without:
@@ -49,7 +53,21 @@ def round_settings(
         seed=conduct.seed,
         max_increment=conduct.faults.max_increment,
         ranks_in=lru_cache(2)(ranks_in) if fleet.schedule else None,
+        cut_of=_cut_of(fleet) if fleet.cuts else None,
+        held_by={cut: _held(cut, spec) for cut in fleet.cuts.values()},
     )
+
+
+def _cut_of(fleet: Fleet) -> Callable[[str, int], Split | None]:
+    """(client, round) -> its cut; the types of a round are looked up once."""
+    types = lru_cache(2)(fleet.at)
+    return lambda client, round: fleet.cuts.get(types(round)[client])
+
+
+def _held(cut: Split, spec: ModelSpec) -> frozenset[str]:
+    """The sites in the blocks that a client of this cut holds."""
+    blocks = cut.at_client(spec.blocks)
+    return frozenset(site.name for site in spec.sites if site.block in blocks)
 
 
 def check_names(fleet: Fleet, clients: Iterable[str]) -> None:
@@ -106,6 +124,7 @@ def described(
 ) -> dict[str, Any]:
     """Return the settings that a run's bytes depend on, as JSON; the fleet as its hash."""
     ranks = {name: dict(kind.ranks) for name, kind in fleet.types.items()}
+    cuts = {name: dataclasses.asdict(cut) for name, cut in sorted(fleet.cuts.items())}
     changing = [] if fleet.schedule is None else [dataclasses.asdict(fleet.schedule)]
     table = json.dumps([ranks, dict(fleet.assigned), *changing], sort_keys=True)
     return {
@@ -115,6 +134,7 @@ def described(
         "local": _fields(local),
         "conduct": {key: item for key, item in _fields(conduct).items() if key != "cohort"},
         "fleet": hashlib.sha256(table.encode()).hexdigest(),
+        **({"cuts": cuts} if cuts else {}),
     }
 
 
@@ -129,8 +149,8 @@ def _fields(value: Any) -> dict[str, Any]:
     found = dataclasses.asdict(value)
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
-        if dataclasses.is_dataclass(item):
-            found[field.name] = _fields(item)
-        elif field.metadata.get("later") and item == field.default:
+        if field.metadata.get("later") and item == field.default:
             del found[field.name]
+        elif dataclasses.is_dataclass(item):
+            found[field.name] = _fields(item)
     return found

@@ -7,12 +7,13 @@ import fnmatch
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from polyrank.errors import RankError
+from polyrank.errors import ModelError, RankError
 from polyrank.planning.schedule import Schedule
 from polyrank.planning.spec import ModelSpec, Site
+from polyrank.planning.split import Split
 
 T = TypeVar("T")
 
@@ -116,15 +117,19 @@ class Fleet:
     """The clients of a run, each with its LoRA type.
 
     `assigned` are the types of the first round; with a `schedule` they change from round to round.
-    Raises RankError for a type or a client of the schedule that is not in the fleet.
+    `cuts` says, by type, which blocks a client runs itself; types that it does not name run the
+    whole model. Raises RankError for a type or a client of the schedule, or a type of the cuts,
+    that is not in the fleet.
     """
 
     types: Mapping[str, LoRAType]
     assigned: Mapping[str, str]
     schedule: Schedule | None = None
+    cuts: Mapping[str, Split] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _known(self.assigned.values(), self.types)
+        _known(self.cuts, self.types, "cuts: ")
         if self.schedule is not None:
             _known(self.schedule.types, self.types)
             unknown = sorted(self.schedule.clients - set(self.assigned))
@@ -144,6 +149,7 @@ class Fleet:
         *,
         types: str | Mapping[str, LoRAType] = "paper",
         seed: int = 0,
+        cuts: Mapping[str, Split] | None = None,
     ) -> Fleet:
         """Return a fleet with these shares of types, dealt to the clients at random.
 
@@ -158,14 +164,18 @@ class Fleet:
         _refuse_empty(shares, counts, len(ids))
         names = [name for name in sorted(counts) for _ in range(counts[name])]
         random.Random(seed).shuffle(names)
-        return Fleet(family, dict(zip(ids, names, strict=True)))
+        return Fleet(family, dict(zip(ids, names, strict=True)), cuts=dict(cuts or {}))
 
     @staticmethod
     def table(
-        clients: Mapping[str, str], *, types: str | Mapping[str, LoRAType] = "paper"
+        clients: Mapping[str, str],
+        *,
+        types: str | Mapping[str, LoRAType] = "paper",
+        cuts: Mapping[str, Split] | None = None,
     ) -> Fleet:
         """Return a fleet from an explicit table client -> type."""
-        return Fleet(_named(TYPES, types, "a family of LoRA types"), dict(clients))
+        family = _named(TYPES, types, "a family of LoRA types")
+        return Fleet(family, dict(clients), cuts=dict(cuts or {}))
 
     def with_schedule(self, schedule: Schedule | None) -> Fleet:
         """Return the same fleet with types that change as the schedule says."""
@@ -175,6 +185,18 @@ class Fleet:
         """Return client -> type in a round (from 1)."""
         return self.assigned if self.schedule is None else self.schedule.at(self.assigned, round)
 
+    def cut_of(self, client: str, round: int) -> Split | None:
+        """Return where this client's model is cut in a round; None if it runs all of it."""
+        return self.cuts.get(self.at(round)[client])
+
+    def check_cuts(self, spec: ModelSpec) -> None:
+        """Raise ModelError for a cut that is not within the model."""
+        for name, cut in sorted(self.cuts.items()):
+            try:
+                cut.at_client(spec.blocks)
+            except ModelError as error:
+                raise ModelError(f"fleet.cuts.{name}: {error}") from error
+
     @property
     def possible(self) -> list[str]:
         """The types that some client has in some round, by name."""
@@ -182,7 +204,7 @@ class Fleet:
         return sorted(set(self.assigned.values()) | later)
 
     def forced(self, name: str, spec: ModelSpec) -> Fleet:
-        """Return the homogeneous control: every client of one type in every round.
+        """Return the homogeneous control: every client of one type, and its cut, in every round.
 
         `name` is a type, or ``weakest``: of the types that clients of this fleet have, the one that
         trains the fewest parameters (ties by name).
@@ -190,7 +212,7 @@ class Fleet:
         if name == "weakest":
             present = self.possible
             name = min(present, key=lambda t: (_parameters(self.types[t], spec), t))
-        return Fleet(self.types, dict.fromkeys(self.assigned, name))
+        return Fleet(self.types, dict.fromkeys(self.assigned, name), cuts=self.cuts)
 
     def ranks(self, spec: ModelSpec) -> dict[str, dict[str, int]]:
         """Return the rank per client and site in round 1; clients of one type share one dict."""
@@ -218,10 +240,10 @@ def shares_of(
     return family, shares
 
 
-def _known(names: Iterable[str], types: Mapping[str, LoRAType]) -> None:
+def _known(names: Iterable[str], types: Mapping[str, LoRAType], place: str = "") -> None:
     unknown = sorted(set(names) - set(types))
     if unknown:
-        raise RankError(f"Fleet: no LoRA type {unknown}; there are {sorted(types)}")
+        raise RankError(f"Fleet: {place}no LoRA type {unknown}; there are {sorted(types)}")
 
 
 def _named(table: Mapping[str, T], value: str | T, what: str) -> T:

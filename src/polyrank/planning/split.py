@@ -28,10 +28,12 @@ class Split:
     def at_client(self, blocks: int) -> frozenset[int]:
         """Return the client's blocks of a model of so many; ModelError if a cut is outside it."""
         last = self.lower if self.upper is None else self.upper
+        if blocks < 2:
+            raise ModelError(f"cut: a model of {blocks} block cannot be cut; got {self}")
         if last >= blocks:
             raise ModelError(
-                f"cut: expected cuts within 1…{blocks - 1}, a model of {blocks} blocks leaves the "
-                f"server none behind block {last}; got {self}"
+                f"cut: expected cuts within 1…{blocks - 1}, as the model has {blocks} blocks and "
+                f"each side needs at least one; got {self}"
             )
         return frozenset(range(self.lower)) | frozenset(
             () if self.upper is None else range(self.upper, blocks)

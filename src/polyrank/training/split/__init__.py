@@ -12,6 +12,7 @@ from polyrank.training.split.messages import (
     Step,
     Stepped,
 )
+from polyrank.training.split.settings import SplitSettings
 
 __all__ = [
     "Activations",
@@ -23,6 +24,7 @@ __all__ = [
     "Reply",
     "Request",
     "Returned",
+    "SplitSettings",
     "Step",
     "Stepped",
     "Tail",
