@@ -17,7 +17,7 @@ from aggregation_rounds import (
     product,
     widened,
 )
-from polyrank.aggregation import Contribution, FleetSpec, FLoRA, SLoRA, deal
+from polyrank.aggregation import Contribution, FleetSpec, FLoRA, SLoRA, State, deal
 from polyrank.algebra import Dense, LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError
 from polyrank.federation import Conduct
@@ -127,6 +127,37 @@ def test_stacks_of_all_sites_count_as_they_travelled():
         state, _ = RULE.merge_site(state, site, iter([Contribution(1.0, dealt, sent, "a"), none]))
     state = RULE.conclude(state, ["a"])
     assert RULE.catch_up(state, "b") == 2 * 2 * (300 + 400)
+    assert RULE.catch_up(state, "b", {"q"}) == 2 * 2 * 300
+    assert RULE.catch_up(state, "b", ["up"]) == 2 * 2 * 400
+    assert RULE.catch_up(state, "b", []) == 0
+    with pytest.raises(SiteError, match="'other'"):
+        RULE.catch_up(state, "b", ["other"])
+
+
+def test_what_is_missed_at_some_sites_is_told_for_every_round_and_adds_up():
+    shapes = {"q": (200, 100), "up": (300, 100)}
+    ranks = {c: dict.fromkeys(shapes, 4) for c in "abc"}
+    state = RULE.init(FleetSpec(shapes, ranks, dict.fromkeys(shapes, 4), seed=0))
+    for clients, rank, sites in ((["a"], 1, "q up"), (["b"], 2, "up"), (["a"], 4, "q")):
+        for site in sites.split():  # in the second round nobody trains q, in the third nobody up
+            dealt = RULE.deal_site(state, site, rank, 1.0, 0)
+            sent = iter([Contribution(1.0, dealt, dealt.start, clients[0])])
+            state, _ = RULE.merge_site(state, site, sent)
+        state = RULE.conclude(state, clients)
+    state = State(state.tensors, json.loads(json.dumps(state.scalars)))
+    q, up = 4 * 300, 4 * 400  # bytes of one rank
+    expected = {"a": (4 * q, 0), "b": (4 * q, 2 * up), "c": (5 * q, 3 * up)}
+    for client, missed in expected.items():
+        assert (RULE.catch_up(state, client, ["q"]), RULE.catch_up(state, client, ["up"])) == missed
+        assert RULE.catch_up(state, client) == sum(missed)
+
+
+def test_a_state_of_an_older_version_still_gives_its_adapter_and_refuses_to_go_on():
+    state = fresh_state(RULE, SHAPE, fleet([2]))
+    old = State(state.tensors, {"stacked": 0, "opened": 0, "seen": {}})
+    assert RULE.adapter(old)[SITE].shape == SHAPE
+    with pytest.raises(RuleError, match="older versions"):
+        RULE.merged(old)
 
 
 def test_an_attempt_that_came_to_nothing_leaves_no_trace():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,9 +18,9 @@ from polyrank.aggregation.incoming import (
     incoming,
 )
 from polyrank.aggregation.rule import Rule
-from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
+from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, Json, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
-from polyrank.errors import SiteError
+from polyrank.errors import RuleError, SiteError
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,14 @@ class FLoRA(Rule):
     contributions are). It is dense from the first round on: one forward pass of training needs it
     dense anyway, one tensor serves all clients, and a stack is thinner only for few rounds.
 
-    *Download.* A client that last took part in round t lacks the stacks of rounds t, t+1, …; it
-    gets them as they were sent, or D itself where that is smaller: `catch_up`. One that never took
-    part lacks all. One whose update was not accepted counts as not having taken part.
+    *Download.* A client that last took part in round t lacks the stacks of rounds t, t+1, …; at
+    each site it gets them as they were sent, or D itself where that is smaller: `catch_up`. One
+    that never took part lacks all. One whose update was not accepted counts as not having taken
+    part. The server notes when a client took part, not at which sites it then held D: a client
+    that comes to hold other sites is taken to know them since its last round.
 
-    State: ``site/merged`` m×n; scalars ``stacked`` and ``opened``, the bytes of all stacks up to
-    now and up to the start of the round, and ``seen``, ``opened`` of each client's last round.
+    State: ``site/merged`` m×n; scalars ``site/stacks``, the bytes of a site's stacks up to the
+    start of every round, ``rounds``, how many are over, and ``seen``, each client's last round.
 
     Source: Wang et al., arXiv 2409.05976.
     """
@@ -63,7 +65,8 @@ class FLoRA(Rule):
         """Return D = 0 at every site; SiteError or RankError for ranks that do not fit."""
         checked_fleet(self.name, spec)
         tensors = {_key(site): torch.zeros(shape) for site, shape in spec.shapes.items()}
-        return State(tensors, {"stacked": 0, "opened": 0, "seen": {}})
+        stacks: dict[str, Json] = {f"{site}{_STACKS}": [0] for site in spec.shapes}
+        return State(tensors, {**stacks, "rounds": 0, "seen": {}})
 
     def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
         """Return B = 0 and a fresh A."""
@@ -83,36 +86,46 @@ class FLoRA(Rule):
         travelled: list[int] = []
         accepted = incoming(self.name, site, shape, _counted(contributions, travelled))
         new = Dense(_added(old, accepted))
-        scalars = {"stacked": _number(state, "stacked") + sum(travelled)}
+        before = _stacks(self.name, state, site)
+        now: list[Json] = [*before[: _rounds(state) + 1], before[-1] + sum(travelled)]
         report = SiteReport(energy=new.norm() ** 2, discarded=0.0)
-        return state.update({_key(site): new.matrix}, scalars), report
+        return state.update({_key(site): new.matrix}, {f"{site}{_STACKS}": now}), report
 
     def conclude(self, state: State, clients: Sequence[str]) -> State:
         """Note that these clients hold D as it was when the round began."""
-        seen = {**_seen(state), **dict.fromkeys(clients, _number(state, "opened"))}
-        opened = _number(state, "stacked")
-        return state.update({}, {"opened": opened, "seen": dict(sorted(seen.items()))})
+        over = _rounds(state)
+        scalars: dict[str, Json] = {"rounds": over + 1}
+        scalars["seen"] = dict(sorted({**_seen(state), **dict.fromkeys(clients, over)}.items()))
+        for site in _sites(state):
+            stacks = _stacks(self.name, state, site)
+            idle: list[Json] = [stacks[-1]] * (over + 2 - len(stacks))
+            scalars[f"{site}{_STACKS}"] = [*stacks, *idle]
+        return state.update({}, scalars)
 
     def merged(self, state: State) -> Adapter[Dense]:
         """Return D at every site, once there is one."""
-        return self._whole(state) if _number(state, "stacked") else Adapter({})
+        some = any(_stacks(self.name, state, site)[-1] for site in _sites(state))
+        return self._whole(state) if some else Adapter({})
 
-    def catch_up(self, state: State, client: str) -> int:
-        """Return the bytes of all stacks that the client lacks, at most those of D."""
-        missed = _number(state, "stacked") - _seen(state).get(client, 0)
-        whole = sum(t.nbytes for name, t in state.tensors.items() if name.endswith(_SUFFIX))
-        return min(missed, whole)
+    def catch_up(self, state: State, client: str, sites: Collection[str] | None = None) -> int:
+        """Return the bytes of the stacks that the client lacks, at each site at most those of D."""
+        last = _seen(state).get(client, 0)
+        missed = 0
+        for site in _sites(state) if sites is None else sites:
+            stacks = _stacks(self.name, state, site)
+            missed += min(stacks[-1] - stacks[last], state.tensors[_key(site)].nbytes)
+        return missed
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return D at every site, dense."""
         return self._whole(state)
 
     def _whole(self, state: State) -> Adapter[Dense]:
-        sites = [n.removesuffix(_SUFFIX) for n in state.tensors if n.endswith(_SUFFIX)]
-        return Adapter({site: Dense(_merged(self.name, state, site)) for site in sites})
+        return Adapter({site: Dense(_merged(self.name, state, site)) for site in _sites(state)})
 
 
 _SUFFIX = "/merged"
+_STACKS = "/stacks"
 _BATCH = 256
 
 
@@ -153,8 +166,25 @@ def _merged(rule: str, state: State, site: str) -> Tensor:
         raise SiteError(f"{rule}: no site {site!r} in the state") from None
 
 
-def _number(state: State, name: str) -> int:
-    return cast("int", state.scalars[name])
+def _sites(state: State) -> list[str]:
+    return [name.removesuffix(_SUFFIX) for name in state.tensors if name.endswith(_SUFFIX)]
+
+
+def _stacks(rule: str, state: State, site: str) -> list[int]:
+    """Bytes of a site's stacks before round 0, 1, … and, if it is merged, after this one."""
+    try:
+        return cast("list[int]", state.scalars[f"{site}{_STACKS}"])
+    except KeyError:
+        if _key(site) not in state.tensors:
+            raise SiteError(f"{rule}: no site {site!r} in the state") from None
+        raise RuleError(
+            f"{rule}: the state does not tell the bytes of stacks at {site!r}, as older versions "
+            "did not; its adapter can be exported, but start the run anew to go on"
+        ) from None
+
+
+def _rounds(state: State) -> int:
+    return cast("int", state.scalars["rounds"])
 
 
 def _seen(state: State) -> Mapping[str, int]:

@@ -87,8 +87,16 @@ class Rule(ABC):
         """Return what is added to the base of every client, whichever sites it trains."""
         return Adapter({})
 
-    def catch_up(self, state: State, client: str) -> int:  # noqa: ARG002
-        """Return the bytes of `merged` that this client has yet to download; 0 without merging."""
+    def catch_up(
+        self,
+        state: State,  # noqa: ARG002
+        client: str,  # noqa: ARG002
+        sites: Collection[str] | None = None,  # noqa: ARG002
+    ) -> int:
+        """Return the bytes of `merged` that this client has yet to download; 0 without merging.
+
+        `sites` names those that it holds, as a client with a cut holds some; None: all.
+        """
         return 0
 
     def frozen_ranks(self, spec: FleetSpec) -> Mapping[str, int]:  # noqa: ARG002

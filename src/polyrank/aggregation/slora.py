@@ -95,9 +95,9 @@ class SLoRA(Rule):
         """As the inner rule."""
         return self.inner.merged(state)
 
-    def catch_up(self, state: State, client: str) -> int:
+    def catch_up(self, state: State, client: str, sites: Collection[str] | None = None) -> int:
         """As the inner rule."""
-        return self.inner.catch_up(state, client)
+        return self.inner.catch_up(state, client, sites)
 
     def elsewhere(self, state: State, sites: Collection[str]) -> Adapter[LowRank]:
         """As the inner rule; nothing during the sparse rounds."""

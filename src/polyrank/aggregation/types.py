@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
+
+D = TypeVar("D", bound=Delta)
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -118,6 +120,21 @@ class Assignment:
             return sum(d.b.nbytes for d in trained.values() if isinstance(d, LowRank))
         return trained.nbytes
 
+    def only(self, sites: Collection[str]) -> Assignment:
+        """Return what it says of these sites: the part of one side of a cut."""
+        penalty = self.penalty
+        if penalty is not None:
+            keep = {site: rank for site, rank in penalty.keep.items() if site in sites}
+            penalty = replace(penalty, keep=keep) if keep else None
+        return replace(
+            self,
+            start=_only(self.start, sites),
+            scale={site: scale for site, scale in self.scale.items() if site in sites},
+            frozen=_only(self.frozen, sites),
+            merged=_only(self.merged, sites),
+            penalty=penalty,
+        )
+
     def hash(self) -> str:
         """Return a SHA-256 (hex) over all that is assigned, bit by bit; made once."""
         return self._hash
@@ -134,6 +151,10 @@ class Assignment:
             keep = ";".join(f"{site}={rank}" for site, rank in sorted(self.penalty.keep.items()))
             text += f"|penalty {self.penalty.strength.hex()} {keep}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _only(adapter: Adapter[D], sites: Collection[str]) -> Adapter[D]:
+    return Adapter({site: delta for site, delta in adapter.items() if site in sites})
 
 
 @dataclass(frozen=True)
