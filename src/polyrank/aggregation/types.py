@@ -70,7 +70,8 @@ class Penalty:
 class Dealt:
     """One site of an assignment: the update to start from, and how it is to be trained.
 
-    `start` is trained: `LowRank` factors, or a `Sparse` update whose values alone are trained.
+    `start` is trained: `LowRank` factors, a `Sparse` update whose values alone are trained, or a
+    `Dense` one, trained at every entry.
     `frozen` is active and not trained. `penalty` is (strength, keep) of a `Penalty`, if there is
     one.
     """
@@ -86,8 +87,8 @@ class Assignment:
     """All that a client's training must know; it never asks which rule made it.
 
     `start` holds what to train, s folded into B: training divides B by ``scale[site]`` and
-    multiplies on return, so that gradients are those of LoRA with ΔW = s·B A. A `Sparse` start is
-    trained as it is, without a scale. `frozen` is a low-rank term per site and `merged` a dense one
+    multiplies on return, so that gradients are those of LoRA with ΔW = s·B A. A `Sparse` or
+    `Dense` start is trained as it is, without a scale. `frozen` is a low-rank term per site and `merged` a dense one
     that are active in the forward pass and not trained (empty if none); `merged` is float32 or
     wider and is the same for all clients of a round, also at sites that a client does not train.
     `train` ``b`` fixes A. `penalty` is a term of the loss.

@@ -18,6 +18,7 @@ from polyrank.model.slot import Slot, check_delta, check_slots
 from polyrank.model.storage import SlotStorage
 from polyrank.model.swap import with_sums
 from polyrank.model.values import Values
+from polyrank.model.whole import Whole
 
 __all__ = ["Cohort", "Part", "Slot", "applied"]
 
@@ -29,7 +30,8 @@ class Cohort:
     r×n, B_k m×r, F_k the frozen term and M what `merged` has there, the same for all slots. All
     slots' factors of a site lie in two stacks, K×r×n and K×r×m (B transposed), with shorter ranks
     padded by zeros on both factors: the gradients of the padding are exactly zero. Slots with
-    sparse starts add S_k x instead, S_k with values at few positions. A cohort is of one kind.
+    sparse starts add S_k x instead, S_k with values at few positions, and slots with dense starts
+    D_k x, D_k trained at every entry. A cohort is of one kind.
 
     Factors are float32, or float64 on a float64 base; a base in bfloat16 gets its inputs raised to
     float32 and the sum rounded back, as in peft. M is added to W in that precision too. On a base
@@ -54,8 +56,7 @@ class Cohort:
         check_slots(self.slots, shapes)
         self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         self._swapped, added = self._placed(Adapter({}) if merged is None else merged)
-        sparse = any(slot.is_sparse for slot in self.slots)
-        trained = self._sparse() if sparse else self._lowrank()
+        trained = self._trained()
         like = torch.empty(0, dtype=self.dtype, device=model.device)
         self._layers: dict[str, CohortLayer] = {}
         for site, term in trained.items():
@@ -78,6 +79,14 @@ class Cohort:
             else:
                 added[site] = delta.matrix.to(dtype=self.dtype, device=self.model.device)
         return Adapter(swapped), added
+
+    def _trained(self) -> dict[str, Trained]:
+        """Return what is trained per site, of the one kind that the slots have."""
+        if any(slot.is_sparse for slot in self.slots):
+            return self._sparse()
+        if any(slot.is_dense for slot in self.slots):
+            return self._whole()
+        return self._lowrank()
 
     def _lowrank(self) -> dict[str, Trained]:
         """Lay the factors of all slots into one row of numbers each: all A, then all B."""
@@ -123,6 +132,27 @@ class Cohort:
             first += count
         return found
 
+    def _whole(self) -> dict[str, Trained]:
+        """Lay the matrices of all slots into one row of numbers each."""
+        shapes = self.model.spec.shapes
+        present = [
+            site
+            for site in sorted(shapes)
+            if any(isinstance(slot.start[site], Dense) for slot in self.slots)
+        ]
+        total = sum(shapes[site][0] * shapes[site][1] for site in present)
+        self._storage = SlotStorage(len(self.slots), total, self.dtype, self.model.device)
+        self._columns = [slice(0, None)]
+        found: dict[str, Trained] = {}
+        first = 0
+        for site in sorted(shapes):
+            m, n = shapes[site]
+            rows = m if site in present else 0
+            starts = [slot.start[site] for slot in self.slots]
+            found[site] = Whole(self._storage.leaf(first, rows, n), starts)
+            first += rows * n
+        return found
+
     def _penalised(self) -> list[tuple[str, Tensor, Tensor]]:
         """Return the strengths and the ranks to keep of all slots, per site with a penalty."""
         named = sorted({s for slot in self.slots if slot.penalty for s in slot.penalty.keep})
@@ -158,39 +188,61 @@ class Cohort:
     ) -> None:
         self._attached.close()
 
-    def route(self, parts: Sequence[Part]) -> None:
+    def route(self, parts: Sequence[Part]) -> Routing:
         """Say whose rows the next batches hold: the parts' rows follow each other in this order.
 
+        Returns what `reroute` takes, to come back to a batch whose backward pass is yet to be made.
         Raises SiteError if a part names no slot of this cohort, or one slot twice, or has no row.
         """
         routing = Routing(parts, len(self.slots), self.model.device)
+        self.reroute(routing)
+        return routing
+
+    def reroute(self, routing: Routing) -> None:
+        """Say that the next pass is over the batch of an earlier `route`."""
         for layer in self._layers.values():
-            layer.routing = routing
+            layer.routing, layer.resting = routing, False
+
+    def rest(self) -> None:
+        """Let nothing of this cohort act until the next `route`, though it is attached.
+
+        So several cohorts with sites in common can be attached to one model. What is merged into
+        weights stays there; elsewhere it rests too.
+        """
+        for layer in self._layers.values():
+            layer.resting = True
 
     def parameters(self, k: int) -> list[nn.Parameter]:
         """Return what slot k trains: all its A and all its B, each as one flat vector.
 
-        Where A is fixed it is not among them, and a sparse slot has one vector of values. They are
-        views of what the layers compute with, and so are their gradients: an optimizer made of them
+        Where A is fixed it is not among them, and a sparse or dense slot has one vector of values. They
+        are views of what the layers compute with, and so are their gradients: an optimizer made of them
         trains slot k and no other. The padding of shorter slots lies among them as zeros with zero
         gradients, which change no norm and which no optimizer moves.
         """
         columns = self._columns[-1:] if self.slots[k].train == "b" else self._columns
         return [self._storage.parameter(k, chosen) for chosen in columns]
 
-    def zero_gradients(self) -> None:
-        """Set the gradients of all slots to zero, in place."""
-        self._storage.zero_gradients()
+    def zero_gradients(self, slots: Sequence[int] | None = None) -> None:
+        """Set the gradients of these slots to zero, in place; None: of all."""
+        self._storage.zero_gradients(slots)
 
-    def add_penalties(self) -> None:
-        """Add the gradients of the slots' penalties, λ‖B[:, keep:]‖_F·‖A[keep:]‖_F per site."""
+    def add_penalties(self, slots: Sequence[int] | None = None) -> None:
+        """Add the gradients of these slots' penalties; None: of all.
+
+        A penalty is λ‖B[:, keep:]‖_F·‖A[keep:]‖_F per site.
+        """
+        if slots is not None and not any(self.slots[k].penalty for k in slots):
+            return
+        chosen = torch.tensor([slots is None or k in slots for k in range(len(self.slots))])
         for site, strengths, keeps in self._penalties:
-            self._layers[site].trained.penalise(strengths, keeps)
+            mine = strengths * chosen.to(strengths)
+            self._layers[site].trained.penalise(mine, keeps)
 
     def adapter(self, k: int) -> Adapter[Delta]:
         """Return a copy of slot k's factors at their true ranks, with s folded into B again.
 
-        A sparse slot gives its values at the positions of its start.
+        A sparse slot gives its values at the positions of its start, a dense one its matrices.
         """
         start = self.slots[k].start
         return Adapter({s: layer.trained.read(k, start[s]) for s, layer in self._layers.items()})

@@ -46,7 +46,8 @@ class CohortLayer:
     """What acts at one site, and the hook that adds it to the output.
 
     `trained` is what the slots train, `frozen` their terms without training, `merged` an m×n matrix
-    for all slots alike (None: there is none, or it is in the weight already).
+    for all slots alike (None: there is none, or it is in the weight already). Nothing acts while it
+    is `resting`.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class CohortLayer:
         self.site = site
         self.trained = trained
         self.routing: Routing | None = None
+        self.resting = False
         self._merged, self._dtype = merged, like.dtype
         width = max((delta.rank for delta in frozen if delta is not None), default=0)
         m, n = shape
@@ -88,6 +90,8 @@ class CohortLayer:
 
     def hook(self, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """Return y with what is merged, trained and frozen added, rounded to y's dtype once."""
+        if self.resting:
+            return y
         x = args[0].to(self._dtype)
         out = y.to(x.dtype)
         if self._merged is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -47,9 +49,12 @@ class SlotStorage:
         parameter.grad = self._gradients[k, columns]
         return parameter
 
-    def zero_gradients(self) -> None:
-        """Set the gradients of all slots to zero, in place."""
-        self._gradients.zero_()
+    def zero_gradients(self, slots: Sequence[int] | None = None) -> None:
+        """Set the gradients of these slots to zero, in place; None: of all."""
+        for gradients in (
+            [self._gradients] if slots is None else [self._gradients[k] for k in slots]
+        ):
+            gradients.zero_()
 
     def _columns(self, start: int, *shape: int) -> slice:
         return slice(start, start + torch.Size(shape).numel())

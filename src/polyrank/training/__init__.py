@@ -1,8 +1,9 @@
 """A client's work, and evaluation."""
 
 from polyrank.training.capacity import cohort_size, slot_bytes
+from polyrank.training.course import Job, Trained
 from polyrank.training.evaluation import token_losses
-from polyrank.training.local import Job, Trained, train_cohort
+from polyrank.training.local import train_cohort
 from polyrank.training.methods import METHODS, LocalMethod, LocalSettings, local_method
 from polyrank.training.recipe import LocalTraining
 

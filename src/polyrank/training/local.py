@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from polyrank.aggregation.types import Assignment
-from polyrank.algebra import Adapter, Delta, Dense
-from polyrank.data.types import Encoded
-from polyrank.errors import DataError, SiteError
+from polyrank.algebra import Adapter, Dense
+from polyrank.errors import SiteError
 from polyrank.model import Cohort, LoadedModel, Part, Slot, logits_at, losses_then_gradient
-from polyrank.training.batches import assemble, step_groups
+from polyrank.training.batches import assemble
+from polyrank.training.course import Course, Job, Trained
+from polyrank.training.learner import Learner
 from polyrank.training.recipe import LocalTraining
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one client is to train: its assignment, its examples, how, and from which seed."""
-
-    client: str
-    assignment: Assignment
-    examples: Sequence[Encoded]
-    local: LocalTraining
-    seed: int
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a client's training gave, of the kind of its start (s folded into B), and its numbers.
-
-    `metrics` holds ``loss`` (mean per target token over all steps, each at the factors it met),
-    ``first_loss`` and ``last_loss`` (the same of the first and last step), ``tokens`` (input
-    tokens without padding), ``target_tokens``, ``steps``, and ``grad_norm`` (mean over the steps,
-    before clipping). Losses are the task's alone, the norm is of all that is descended.
-
-    `failure` says why the client gave up, at a loss or a gradient that was not finite; the adapter
-    is then that before the step, and there are no metrics.
-    """
-
-    adapter: Adapter[Delta]
-    metrics: Mapping[str, float]
-    failure: str | None = None
 
 
 def train_cohort(
@@ -66,44 +35,47 @@ def train_cohort(
     Raises DataError if a client has no examples, SiteError or RankError if an assignment does not
     fit the model, SiteError also if jobs differ in what is merged or in the kind of their starts.
     """
-    for job in jobs:
-        if not job.examples:
-            raise DataError(f"client {job.client}: it has no training examples; leave it out")
-    if not jobs:
+    courses = [Course(job) for job in jobs]
+    if not courses:
         return []
-    slots = [
-        Slot(
-            start=job.assignment.start,
-            scale=job.assignment.scale,
-            frozen=job.assignment.frozen,
-            dropout=job.local.dropout,
-            seed=job.seed,
-            train=job.assignment.train,
-            penalty=job.assignment.penalty,
-        )
-        for job in jobs
-    ]
-    with Cohort(model, slots, _merged(jobs)) as cohort:
-        clients = [_Client(job, cohort, k) for k, job in enumerate(jobs)]
-        for step in range(max(client.steps for client in clients)):
-            active = [c for c in clients if step < c.steps and c.failure is None]
+    slots = [slot_of(job.assignment, job.local, job.seed) for job in jobs]
+    with Cohort(model, slots, merged_of(jobs)) as cohort:
+        learners = [
+            Learner(cohort.parameters(k), job.local, job.steps) for k, job in enumerate(jobs)
+        ]
+        for step in range(max(course.steps for course in courses)):
+            active = [k for k, course in enumerate(courses) if course.active(step)]
             if not active:
                 break
             cohort.zero_gradients()
-            losses = _accumulate(model, cohort, active, step)
+            losses = _accumulate(model, cohort, {k: courses[k] for k in active}, step)
             cohort.add_penalties()
-            for client in active:
-                client.pull_back()
-            norms = [client.clip() for client in active]
+            for k in active:
+                learners[k].pull_back()
+            norms = [learners[k].clip() for k in active]
             values = torch.stack([*losses, *norms]).tolist()
-            for i, client in enumerate(active):
-                client.advance(step, loss=values[i], norm=values[len(active) + i])
+            for i, k in enumerate(active):
+                if courses[k].advance(step, loss=values[i], norm=values[len(active) + i]):
+                    learners[k].step(step)
                 if on_step is not None:
                     on_step()
-    return [client.result() for client in clients]
+        return [course.result(cohort.adapter(k)) for k, course in enumerate(courses)]
 
 
-def _merged(jobs: Sequence[Job]) -> Adapter[Dense]:
+def slot_of(assignment: Assignment, local: LocalTraining, seed: int) -> Slot:
+    """Return the place in a cohort of a client with this assignment."""
+    return Slot(
+        start=assignment.start,
+        scale=assignment.scale,
+        frozen=assignment.frozen,
+        dropout=local.dropout,
+        seed=seed,
+        train=assignment.train,
+        penalty=assignment.penalty,
+    )
+
+
+def merged_of(jobs: Sequence[Job]) -> Adapter[Dense]:
     """Return what is merged into the base of all jobs; SiteError unless it is the same."""
     first = jobs[0].assignment.merged
     for job in jobs[1:]:
@@ -124,115 +96,37 @@ def _is_same(one: Adapter[Dense], other: Adapter[Dense]) -> bool:
 
 
 def _accumulate(
-    model: LoadedModel, cohort: Cohort, active: Sequence[_Client], step: int
+    model: LoadedModel, cohort: Cohort, active: dict[int, Course], step: int
 ) -> list[Tensor]:
     """Add one optimizer step's gradients to all active slots; return their summed losses.
 
     A slot's gradient is that of Σ loss / (its target tokens in all microbatches of the step).
     """
-    groups = [client.next_group() for client in active]
-    weights = [1.0 / sum(row.targets for rows in group for row in rows) for group in groups]
-    sums: list[list[Tensor]] = [[] for _ in active]
-    for micro in range(max(len(group) for group in groups)):
-        members = [i for i, group in enumerate(groups) if micro < len(group)]
-        taken = [groups[i][micro] for i in members]
+    groups = {k: course.next_group() for k, course in active.items()}
+    sums: dict[int, list[Tensor]] = {k: [] for k in active}
+    for micro in range(max(len(group) for group in groups.values())):
+        members = [k for k, group in groups.items() if micro < len(group)]
+        taken = [groups[k][micro] for k in members]
         cohort.route(
             [
                 Part(
-                    slot=active[i].slot,
+                    slot=k,
                     rows=len(rows),
                     length=max(len(row.input_ids) for row in rows),
                     draw=(step, micro),
                 )
-                for i, rows in zip(members, taken, strict=True)
+                for k, rows in zip(members, taken, strict=True)
             ]
         )
         batch = assemble(
             [row for rows in taken for row in rows], model.tokenizer.pad_token_id, model.device
         )
         counts = [sum(row.targets for row in rows) for rows in taken]
-        share = torch.tensor([weights[i] for i in members], dtype=cohort.dtype)
+        share = torch.tensor([active[k].weight for k in members], dtype=cohort.dtype)
         share = share.repeat_interleave(torch.tensor(counts)).to(model.device)
         logits = logits_at(model, batch.input_ids, batch.positions)
         losses = losses_then_gradient(logits, batch.targets, share)
         logits.backward(logits.detach())
-        for i, part in zip(members, losses.split(counts), strict=True):
-            sums[i].append(part.sum())
-    return [torch.stack(parts).sum() for parts in sums]
-
-
-class _Client:
-    """One job on its way: its optimizer, where it is in its data, and its running sums."""
-
-    def __init__(self, job: Job, cohort: Cohort, slot: int):
-        self.job, self.slot = job, slot
-        self.steps = job.local.steps_for(len(job.examples))
-        self._cohort = cohort
-        self._parameters = cohort.parameters(slot)
-        self._start = [p.detach().clone() for p in self._parameters] if job.local.proximal else []
-        self._optimizer = job.local.make_optimizer(self._parameters)
-        self._order: Iterator[list[list[int]]] = step_groups(len(job.examples), job.local, job.seed)
-        self._group: list[list[Encoded]] = []
-        self._losses: list[float] = []
-        self._targets: list[int] = []
-        self._norms: list[float] = []
-        self._tokens = 0
-        self.failure: str | None = None
-
-    def next_group(self) -> list[list[Encoded]]:
-        """Return the examples of the next optimizer step, by microbatch."""
-        self._group = [[self.job.examples[i] for i in micro] for micro in next(self._order)]
-        return self._group
-
-    def pull_back(self) -> None:
-        """Add the gradient of FedProx's term, μ(θ − θ_start)."""
-        if not self._start:
-            return
-        for parameter, start in zip(self._parameters, self._start, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - start, alpha=self.job.local.proximal)
-
-    def clip(self) -> Tensor:
-        """Return the norm of the gradient, and scale the gradient down to the bound if above it."""
-        if self.job.local.clip is None:
-            return get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        return clip_grad_norm_(self._parameters, self.job.local.clip)
-
-    def advance(self, step: int, loss: float, norm: float) -> None:
-        """Take the optimizer step, given the summed loss and the norm of its gradient.
-
-        If one of them is not finite, give up instead.
-        """
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.failure = (
-                f"client {self.job.client}, step {step + 1} of {self.steps}: loss {loss}, gradient "
-                f"norm {norm}; nothing of this step was applied. Lower local.lr, set local.clip, "
-                "add warm-up, or use a float32 base"
-            )
-            return
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.job.local.rate(step, self.steps)
-        self._optimizer.step()
-        rows = [row for micro in self._group for row in micro]
-        self._losses.append(loss)
-        self._targets.append(sum(row.targets for row in rows))
-        self._norms.append(norm)
-        self._tokens += sum(len(row.input_ids) for row in rows)
-
-    def result(self) -> Trained:
-        """Return the trained factors and the numbers of the training."""
-        factors = self._cohort.adapter(self.slot)
-        if self.failure is not None:
-            return Trained(factors, {}, self.failure)
-        return Trained(
-            adapter=factors,
-            metrics={
-                "loss": sum(self._losses) / sum(self._targets),
-                "first_loss": self._losses[0] / self._targets[0],
-                "last_loss": self._losses[-1] / self._targets[-1],
-                "tokens": float(self._tokens),
-                "target_tokens": float(sum(self._targets)),
-                "steps": float(self.steps),
-                "grad_norm": sum(self._norms) / self.steps,
-            },
-        )
+        for k, part in zip(members, losses.split(counts), strict=True):
+            sums[k].append(part.sum())
+    return [torch.stack(parts).sum() for parts in sums.values()]
