@@ -18,7 +18,7 @@ from polyrank.aggregation import (
     State,
     normalised,
 )
-from polyrank.algebra import Delta, LowRank, Sparse
+from polyrank.algebra import Delta, Dense, LowRank, Sparse
 
 SITE = "block.0.q"
 
@@ -125,6 +125,8 @@ def noisy_training(seed: int, size: float = 1.0, dtype: torch.dtype = torch.floa
         if isinstance(dealt.start, Sparse):
             values = noisy(dealt.start.values)
             return Sparse(values, dealt.start.positions, dealt.start.shape)
+        if isinstance(dealt.start, Dense):
+            return Dense(noisy(dealt.start.matrix))
         b, a = noisy(dealt.start.b), dealt.start.a
         return LowRank(b, a.to(dtype) if dealt.train == "b" else noisy(a))
 

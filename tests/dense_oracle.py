@@ -3,8 +3,8 @@
     adapter, loss = train_densely(model, one)      # one: a Job, of any kind
 
 Nothing of polyrank's cohorts, hooks or analytic gradients is used: the model is called with
-W + M + F + s·BA (or + S) in the place of each W, the penalty and FedProx's term are part of the
-loss, and torch's own clipping and optimizers do the rest. No dropout.
+W + M + F + s·BA (or + S or + D) in the place of each W, the penalty and FedProx's term are part of
+the loss, and torch's own clipping and optimizers do the rest. No dropout.
 """
 
 import dataclasses
@@ -29,6 +29,8 @@ def train_densely(model: LoadedModel, one: Job) -> tuple[Adapter, float]:
     for site, delta in start.items():
         if isinstance(delta, Sparse):
             leaves[site] = {"values": delta.values.clone().requires_grad_()}
+        elif isinstance(delta, Dense):
+            leaves[site] = {"matrix": delta.matrix.clone().requires_grad_()}
         else:
             moves = one.assignment.train == "both"
             leaves[site] = {
@@ -69,11 +71,12 @@ def train_densely(model: LoadedModel, one: Job) -> tuple[Adapter, float]:
     found = {}
     for site, delta in start.items():
         ended = {name: leaf.detach() for name, leaf in leaves[site].items()}
-        found[site] = (
-            Sparse(ended["values"], delta.positions, delta.shape)
-            if isinstance(delta, Sparse)
-            else LowRank(ended["b"] * scale[site], ended["a"])
-        )
+        if isinstance(delta, Sparse):
+            found[site] = Sparse(ended["values"], delta.positions, delta.shape)
+        elif isinstance(delta, Dense):
+            found[site] = Dense(ended["matrix"])
+        else:
+            found[site] = LowRank(ended["b"] * scale[site], ended["a"])
     return Adapter(found), summed / seen
 
 
@@ -101,6 +104,8 @@ def _loss(model: LoadedModel, one: Job, leaves, rows) -> Tensor:
 
 
 def _update(delta, own: dict[str, Tensor], scale: float) -> Tensor:
+    if isinstance(delta, Dense):
+        return own["matrix"]
     if not isinstance(delta, Sparse):
         return scale * (own["b"] @ own["a"])
     m, n = delta.shape
@@ -167,6 +172,17 @@ def random_sparse(model: LoadedModel, count: int, *, seed: int = 0, without: int
             else Sparse(values.to(dtype), positions, (m, n))
         )
     return Adapter(found)
+
+
+def random_dense(model: LoadedModel, *, seed: int = 0, without: int = 0) -> Adapter:
+    """Return dense updates, and rank 0 at the first `without` sites."""
+    whole = random_merged(model, seed=seed)
+    return Adapter(
+        {
+            site: LowRank.zero(*delta.shape, dtype=delta.matrix.dtype) if i < without else delta
+            for i, (site, delta) in enumerate(whole.items())
+        }
+    )
 
 
 def assigned(one: Job, **changes) -> Job:

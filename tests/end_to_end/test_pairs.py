@@ -9,7 +9,7 @@ from polyrank.aggregation import RULES
 from polyrank.training.methods import METHODS
 from runs import polyrank, write_recipe
 
-EXCLUDED = {("ffa", "slora"), ("ffa:replace", "slora"), ("flora", "slora")}
+EXCLUDED = {("ffa", "slora"), ("ffa:replace", "slora"), ("flora", "slora"), ("full", "slora")}
 """The pairs that make no sense; their reasons are in the rules."""
 
 RATES = {"fedavg": 1.0}

@@ -29,7 +29,7 @@ from polyrank.errors import RuleError, UpdateError
 
 SHAPE = (13, 10)
 SPARSE = [SLoRA(known, 9) for known in RULES.values() if "slora" not in known.excludes]
-KEEPING = {"flexlora:delta", "flexlora:tail-in-base", "fedit", "segment", "ffa", "flora"}
+KEEPING = {"flexlora:delta", "flexlora:tail-in-base", "fedit", "segment", "ffa", "flora", "full"}
 
 relaxed = settings(max_examples=40, deadline=None, suppress_health_check=[*HealthCheck])
 rules = st.sampled_from([*RULES.values(), *SPARSE])
@@ -117,6 +117,8 @@ def test_the_same_state_and_seed_deal_the_same_bits_and_ranks_nest(case, seed):
     for rank, one in dealt.items():
         if isinstance(one, Sparse):
             assert torch.equal(one.positions, largest.positions[: len(one.positions)])
+        elif isinstance(one, Dense):
+            assert torch.equal(one.matrix, largest.matrix)
         else:
             assert one.rank == rank
             assert torch.equal(one.b, largest.b[:, :rank])

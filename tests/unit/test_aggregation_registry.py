@@ -9,7 +9,8 @@ from polyrank.errors import RuleError
 
 def test_every_name_gives_the_rule_of_that_name():
     flexlora = ["flexlora", "flexlora:delta", "flexlora:tail-in-base"]
-    assert [*RULES] == [*flexlora, "fedit", "hetlora", "segment", "ffa", "ffa:replace", "flora"]
+    others = ["fedit", "hetlora", "segment", "ffa", "ffa:replace", "flora", "full"]
+    assert [*RULES] == [*flexlora, *others]
     for name in RULES:
         assert rule(name).name == name
     assert rule("flexlora") == FlexLoRA(mode="replace")

@@ -9,6 +9,7 @@ import torch
 from dense_oracle import random_sparse
 from models import random_adapter, tiny_loaded
 from polyrank.aggregation import Assignment
+from polyrank.algebra import Adapter, Dense
 from polyrank.training import LocalTraining, cohort_size, slot_bytes
 from polyrank.training.capacity import CPU_TOKENS, MOST, _extrapolate, _kept
 
@@ -69,6 +70,20 @@ def test_what_an_assignment_holds_beside_factors_is_counted():
     assert sizes["sparse"] - bare == pytest.approx(1.25 * 4 * whole, abs=1)
     args = (model, ranks, LocalTraining(), 20, 5, 10 * bare)
     assert (cohort_size(*args), cohort_size(*args, [held["frozen"]])) == (10, 9)
+
+
+def test_dense_starts_count_in_the_place_of_factors():
+    model = tiny_loaded("llama")
+    ranks, local = dict.fromkeys(model.spec.shapes, 2), LocalTraining()
+    whole = Adapter({site: Dense(torch.zeros(shape)) for site, shape in model.spec.shapes.items()})
+    dealt = [Assignment(whole, dict.fromkeys(whole, 1.0))]
+    shapes = model.spec.shapes.values()
+    copies = 4 + 2  # values, gradients, the dealt and the returned; AdamW's moments
+    more = copies * sum(m * n - 2 * (m + n) for m, n in shapes) + 3 * max(m * n for m, n in shapes)
+    bare = slot_bytes(model, ranks, local, 20, 5)
+    assert slot_bytes(model, ranks, local, 20, 5, dealt) - bare == pytest.approx(
+        1.25 * 4 * more, abs=2
+    )
 
 
 def test_the_cohort_follows_from_memory_up_to_a_bound():

@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from dense_oracle import assigned, difference, random_merged, random_sparse, train_densely
+from dense_oracle import (
+    assigned,
+    difference,
+    random_dense,
+    random_merged,
+    random_sparse,
+    train_densely,
+)
 from jobs import by_group, job
 from models import tiny_loaded
 from polyrank.aggregation import Penalty
@@ -85,6 +92,26 @@ def sparse_proximal(model):
     ]
 
 
+def dense(model):
+    """Whole matrices; the second client trains nothing at the first site, the third at two."""
+    return [
+        assigned(one, start=random_dense(model, seed=k, without=k))
+        for k, one in enumerate(three(model))
+    ]
+
+
+def dense_proximal(model):
+    """With FedProx, over merged sums."""
+    sums = random_merged(model, every=2)
+    return [
+        assigned(
+            dataclasses.replace(one, local=dataclasses.replace(one.local, proximal=0.7)),
+            merged=sums,
+        )
+        for one in dense(model)
+    ]
+
+
 def merged(model):
     sums = random_merged(model, every=2)
     return [assigned(one, merged=sums) for one in three(model)]
@@ -115,6 +142,8 @@ KINDS = {
     "merged": merged,
     "merged sparse": merged_sparse,
     "mixed": mixed_ways,
+    "dense": dense,
+    "merged dense fedprox": dense_proximal,
 }
 
 
@@ -290,6 +319,53 @@ def test_values_of_a_shorter_client_are_padded_by_zeros_with_zero_gradients():
         assert int(long.grad.count_nonzero()) == 12 * len(starts[0])
 
 
+# --- dense starts ---
+
+
+def test_dense_training_ignores_dropout_and_scale():
+    model = tiny_loaded("llama", dtype=torch.float64)
+    plain = dense(model)[0]
+    other = dataclasses.replace(
+        assigned(plain, scale=dict.fromkeys(plain.assignment.start, 7.0)),
+        local=dataclasses.replace(plain.local, dropout=0.5),
+    )
+    one, two = (train_cohort(model, [it])[0].adapter.hash() for it in (plain, other))
+    assert one == two
+
+
+def test_a_client_without_a_matrix_at_a_site_has_zero_gradients_there():
+    from models import batch
+    from polyrank.model import Cohort, Part, Slot
+
+    model = tiny_loaded("llama", dtype=torch.float64)
+    starts = [random_dense(model, seed=1, without=without) for without in (1, 0)]
+    slots = [Slot(start, dict.fromkeys(start, 1.0)) for start in starts]
+    m, n = next(iter(starts[0].values())).shape
+    with Cohort(model, slots) as cohort:
+        cohort.route([Part(0, 1, 7), Part(1, 2, 7)])
+        model.module(batch(3, 7)).logits.square().sum().backward()
+        [lacking], [full] = (cohort.parameters(k) for k in range(2))
+        assert not lacking.grad[: m * n].any()
+        assert not lacking[: m * n].any()
+        assert int(lacking.grad.count_nonzero()) == len(lacking) - m * n
+        assert int(full.grad.count_nonzero()) == len(full)
+        read = cohort.adapter(0)
+        assert {site: delta.rank > 0 for site, delta in read.items()} == {
+            site: isinstance(delta, Dense) for site, delta in starts[0].items()
+        }
+
+
+def test_dense_training_on_a_bfloat16_base_is_in_float32_and_leaves_the_base_alone():
+    model = tiny_loaded("llama", dtype=torch.bfloat16)
+    before = {name: p.clone() for name, p in model.module.named_parameters()}
+    one = _float32(dense(tiny_loaded("llama", dtype=torch.float64))[0])
+    trained = train_cohort(model, [one])[0].adapter
+    for site, start in one.assignment.start.items():
+        assert trained[site].matrix.dtype == torch.float32
+        assert not torch.equal(trained[site].matrix, start.matrix)
+    assert all(torch.equal(before[name], p) for name, p in model.module.named_parameters())
+
+
 # --- what is refused ---
 
 
@@ -312,8 +388,12 @@ def test_assignments_that_cannot_be_trained_together_or_at_all_are_refused_with_
     with pytest.raises(RankError, match="keeps ranks of 0 or more"):
         train_cohort(model, [assigned(one, penalty=Penalty(1.0, {site: -1}))])
     whole = Adapter({**one.assignment.start, site: Dense(start.dense())})
-    with pytest.raises(SiteError, match="of kind Dense cannot be trained"):
+    with pytest.raises(SiteError, match="some starts are factors and some are dense"):
         train_cohort(model, [assigned(one, start=whole)])
+    with pytest.raises(SiteError, match="some starts are sparse and some are dense"):
+        train_cohort(model, [few, dense(model)[0]])
+    with pytest.raises(SiteError, match="a dense start has no B to train alone"):
+        train_cohort(model, [assigned(dense(model)[0], train="b")])
     for beyond in (-1, start.shape[0] * start.shape[1]):
         outside = Sparse(start.values[:1], torch.tensor([beyond]), start.shape)
         with pytest.raises(SiteError, match="expected positions in 0"):

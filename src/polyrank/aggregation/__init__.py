@@ -4,6 +4,7 @@ from polyrank.aggregation.fedit import FedIT
 from polyrank.aggregation.ffa import FFA
 from polyrank.aggregation.flexlora import FlexLoRA
 from polyrank.aggregation.flora import FLoRA
+from polyrank.aggregation.full import Full
 from polyrank.aggregation.hetlora import HetLoRA
 from polyrank.aggregation.registry import DEFAULT, OPTIONS, RULES, rule
 from polyrank.aggregation.rule import Rule, deal
@@ -35,6 +36,7 @@ __all__ = [
     "FedIT",
     "FleetSpec",
     "FlexLoRA",
+    "Full",
     "HetLoRA",
     "Json",
     "Penalty",

@@ -10,6 +10,7 @@ from polyrank.aggregation.fedit import FedIT
 from polyrank.aggregation.ffa import FFA
 from polyrank.aggregation.flexlora import FlexLoRA
 from polyrank.aggregation.flora import FLoRA
+from polyrank.aggregation.full import Full
 from polyrank.aggregation.hetlora import HetLoRA
 from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.segment import Segment
@@ -27,6 +28,7 @@ RULES: Mapping[str, Rule] = {
         FFA(),
         FFA(correction=False),
         FLoRA(),
+        Full(),
     )
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from polyrank.aggregation.types import Penalty, Train
-from polyrank.algebra import Adapter, Delta, LowRank, Sparse
+from polyrank.algebra import Adapter, Delta, Dense, LowRank, Sparse
 from polyrank.errors import RankError, SiteError
 
 
@@ -17,9 +17,10 @@ class Slot:
     """One client's place in a cohort: what it trains and how its inputs are dropped out.
 
     `start` has every scale s folded into B, `scale` gives s per site, `frozen` is active and not
-    trained. A `Sparse` start is trained at its positions, without a scale. `train` ``b`` fixes A,
-    and `penalty` is a term of the loss, on factors with s divided out. `dropout` is the probability
-    of LoRA's input dropout and `seed` the seed of its masks; a `Sparse` start has no dropout.
+    trained. A `Sparse` start is trained at its positions and a `Dense` one at all entries, without
+    a scale. `train` ``b`` fixes A, and `penalty` is a term of the loss, on factors with s divided
+    out. `dropout` is the probability of LoRA's input dropout and `seed` the seed of its masks; only
+    factors have dropout.
     """
 
     start: Adapter[Delta]
@@ -36,6 +37,11 @@ class Slot:
         return any(isinstance(delta, Sparse) for delta in self.start.values())
 
     @property
+    def is_dense(self) -> bool:
+        """Whether whole matrices are trained, somewhere."""
+        return any(isinstance(delta, Dense) for delta in self.start.values())
+
+    @property
     def is_lowrank(self) -> bool:
         """Whether factors are trained, somewhere."""
         return any(isinstance(delta, LowRank) and delta.rank for delta in self.start.values())
@@ -47,11 +53,17 @@ def check_slots(slots: Sequence[Slot], shapes: Mapping[str, tuple[int, int]]) ->
         raise SiteError("Cohort: expected at least one slot, got none")
     for k, slot in enumerate(slots):
         _check(f"Cohort, slot {k} of {len(slots)}", slot, shapes)
-    if any(slot.is_sparse for slot in slots) and any(slot.is_lowrank for slot in slots):
+    kinds = {
+        "sparse": any(slot.is_sparse for slot in slots),
+        "factors": any(slot.is_lowrank for slot in slots),
+        "dense": any(slot.is_dense for slot in slots),
+    }
+    present = [kind for kind, there in kinds.items() if there]
+    if len(present) > 1:
         raise SiteError(
-            "Cohort: some starts are sparse and some are factors; expected one kind at all slots "
-            "and sites (or rank 0, nothing to train). Train clients of each kind in a cohort of "
-            "their own"
+            f"Cohort: some starts are {' and some are '.join(present)}; expected one kind at all "
+            "slots and sites (or rank 0, nothing to train). Train clients of each kind in a cohort "
+            "of their own"
         )
 
 
@@ -94,18 +106,19 @@ def _check(place: str, slot: Slot, shapes: Mapping[str, tuple[int, int]]) -> Non
 
 
 def _check_start(place: str, slot: Slot, delta: Delta) -> None:
-    if not isinstance(delta, LowRank | Sparse):
+    if not isinstance(delta, LowRank | Sparse | Dense):
         raise SiteError(
             f"{place}: a start of kind {type(delta).__name__} cannot be trained; expected LowRank "
-            "factors or a Sparse update (what only acts belongs into `frozen` or `merged`)"
+            "factors, or a Sparse or Dense update"
         )
     if isinstance(delta, LowRank) and delta.rank > min(delta.shape):
         raise RankError(
             f"{place}: rank {delta.rank} is above what a matrix of {delta.shape} allows"
         )
+    if not isinstance(delta, LowRank) and slot.train != "both":
+        kind = type(delta).__name__.lower()
+        raise SiteError(f"{place}: a {kind} start has no B to train alone; use train='both'")
     if isinstance(delta, Sparse):
-        if slot.train != "both":
-            raise SiteError(f"{place}: a sparse start has no B to train alone; use train='both'")
         m, n = delta.shape
         inside = not delta.positions.numel() or 0 <= delta.positions.min() <= delta.positions.max()
         if not inside or (delta.positions.numel() and delta.positions.max() >= m * n):

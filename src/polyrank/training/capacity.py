@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polyrank.aggregation.types import Assignment
-from polyrank.algebra import Adapter, LowRank, Sparse
+from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.model import Cohort, LoadedModel, Part, Slot, logits_at
 from polyrank.training.recipe import LocalTraining
 
@@ -65,11 +65,13 @@ def slot_bytes(
     in the length. The logits at the targets are counted with them. Under checkpointing it is one
     hidden state a block, and one block's activations by plain arithmetic.
 
-    `dealt` are assignments of the kind that will come: their largest frozen term counts, and of a
-    sparse start the whole matrix that is made of it, at one site at a time. What is merged into the
-    base is not counted: it is there once, not for each client.
+    `dealt` are assignments of the kind that will come: their largest frozen term counts, of a
+    sparse start the whole matrix that is made of it, at one site at a time, and dense starts in the
+    place of factors. What is merged into the base is not counted: it is there once, not for each
+    client.
     """
-    entries = sum(rank * sum(model.spec.shapes[site]) for site, rank in ranks.items())
+    of_factors = sum(rank * sum(model.spec.shapes[site]) for site, rank in ranks.items())
+    entries = max([of_factors, *map(_dense_entries, dealt)])
     itemsize = max(4, model.dtype.itemsize)
     factors = (_COPIES + local.moments + (local.proximal > 0)) * entries * itemsize
     measured = {length: _kept(model, ranks, local, length, targets=1) for length in _LENGTHS}
@@ -80,17 +82,24 @@ def slot_bytes(
     return int(MARGIN * (factors + itemsize * _beside(dealt) + local.batch * row))
 
 
+def _dense_entries(one: Assignment) -> int:
+    """Return the entries that a client trains of dense starts."""
+    shapes = [delta.shape for delta in one.start.values() if isinstance(delta, Dense)]
+    return sum(m * n for m, n in shapes)
+
+
 def _beside(dealt: Sequence[Assignment]) -> int:
     """Return the numbers that a slot holds beside what it trains.
 
     A frozen term is held as dealt and in the cohort's stack. A sparse start is made a matrix, twice
-    in the backward pass, and its gradient is one.
+    in the backward pass, and its gradient is one; a dense one has its gradient and that added up.
     """
     frozen = max(
         (sum(d.rank * sum(d.shape) for d in one.frozen.values()) for one in dealt), default=0
     )
     starts = [delta for one in dealt for delta in one.start.values()]
-    whole = max((d.shape[0] * d.shape[1] for d in starts if isinstance(d, Sparse)), default=0)
+    made = [d.shape for d in starts if isinstance(d, Sparse | Dense)]
+    whole = max((m * n for m, n in made), default=0)
     return 2 * frozen + 3 * whole
 
 
