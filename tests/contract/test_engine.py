@@ -13,7 +13,8 @@ from polyrank.errors import ResourceError
 from polyrank.federation import Conduct, prepare, setup
 from polyrank.federation import engine as engines
 from polyrank.federation.engine import InProcess
-from polyrank.federation.round import METRICS, Round
+from polyrank.federation.judge import METRICS
+from polyrank.federation.round import Round
 from polyrank.federation.settings import Encoding
 
 DATA = clients(seen=5)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
@@ -18,6 +19,8 @@ class Attempt:
     """As much of a round as a record asks for."""
 
     number, bytes_down, bytes_up = 4, 100, 60
+    wire_down, wire_up = 30, 20
+    cuts: ClassVar = {"2": 1, "whole": 2}
 
     def __init__(self, attempt, accepted, rejected):
         self.attempt, self.rejected = attempt, rejected
@@ -44,6 +47,7 @@ def test_a_record_tells_of_the_attempt_that_succeeded_and_counts_what_all_cost()
     assert made.ranks == {"T1": 2, "T2": 1}
     assert made.loss == pytest.approx((1.0 * 30 + 3.0 * 10) / 40)
     assert (made.bytes_down, made.bytes_up, made.tokens) == (200, 120, 30)
+    assert (made.wire_down, made.wire_up, made.cuts) == (60, 40, {"2": 1, "whole": 2})
     assert made.rejected == {"d": "rank 1"}
     assert made.abandoned == [{"b": "late", "c": "NaN"}]
     assert made.discarded == pytest.approx(2 / 8)
@@ -57,6 +61,15 @@ def test_a_record_is_json_and_comes_back():
         RoundRecord.from_json({**made.to_json(), "schema": 2, "new": 0})
 
 
+def test_a_record_of_before_there_were_cuts_can_be_read():
+    found = record().to_json()
+    for name in ("cuts", "wire_up", "wire_down"):
+        del found[name]
+    read = RoundRecord.from_json(found)
+    assert (read.cuts, read.wire_up, read.wire_down) == ({}, 0, 0)
+    assert (read.bytes_up, read.ranks) == (120, {"T1": 2, "T2": 1})
+
+
 def test_a_record_is_one_line_for_people():
     line = str(record())
     assert "round 4: loss 1.5000" in line
@@ -64,6 +77,10 @@ def test_a_record_is_one_line_for_people():
     assert "discarded 25.00%" in line
     measured = record(evaluation={"server": {"seen": {"loss": 1.25}}, "own_rank": None})
     assert "validation 1.2500" in str(measured)
+    assert "down 3.0 MiB (wire 2.0 MiB)" in str(
+        record(bytes_down=3 * 2**20, wire_up=2**20, wire_down=2**20)
+    )
+    assert "wire" not in str(record(wire_up=0, wire_down=0))
 
 
 def told(loss, number):
@@ -81,9 +98,10 @@ def test_the_target_counts_everything_up_to_the_round_that_reached_it():
 def test_a_summary_holds_what_readers_rely_on():
     group = {"loss": 1.0, "loss_se": 0.1, "exact_match": 0.5, "rouge_l": 0.6, "clients": 3}
     scores = {"seen": group, "unseen": {**group, "loss": 2.0}, "per_category": {"a": {}}}
+    before = {k: v for k, v in told(1.0, 2).items() if not k.startswith("wire")}
     made = summary(
         method="flexlora",
-        records=[told(1.0, 1), told(1.0, 2)],
+        records=[told(1.0, 1), before],
         base=scores,
         final={**scores, "clients": {"many": 1}},
         target=None,
@@ -95,6 +113,7 @@ def test_a_summary_holds_what_readers_rely_on():
         made
     )
     assert (made["rounds"], made["tokens"], made["bytes_up"], made["seconds"]) == (2, 60, 240, 4.0)
+    assert (made["wire_up"], made["wire_down"]) == (40, 60)
     for when in ("base", "final"):
         for who in ("seen", "unseen"):
             assert {"loss", "exact_match", "rouge_l"} <= set(made[when][who])

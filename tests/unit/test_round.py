@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from polyrank.aggregation import FedIT, FleetSpec, FlexLoRA, Update
+from polyrank.aggregation import FedIT, FleetSpec, FlexLoRA, FLoRA, Update
 from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import RuleError, UpdateError
 from polyrank.federation.round import Failure, Round, RoundSettings, sample_clients
@@ -33,7 +33,8 @@ def state(chosen: RoundSettings):
 
 def begin(chosen: RoundSettings | None = None, clients=("a", "b", "c", "d")) -> Round:
     chosen = chosen or settings()
-    return Round(chosen, state(replace(chosen, max_increment=None)), 2, 0, list(clients))
+    before = state(replace(chosen, max_increment=None, cut_of=None))
+    return Round(chosen, before, 2, 0, list(clients))
 
 
 def answer(round: Round, client: str, **changes) -> Update:
@@ -344,3 +345,75 @@ def test_a_task_says_where_the_client_is_cut_in_this_round():
     assert chosen.held("a", 1) == {"q"}
     assert chosen.held("b", 1) is None
     assert begin().task("a").cut is None
+    assert round.cuts == {"1–2": 1, "whole": 3}
+    assert begin().cuts == {"whole": 4}
+
+
+def divided(rule=None, **rest) -> RoundSettings:
+    """Client a holds q alone, b holds v alone, c and d are whole."""
+    held = {Split(1): frozenset({"q"}), Split(2): frozenset({"v"})}
+    cuts = {"a": Split(1), "b": Split(2)}
+    return settings(rule, cut_of=lambda client, _: cuts.get(client), held_by=held, **rest)
+
+
+WIRED = {**NUMBERS, "wire_up": 1000.0, "wire_down": 700.0}
+
+
+def bytes_at(adapter, *sites: str) -> int:
+    return sum(adapter[site].nbytes for site in sites)
+
+
+def test_a_split_client_sends_and_gets_its_own_sites_and_what_crosses_its_cut():
+    round = begin(divided(), ("a", "b", "d"))
+    dealt = {client: round.assignment(client).start for client in "abd"}
+    tensors = bytes_at(dealt["a"], "q") + bytes_at(dealt["b"], "v") + dealt["d"].nbytes
+    assert round.bytes_down == tensors
+    round.accept(answer(round, "a", metrics=WIRED))
+    round.accept(answer(round, "b", metrics={**WIRED, "wire_up": 24.0}))
+    round.accept(answer(round, "d", metrics=WIRED))  # Whole: nothing of it crossed a cut.
+    assert (round.wire_up, round.wire_down) == (1024, 1400)
+    assert round.bytes_down == tensors + 1400
+    assert round.bytes_up == tensors + 1024
+    assert round.accepted["a"].nbytes == bytes_at(dealt["a"], "q") + 1000
+    assert sum(receipt.nbytes for receipt in round.accepted.values()) == round.bytes_up
+
+
+def test_a_split_client_downloads_frozen_terms_and_merged_sums_of_its_own_sites():
+    def dealt(rule, cut):
+        chosen = replace(divided(rule), cut_of=lambda *_: cut)
+        round = begin(chosen, ("a",))
+        return round, round.assignment("a")
+
+    round, assignment = dealt(FLoRA(), Split(1))
+    missed = round.settings.rule.catch_up(round.state, "a", {"q"})
+    assert 0 < missed < round.settings.rule.catch_up(round.state, "a")
+    assert round.bytes_down == bytes_at(assignment.start, "q") + missed
+    for cut, held in ((Split(1), "q"), (Split(2), "v")):
+        round, assignment = dealt(FlexLoRA("tail-in-base"), cut)
+        assert {*assignment.frozen} == {"q"}
+        frozen = assignment.frozen["q"].nbytes if held == "q" else 0
+        assert round.bytes_down == bytes_at(assignment.start, held) + frozen
+
+
+@pytest.mark.parametrize("name", ["wire_up", "wire_down"])
+@pytest.mark.parametrize("value", [None, -1.0, float("nan"), float("inf")])
+def test_a_split_client_must_say_what_crossed_its_cut(name, value):
+    round = begin(divided())
+    metrics = {key: number for key, number in WIRED.items() if key != name}
+    metrics |= {} if value is None else {name: value}
+    with pytest.raises(UpdateError, match=f"expected a number of bytes as {name!r}.*got {value}"):
+        round.accept(answer(round, "a", metrics=metrics))
+    other = {"wire_up": round.wire_down, "wire_down": round.wire_up}[name]
+    assert other == {"wire_up": 700, "wire_down": 1000}[name]
+    assert getattr(round, name) == 0
+
+
+def test_what_crossed_a_cut_counts_once_also_when_nothing_came_of_it():
+    round = begin(divided(), ("a", "b"))
+    failed = Failure("b", round.number, round.attempt, "diverged", {"wire_up": 5, "wire_down": 3})
+    round.fail(failed)
+    assert (round.bytes_up, round.wire_up, round.wire_down) == (5, 5, 3)
+    round.accept(answer(round, "a", metrics=WIRED))
+    with pytest.raises(UpdateError, match="accepted already"):
+        round.accept(answer(round, "a", metrics=WIRED))
+    assert (round.wire_up, round.wire_down) == (1005, 703)

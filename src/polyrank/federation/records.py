@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from polyrank.aggregation import SiteReport
@@ -23,8 +23,10 @@ class RoundRecord:
     `energy` gives per site [‖D‖², what the cut to the server's rank took away]; `ranks` says how
     many of the round's clients were of each LoRA type; `evaluation` is null where none was made.
     `rejected` gives the reason per client without an accepted update, `abandoned` the same for each
-    attempt before, which had too few; tokens and bytes count those attempts too. Only `seconds` may
-    differ between a run and its repetition.
+    attempt before, which had too few; tokens and bytes count those attempts too. `cuts` says how
+    many of the round's clients run their whole model, or the blocks below which cut (``2–6``: a
+    U-shape); `wire_up` and `wire_down` are the bytes of activations and gradients within
+    `bytes_up` and `bytes_down`. Only `seconds` may differ between a run and its repetition.
     """
 
     schema: int
@@ -41,6 +43,9 @@ class RoundRecord:
     abandoned: list[dict[str, str]]
     evaluation: dict[str, Any] | None
     seconds: dict[str, float]
+    cuts: dict[str, int] = field(default_factory=dict)
+    wire_up: int = 0
+    wire_down: int = 0
 
     @staticmethod
     def of(
@@ -70,6 +75,9 @@ class RoundRecord:
             abandoned=[dict(sorted(attempt.rejected.items())) for attempt in attempts[:-1]],
             evaluation=evaluation,
             seconds=seconds,
+            cuts=round.cuts,
+            wire_up=sum(attempt.wire_up for attempt in attempts),
+            wire_down=sum(attempt.wire_down for attempt in attempts),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -100,10 +108,12 @@ class RoundRecord:
     def __str__(self) -> str:
         validation = self.validation_loss
         evaluated = "" if validation is None else f"  validation {validation:.4f}"
+        carried = self.wire_up + self.wire_down
+        wire = f" (wire {mebibytes(carried)})" if carried else ""
         return (
             f"round {self.round}: loss {self.loss:.4f}{evaluated}"
             f"  {len(self.clients) - len(self.rejected)} clients"
-            f"  up {mebibytes(self.bytes_up)}  down {mebibytes(self.bytes_down)}"
+            f"  up {mebibytes(self.bytes_up)}  down {mebibytes(self.bytes_down)}{wire}"
             f"  discarded {self.discarded:.2%}  {self.seconds['total']:.1f} s"
         )
 
@@ -144,6 +154,8 @@ def summary(
         "tokens": sum(r["tokens"] for r in records),
         "bytes_up": sum(r["bytes_up"] for r in records),
         "bytes_down": sum(r["bytes_down"] for r in records),
+        "wire_up": sum(r.get("wire_up", 0) for r in records),  # Records of before lack them.
+        "wire_down": sum(r.get("wire_down", 0) for r in records),
         "to_target": to_target(records, target),
         "base": short(base),
         "final": short(final),

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-
-import torch
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from polyrank.aggregation import Assignment, Contribution, Dealt, Rule, SiteReport, State, Update
 from polyrank.aggregation import deal as deal_all
 from polyrank.aggregation.weights import normalised
-from polyrank.algebra import Delta, Sparse, distance
+from polyrank.algebra import Adapter, Delta
 from polyrank.errors import RuleError, UpdateError
+from polyrank.federation.judge import WIRE, check_update, counted
 from polyrank.planning.scaling import Scaling
 from polyrank.planning.split import Split
 from polyrank.seeds import derive
 
-METRICS = ("loss", "tokens", "target_tokens")
-"""The numbers that every update must carry, for the round's record."""
+D = TypeVar("D", bound=Delta)
 
 ReadUpdate = Callable[[str, str], Delta]
 """(client, site) -> what that client returned at that site, accepted."""
@@ -45,12 +45,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client's answer that there will be no update, and why."""
+    """A client's answer that there will be no update, and why.
+
+    `metrics` of a split client carry ``wire_up`` and ``wire_down`` like those of an update: bytes
+    that travelled all the same.
+    """
 
     client: str
     round: int
     attempt: int
     reason: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,9 @@ class Round:
     of them to `aggregate`, which goes site by site and client by client in the order of their ids,
     so that neither memory nor the result depends on the order in which updates came. `rejected`
     says why, per client; `bytes_up` counts all that arrived, also what was not accepted.
+
+    What travels to and from a split client are the factors of the sites that it holds itself, and
+    its activations and gradients: these are in `wire_up` and `wire_down`, and in the bytes above.
     """
 
     settings: RoundSettings
@@ -115,6 +123,9 @@ class Round:
     accepted: dict[str, Receipt] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
+    wire_up: int = 0
+    wire_down: int = 0
+    _wired: set[str] = field(default_factory=set)
     _dealt: dict[tuple[tuple[str, int], ...], tuple[Assignment, str]] = field(default_factory=dict)
     _by_client: dict[str, tuple[Assignment, str]] = field(default_factory=dict)
 
@@ -134,9 +145,25 @@ class Round:
 
     @property
     def bytes_down(self) -> int:
-        """Bytes of the tensors that travel to all clients of the round, merged sums included."""
-        missed = (self.settings.rule.catch_up(self.state, client) for client in self.clients)
-        return sum(self.assignment(client).nbytes for client in self.clients) + sum(missed)
+        """Bytes that travel to all clients of the round, merged sums and gradients included."""
+        return sum(map(self._down, self.clients)) + self.wire_down
+
+    def _down(self, client: str) -> int:
+        """Bytes of the tensors dealt to a client, at the sites that it holds."""
+        assignment, held = self.assignment(client), self.settings.held(client, self.number)
+        missed = self.settings.rule.catch_up(self.state, client, held)
+        if held is None:
+            return assignment.nbytes + missed
+        own = replace(
+            assignment, start=within(assignment.start, held), frozen=within(assignment.frozen, held)
+        )
+        return own.nbytes + missed
+
+    @property
+    def cuts(self) -> dict[str, int]:
+        """How many of the clients are cut where; ``whole`` are those that are not."""
+        cuts = (self.settings.cut(client, self.number) for client in self.clients)
+        return dict(sorted(Counter("whole" if cut is None else str(cut) for cut in cuts).items()))
 
     def _deal(self, client: str) -> tuple[Assignment, str]:
         """Return the client's assignment and its hash, made once per distinct set of ranks."""
@@ -154,7 +181,7 @@ class Round:
 
     def accept(self, update: Update) -> None:
         """Take an update in, or record why not and raise UpdateError; never both."""
-        nbytes = self._travelled(update)
+        nbytes = self._travelled(update) + self._wire(update)
         self.bytes_up += nbytes
         try:
             self._validate(update)
@@ -166,16 +193,29 @@ class Round:
         self.rejected.pop(update.client, None)
 
     def _travelled(self, update: Update) -> int:
-        asked = update.client in self.clients
-        return (
-            self.assignment(update.client).travelling(update.adapter)
-            if asked
-            else update.adapter.nbytes
-        )
+        if update.client not in self.clients:
+            return update.adapter.nbytes
+        held = self.settings.held(update.client, self.number)
+        sent = update.adapter if held is None else within(update.adapter, held)
+        return self.assignment(update.client).travelling(sent)
+
+    def _wire(self, answer: Update | Failure) -> int:
+        """Count a split client's activations and gradients, once; return the bytes up."""
+        client = answer.client
+        if client in self._wired or client not in self.clients:
+            return 0
+        if self.settings.cut(client, self.number) is None:
+            return 0
+        self._wired.add(client)
+        up, down = (counted(answer.metrics, name) or 0 for name in WIRE)
+        self.wire_up += up
+        self.wire_down += down
+        return up
 
     def fail(self, failure: Failure) -> None:
         """Record that a client has no update to give; UpdateError if it was not asked for one."""
         self._expected(failure)
+        self.bytes_up += self._wire(failure)
         self.rejected[failure.client] = failure.reason
 
     def enough(self, quorum: float) -> bool:
@@ -199,64 +239,8 @@ class Round:
     def _validate(self, update: Update) -> None:
         place = self._expected(update)
         assignment, expected = self._deal(update.client)
-        if update.assignment != expected:
-            raise UpdateError(
-                f"{place}: it was trained from other factors than were dealt (hash "
-                f"{update.assignment[:12]}…, expected {expected[:12]}…)"
-            )
-        if update.examples < 1:
-            raise UpdateError(
-                f"{place}: expected at least 1 training example, got {update.examples}"
-            )
-        for name in METRICS:
-            value = update.metrics.get(name)
-            if value is None or not math.isfinite(value):
-                raise UpdateError(f"{place}: expected a finite number as {name!r}, got {value}")
-        if update.metrics["target_tokens"] < 1:
-            raise UpdateError(f"{place}: expected at least 1 target token")
-        missing = sorted(assignment.start.keys() - update.adapter.keys())
-        extra = sorted(update.adapter.keys() - assignment.start.keys())
-        if missing or extra:
-            raise UpdateError(f"{place}: sites missing {missing}, sites not asked for {extra}")
-        for site, start in assignment.start.items():
-            result = update.adapter[site]
-            if result.shape != start.shape or result.rank != start.rank:
-                raise UpdateError(
-                    f"{place}: at {site} expected {start.shape} of rank {start.rank}, got "
-                    f"{result.shape} of rank {result.rank}"
-                )
-            self._check_kind(f"{place}: at {site}", start, result, assignment.train)
-            if not result.is_finite():
-                raise UpdateError(
-                    f"{place}: NaN or infinite entries at {site}; lower the learning rate or clip"
-                )
-        self._check_increment(update, assignment, place)
-
-    def _check_kind(self, place: str, start: Delta, result: Delta, train: str) -> None:
-        if type(result) is not type(start):
-            raise UpdateError(
-                f"{place} expected {type(start).__name__}, got {type(result).__name__}"
-            )
-        for one, other in zip(start.tensors().values(), result.tensors().values(), strict=True):
-            if one.dtype.is_floating_point and not other.dtype.is_floating_point:
-                raise UpdateError(f"{place} expected real numbers, got {other.dtype}")
-        if train == "b" and not _same(start, result, "a"):
-            raise UpdateError(f"{place} A was not to be trained, and it is not as dealt")
-        if isinstance(start, Sparse) and not _same(start, result, "positions"):
-            raise UpdateError(f"{place} expected values at the positions that were dealt")
-
-    def _check_increment(self, update: Update, assignment: Assignment, place: str) -> None:
-        bound = self.settings.max_increment
-        if bound is None:
-            return
-        squared = sum(
-            distance(update.adapter[s], start) ** 2 for s, start in assignment.start.items()
-        )
-        if not squared**0.5 <= bound:
-            raise UpdateError(
-                f"{place}: its increment has norm {squared**0.5:.4g}, more than max_increment = "
-                f"{bound}"
-            )
+        split = self.settings.cut(update.client, self.number) is not None
+        check_update(update, assignment, expected, place, split, self.settings.max_increment)
 
     def aggregate(self, read: ReadUpdate) -> tuple[State, dict[str, SiteReport]]:
         """Return the next state and a report per site; RuleError if no update was accepted."""
@@ -299,10 +283,9 @@ class Round:
             yield Contribution(weight, dealt, read(client, site), client)
 
 
-def _same(start: Delta, result: Delta, name: str) -> bool:
-    """Whether a tensor that is not trained came back as it was dealt."""
-    before, after = start.tensors()[name], result.tensors()[name]
-    return torch.equal(before.to(after.dtype), after)
+def within(adapter: Adapter[D], sites: Collection[str]) -> Adapter[D]:
+    """Return what an adapter has at some sites; it need not have all of them."""
+    return adapter.restrict(site for site in adapter if site in sites)
 
 
 def sample_clients(
