@@ -1,0 +1,18 @@
+"""How the messages of split training travel: codec, frames, and links that carry them."""
+
+from polyrank.transport.codec import CODECS, Codec, Coding, codec
+from polyrank.transport.frames import decode, encode
+from polyrank.transport.in_process import InProcessLink, InProcessLinks
+from polyrank.transport.layout import Limits
+
+__all__ = [
+    "CODECS",
+    "Codec",
+    "Coding",
+    "InProcessLink",
+    "InProcessLinks",
+    "Limits",
+    "codec",
+    "decode",
+    "encode",
+]

@@ -1,0 +1,84 @@
+"""The server's end of links, whatever carries the frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from polyrank.errors import FrameError
+from polyrank.training.split.link import Tail
+from polyrank.training.split.messages import (
+    Activations,
+    At,
+    Gradients,
+    Refused,
+    Reply,
+    Request,
+    Step,
+    Stepped,
+)
+from polyrank.transport.frames import decode, encode
+from polyrank.transport.layout import Limits
+
+
+class Serving:
+    """Frames in, frames out: reads requests, has the tail answer them, and writes the replies.
+
+    A frame is known to come from one client, that of its connection; it is refused if it says
+    otherwise, if it is malformed, or if it is no request. Not thread-safe.
+    """
+
+    def __init__(self, tail: Tail, limits: Limits) -> None:
+        self._tail = tail
+        self._limits = limits
+        self._begun: dict[str, tuple[int, int, int]] = {}
+        self._stepped: dict[str, tuple[int, int, int]] = {}
+
+    def answer(self, frames: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Return the reply to each client's frame, by client; the tail is asked once for all."""
+        requests: dict[str, Request] = {}
+        replies: dict[str, bytes] = {}
+        for client, frame in frames.items():
+            try:
+                requests[client] = self._read(client, frame)
+            except FrameError as error:
+                replies[client] = self.refuse(client, str(error))
+        if requests:
+            answers = self._tail.answer(tuple(requests.values()))
+            if len(answers) != len(requests):
+                raise FrameError(f"the tail: expected {len(requests)} answers; {len(answers)} came")
+            for (client, request), reply in zip(requests.items(), answers, strict=True):
+                replies[client] = self._write(client, request, reply)
+        return replies
+
+    def refuse(self, client: str, reason: str) -> bytes:
+        """Return the reply to a frame of which nothing can be believed but where it came from."""
+        return encode(Refused(At(client, 0, 0, 0), reason), self._limits.codec)
+
+    def leave(self, client: str) -> None:
+        """Tell the tail that a client has gone, unless its last step is taken and none is begun."""
+        begun, stepped = self._begun.pop(client, None), self._stepped.pop(client, None)
+        if begun is not None and (stepped is None or begun > stepped):
+            self._tail.leave(client)
+
+    def _read(self, client: str, frame: bytes) -> Request:
+        message = decode(frame, self._limits)
+        if message.at.client != client:
+            raise FrameError(
+                f"a frame of another client: expected one of {client!r} on this link; one of "
+                f"{message.at.client!r} came"
+            )
+        if not isinstance(message, Activations | Gradients | Step):
+            raise FrameError(f"expected a request; {type(message).__name__} came")
+        return message
+
+    def _write(self, client: str, request: Request, reply: Reply) -> bytes:
+        at = request.at
+        now = (at.round, at.attempt, at.step)
+        if isinstance(reply, Stepped):
+            self._stepped[client] = max(now, self._stepped.get(client, now))
+        elif not isinstance(reply, Refused):
+            self._begun[client] = max(now, self._begun.get(client, now))
+        try:
+            return encode(reply, self._limits.codec, request)
+        except FrameError as error:  # not finite: the client must not train on it
+            return encode(Refused(at, str(error)), self._limits.codec)
