@@ -215,10 +215,10 @@ class Cohort:
     def parameters(self, k: int) -> list[nn.Parameter]:
         """Return what slot k trains: all its A and all its B, each as one flat vector.
 
-        Where A is fixed it is not among them, and a sparse or dense slot has one vector of values. They
-        are views of what the layers compute with, and so are their gradients: an optimizer made of them
-        trains slot k and no other. The padding of shorter slots lies among them as zeros with zero
-        gradients, which change no norm and which no optimizer moves.
+        Where A is fixed it is not among them, and a sparse or dense slot has one vector of values.
+        They are views of what the layers compute with, and so are their gradients: an optimizer
+        made of them trains slot k and no other. The padding of shorter slots lies among them as
+        zeros with zero gradients, which change no norm and which no optimizer moves.
         """
         columns = self._columns[-1:] if self.slots[k].train == "b" else self._columns
         return [self._storage.parameter(k, chosen) for chosen in columns]
