@@ -1,9 +1,9 @@
-"""FLoRA: updates are stacked, merged into an exact sum, and adapters begin anew."""
+"""FLoRA: updates are stacked and merged into an exact sum; adapters begin anew, or are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -17,6 +17,7 @@ from polyrank.aggregation.incoming import (
     checked_scale,
     incoming,
 )
+from polyrank.aggregation.kept import fitted, keeping, kept
 from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, Json, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
@@ -31,7 +32,21 @@ class FLoRA(Rule):
     Every round every client begins with D active at all sites, also at those that it does not
     train (`merged`), B = 0 and a fresh A, the same for all clients of the round. Nothing is
     truncated, and nothing of a round's factors survives but their product; re-initialisation costs
-    the first steps of every round.
+    the first steps of every round. HSplitLoRA's noise-free aggregation is this rule [S], and
+    ``noise-free`` another name for it.
+
+    Without `reinitialise` a client goes on with the factors that it returned last, which the state
+    keeps for it (ours). Their product is part of D already, so the client also holds its negative,
+    active and not trained, and begins at base + D like everyone:
+
+        start_i = B_i A_i,  frozen_i = −B_i A_i,  D⁺ = D + Σ w_i (s_i B_i' A_i' − start_i),
+
+    start_i as really dealt. At another rank than before it begins with a prefix, or with zero
+    columns of B and fresh rows of A beside its own. Who never took part begins at B = 0 with a
+    fresh A; so in the first round the two are one. The state then grows by one update for every
+    client that ever took part, and every checkpoint with it. The frozen term is the start's
+    negative, which a client can make itself, so it does not count as travelling; and since clients
+    keep nothing, the start does. A stack holds what each client returned and what it began with.
 
     The loaded base is never written: D is kept apart, dense, in float32 or wider (float64 once
     contributions are). It is dense from the first round on: one forward pass of training needs it
@@ -45,20 +60,30 @@ class FLoRA(Rule):
 
     State: ``site/merged`` m×n; scalars ``site/stacks``, the bytes of a site's stacks up to the
     start of every round, ``rounds``, how many are over, and ``seen``, each client's last round.
+    Without `reinitialise` also ``site/kept/CLIENT/b`` and ``site/kept/CLIENT/a``.
 
-    Source: Wang et al., arXiv 2409.05976.
+    Source: Wang et al., arXiv 2409.05976; as noise-free aggregation Lin et al., arXiv 2505.02795
+    [S]. That re-initialisation adds noise: arXiv 2602.16936.
     """
+
+    reinitialise: bool = field(default=True, metadata={"later": True})
 
     @property
     def name(self) -> str:
-        """``flora``."""
-        return "flora"
+        """``flora``, or ``flora:keep`` without `reinitialise`."""
+        return "flora" if self.reinitialise else "flora:keep"
 
     @property
     def excludes(self) -> Mapping[str, str]:
-        """SLoRA."""
+        """SLoRA; and one adapter for all split clients, where each keeps its own."""
+        if self.reinitialise:
+            return {
+                "slora": "adapters are re-initialised every round, so its start would be thrown "
+                "away"
+            }
         return {
-            "slora": "adapters are re-initialised every round, so its start would be thrown away"
+            "slora": "clients go on with their own factors, so its start would be nobody's",
+            "shared": "every client goes on with its own factors, so there is no common start",
         }
 
     def init(self, spec: FleetSpec) -> State:
@@ -77,6 +102,24 @@ class FLoRA(Rule):
         a = fresh_rows(n, rank, seed=seed, site=site).to(held.dtype)
         return Dealt(LowRank(held.new_zeros(m, rank), a))
 
+    def personal(self, state: State, client: str) -> bool:
+        """Whether factors are kept for the client."""
+        if self.reinitialise:
+            return False
+        return any(kept(state, site, client) is not None for site in _sites(state))
+
+    def deal_own(
+        self, state: State, client: str, site: str, rank: int, scale: float, seed: int
+    ) -> Dealt:
+        """Return the client's own factors and their negative, frozen; as for all if it has none."""
+        own = None if self.reinitialise else kept(state, site, client)
+        if own is None:
+            return self.deal_site(state, site, rank, scale, seed)
+        checked_rank(self.name, site, rank, own.shape)
+        checked_scale(self.name, site, scale)
+        start = fitted(own, rank, seed=seed, site=site)
+        return Dealt(start, frozen=LowRank(-start.b, start.a))
+
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
     ) -> tuple[State, SiteReport]:
@@ -84,12 +127,17 @@ class FLoRA(Rule):
         old = _merged(self.name, state, site)
         shape = (old.shape[0], old.shape[1])
         travelled: list[int] = []
-        accepted = incoming(self.name, site, shape, _counted(contributions, travelled))
-        new = Dense(_added(old, accepted))
+        returned: dict[str, Delta] = {}
+        noted = _noted(contributions, travelled, returned)
+        new = Dense(_added(old, incoming(self.name, site, shape, noted)))
+        own: dict[str, Tensor] = {}
+        if not self.reinitialise:
+            for client, factors in returned.items():
+                own |= keeping(site, client, cast("LowRank", factors))  # `incoming` looked.
         before = _stacks(self.name, state, site)
         now: list[Json] = [*before[: _rounds(state) + 1], before[-1] + sum(travelled)]
         report = SiteReport(energy=new.norm() ** 2, discarded=0.0)
-        return state.update({_key(site): new.matrix}, {f"{site}{_STACKS}": now}), report
+        return state.update({_key(site): new.matrix, **own}, {f"{site}{_STACKS}": now}), report
 
     def conclude(self, state: State, clients: Sequence[str]) -> State:
         """Note that these clients hold D as it was when the round began."""
@@ -116,6 +164,15 @@ class FLoRA(Rule):
             missed += min(stacks[-1] - stacks[last], state.tensors[_key(site)].nbytes)
         return missed
 
+    def frozen_ranks(self, spec: FleetSpec) -> Mapping[str, int]:
+        """Return the largest rank of a client per site, where clients hold their own negative."""
+        if self.reinitialise:
+            return {}
+        return {
+            site: max((own[site] for own in spec.ranks.values() if site in own), default=1)
+            for site in spec.shapes
+        }
+
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return D at every site, dense."""
         return self._whole(state)
@@ -130,13 +187,21 @@ _BATCH = 256
 
 
 def _added(total: Tensor, changes: Iterator[Change]) -> Tensor:
-    """Return total + Σ w_i B_i A_i in the widest dtype, small ranks batched into one product."""
+    """Return total + Σ w_i (result_i − start_i) in the widest dtype, small ranks batched."""
     new, waiting = total.clone(), list[LowRank]()
     for one in changes:
-        waiting.append(one.result.scale(one.weight))
+        waiting.append(_increment(one).scale(one.weight))
         if sum(term.rank for term in waiting) >= _BATCH:
             new = _with(new, waiting)
     return _with(new, waiting)
+
+
+def _increment(one: Change) -> LowRank:
+    """result − start = (B' − B)A' + B(A' − A), whose terms are as small as what was changed."""
+    start, result = one.start, one.result
+    if not start.b.any():
+        return result
+    return LowRank(result.b - start.b, result.a) + LowRank(start.b, result.a - start.a)
 
 
 def _with(total: Tensor, waiting: list[LowRank]) -> Tensor:
@@ -149,9 +214,15 @@ def _with(total: Tensor, waiting: list[LowRank]) -> Tensor:
     return total
 
 
-def _counted(contributions: Iterator[Contribution], nbytes: list[int]) -> Iterator[Contribution]:
+def _noted(
+    contributions: Iterator[Contribution], nbytes: list[int], returned: dict[str, Delta]
+) -> Iterator[Contribution]:
+    """Yield the contributions, noting what each adds to the stack and what its client returned."""
     for one in contributions:
-        nbytes.append(one.result.nbytes if one.weight > 0 else 0)
+        if one.weight > 0:
+            start = one.dealt.start.nbytes if one.dealt.frozen is not None else 0
+            nbytes.append(one.result.nbytes + start)
+        returned[one.client] = one.result
         yield one
 
 

@@ -61,6 +61,16 @@ class HetLoRA(Rule):
         """``hetlora``."""
         return "hetlora"
 
+    @property
+    def excludes(self) -> Mapping[str, str]:
+        """One adapter for all split clients, unless pruning is off."""
+        if self.gamma == 1:
+            return {}
+        return {
+            "shared": "clients prune ranks each for itself and come to hold unequal ones; set "
+            "gamma = 1"
+        }
+
     def init(self, spec: FleetSpec) -> State:
         """Return B = 0 and a random A; RankError for a client above the server's rank."""
         return factors.beginning(self.name, spec)

@@ -28,6 +28,7 @@ RULES: Mapping[str, Rule] = {
         FFA(),
         FFA(correction=False),
         FLoRA(),
+        FLoRA(reinitialise=False),
         Full(),
     )
 }
@@ -36,22 +37,29 @@ DEFAULT = "flexlora:delta"
 """The rule where none is named: of those that send no more than FlexLoRA's own, the one that ended
 lowest in docs/results.md."""
 
-OPTIONS = ("split", "factorisation", "gamma", "penalty")
+ALIASES: Mapping[str, str] = {"noise-free": "flora"}
+"""Other names of rules: HSplitLoRA's noise-free aggregation is FLoRA's."""
+
+OPTIONS = ("split", "factorisation", "gamma", "penalty", "reinitialise")
 """What may be set of a rule that has it; everything else is told by the rule's name."""
 
 
 def rule(name: str, options: Mapping[str, str | float | None] | None = None) -> Rule:
     """Return the rule of that name with its options; None leaves a rule's own default.
 
-    Names: the keys of `RULES`. Options: those of `OPTIONS` that the rule has as a field.
-    Raises RuleError, with the nearest name, for an unknown name or value, and for an option that
-    the rule does not have.
+    Names: the keys of `RULES` and `ALIASES`. Options: those of `OPTIONS` that the rule has as a
+    field; ``reinitialise`` false makes ``flora`` ``flora:keep``. Raises RuleError, with the nearest
+    name, for an unknown name or value, for an option that the rule does not have, and for one that
+    contradicts the name.
     """
-    known = choose("rule", name, RULES)
+    known = choose("rule", name, {**RULES, **{other: RULES[of] for other, of in ALIASES.items()}})
     given = {key: value for key, value in (options or {}).items() if value is not None}
     own = {field.name for field in fields(known)}.intersection(OPTIONS)  # type: ignore[arg-type]
     excess = sorted(given.keys() - own)
     if excess:
         has = f"it has {sorted(own)}" if own else "it has none"
         raise RuleError(f"rule {name!r} has no option {excess[0]!r} ({has}); leave it out")
-    return replace(known, **given)  # type: ignore[type-var]
+    made: Rule = replace(known, **given)  # type: ignore[type-var]
+    if ":" in known.name and made.name != known.name:
+        raise RuleError(f"rule {name!r}: with {given} it would be {made.name!r}; drop one of them")
+    return made

@@ -21,9 +21,9 @@ from polyrank.errors import RuleError
 class Rule(ABC):
     """How updates become the next state, and the state becomes assignments. Pure.
 
-    A round asks, in this order: `ranks`, `deal_site` and `merged` for every client; `weigh` once;
-    `merge_site` for every site; `conclude` once. Rules are frozen dataclasses whose fields are
-    their options.
+    A round asks, in this order: `merged` once; `ranks`, `personal` and `deal_site` (or `deal_own`)
+    for every client; `weigh` once; `merge_site` for every site; `conclude` once. Rules are frozen
+    dataclasses whose fields are their options.
     """
 
     @property
@@ -38,7 +38,11 @@ class Rule(ABC):
 
     @property
     def excludes(self) -> Mapping[str, str]:
-        """The local methods that make no sense with the rule, each with the reason."""
+        """What makes no sense with the rule, each with the reason.
+
+        Keys are local methods by name, and ``shared``: one adapter behind the cut for all split
+        clients, who must then be dealt the same there and return the same.
+        """
         return {}
 
     @abstractmethod
@@ -66,6 +70,22 @@ class Rule(ABC):
     def ranks(self, state: State, client: str, ranks: Mapping[str, int]) -> Mapping[str, int]:  # noqa: ARG002
         """Return the ranks to deal to a client that can afford `ranks`: those, unless pruned."""
         return ranks
+
+    def personal(self, state: State, client: str) -> bool:  # noqa: ARG002
+        """Whether this client is dealt factors of its own, not those of all clients of its rank."""
+        return False
+
+    def deal_own(
+        self,
+        state: State,
+        client: str,  # noqa: ARG002
+        site: str,
+        rank: int,
+        scale: float,
+        seed: int,
+    ) -> Dealt:
+        """Return what a `personal` client gets at one site: as `deal_site`, unless it has more."""
+        return self.deal_site(state, site, rank, scale, seed)
 
     def weigh(
         self,
@@ -119,13 +139,29 @@ class Rule(ABC):
 
 
 def deal(
-    rule: Rule, state: State, ranks: Mapping[str, int], scale: Mapping[str, float], seed: int
+    rule: Rule,
+    state: State,
+    ranks: Mapping[str, int],
+    scale: Mapping[str, float],
+    seed: int,
+    *,
+    client: str | None = None,
+    merged: Adapter[Dense] | None = None,
 ) -> Assignment:
     """Return the assignment of a client with these ranks and scales per site.
 
-    Raises RuleError if sites are to be trained in different ways.
+    `client` names one that is `personal`; None: any of these ranks. `merged`, if given, is what the
+    rule said of it already, so that assignments share it. Raises RuleError if sites are to be
+    trained in different ways.
     """
-    dealt = {s: rule.deal_site(state, s, ranks[s], scale[s], seed) for s in sorted(ranks)}
+    dealt: dict[str, Dealt] = {}
+    for s in sorted(ranks):
+        asked = (s, ranks[s], scale[s], seed)
+        dealt[s] = (
+            rule.deal_site(state, *asked)
+            if client is None
+            else rule.deal_own(state, client, *asked)
+        )
     ways = {one.train for one in dealt.values()}
     if len(ways) > 1:
         raise RuleError(f"{rule.name}: expected one way of training at all sites, got {ways}")
@@ -136,7 +172,7 @@ def deal(
             {s: one.frozen for s, one in dealt.items() if one.frozen is not None}
             | dict(rule.elsewhere(state, ranks))
         ),
-        merged=rule.merged(state),
+        merged=rule.merged(state) if merged is None else merged,
         train=ways.pop() if ways else "both",
         penalty=_penalty(dealt),
     )

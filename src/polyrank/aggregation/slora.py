@@ -85,6 +85,16 @@ class SLoRA(Rule):
         """As the inner rule."""
         return self.inner.ranks(state, client, ranks)
 
+    def personal(self, state: State, client: str) -> bool:
+        """As the inner rule; during the sparse rounds nobody is."""
+        return not self._sparse(state) and self.inner.personal(state, client)
+
+    def deal_own(
+        self, state: State, client: str, site: str, rank: int, scale: float, seed: int
+    ) -> Dealt:
+        """As the inner rule."""
+        return self.inner.deal_own(state, client, site, rank, scale, seed)
+
     def weigh(
         self, state: State, weights: Mapping[str, float], norm: Callable[[str], float]
     ) -> Mapping[str, float]:

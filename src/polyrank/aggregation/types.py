@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
@@ -88,9 +89,10 @@ class Assignment:
 
     `start` holds what to train, s folded into B: training divides B by ``scale[site]`` and
     multiplies on return, so that gradients are those of LoRA with ΔW = s·B A. A `Sparse` or
-    `Dense` start is trained as it is, without a scale. `frozen` is a low-rank term per site and `merged` a dense one
-    that are active in the forward pass and not trained (empty if none); `merged` is float32 or
-    wider and is the same for all clients of a round, also at sites that a client does not train.
+    `Dense` start is trained as it is, without a scale. `frozen` is a low-rank term per site and
+    `merged` a dense one that are active in the forward pass and not trained (empty if none);
+    `merged` is float32 or wider and is the same for all clients of a round, also at sites that a
+    client does not train.
     `train` ``b`` fixes A. `penalty` is a term of the loss.
     """
 
@@ -110,10 +112,12 @@ class Assignment:
     def nbytes(self) -> int:
         """Bytes of the tensors that travel to the client, `merged` apart.
 
-        A fixed A is drawn from a seed, so it does not travel. What a client downloads of `merged`
-        depends on what it has already: `Rule.catch_up`.
+        A fixed A is drawn from a seed, so it does not travel, nor does a frozen term that is the
+        negative of the start. What a client downloads of `merged` depends on what it has already:
+        `Rule.catch_up`.
         """
-        return self.travelling(self.start) + self.frozen.nbytes
+        sent = (d.nbytes for s, d in self.frozen.items() if not _opposite(d, self.start.get(s)))
+        return self.travelling(self.start) + sum(sent)
 
     def travelling(self, trained: Adapter[Delta]) -> int:
         """Return the bytes of an update to this assignment: what was trained, and no more."""
@@ -145,7 +149,7 @@ class Assignment:
         scales = ";".join(f"{site}={self.scale[site].hex()}" for site in sorted(self.scale))
         text = f"{self.start.hash()}|{self.frozen.hash()}|{scales}"
         if self.merged:
-            text += f"|merged {self.merged.hash()}"
+            text += f"|merged {self.merged.digest}"
         if self.train != "both":
             text += f"|train {self.train}"
         if self.penalty is not None:
@@ -156,6 +160,16 @@ class Assignment:
 
 def _only(adapter: Adapter[D], sites: Collection[str]) -> Adapter[D]:
     return Adapter({site: delta for site, delta in adapter.items() if site in sites})
+
+
+def _opposite(frozen: LowRank, start: Delta | None) -> bool:
+    """Whether a frozen term is −B, A of the start, bit by bit."""
+    return (
+        isinstance(start, LowRank)
+        and start.b.dtype == frozen.b.dtype
+        and torch.equal(start.a, frozen.a)
+        and torch.equal(-start.b, frozen.b)
+    )
 
 
 @dataclass(frozen=True)

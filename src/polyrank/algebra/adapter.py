@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -82,6 +83,11 @@ class Adapter(Mapping[str, D], Generic[D]):
     ) -> Adapter[Any]:
         """Return the same updates in another dtype or on another device."""
         return Adapter({s: d.to(dtype=dtype, device=device) for s, d in self.items()})
+
+    @cached_property
+    def digest(self) -> str:
+        """`hash()`, made once: for an adapter that many hold and nobody changes."""
+        return self.hash()
 
     def hash(self) -> str:
         """Return a SHA-256 (hex) over sites, shapes, dtypes and the bytes of all tensors.

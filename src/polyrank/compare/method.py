@@ -41,8 +41,9 @@ class Method:
 
     @property
     def options(self) -> set[str]:
-        """The options of `OPTIONS` that its rule has."""
-        return {field.name for field in fields(rule(self.rule))}.intersection(OPTIONS)  # type: ignore[arg-type]
+        """The options of `OPTIONS` that its rule has and its name leaves open."""
+        own = {field.name for field in fields(rule(self.rule))}  # type: ignore[arg-type]
+        return own.intersection(OPTIONS) - {"reinitialise"}
 
     def recipe(self, base: Recipe, *, rate: float, seed: int) -> Recipe:
         """Return the recipe of one run of this method.

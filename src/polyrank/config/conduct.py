@@ -15,6 +15,7 @@ from polyrank.errors import RecipeError
 from polyrank.federation import EarlyStopping, Evaluation, Faults, Sampling, Weighting
 from polyrank.planning import Scaling
 from polyrank.training import LocalSettings, LocalTraining, local_method
+from polyrank.training.split import SplitSettings
 
 Cohort = Annotated[Literal["auto"] | int, Expected("'auto' or a whole number")]
 
@@ -37,7 +38,8 @@ class AggregationSection(Section):
 
     rule: str = DEFAULT
     """`flexlora` (the paper's), `flexlora:delta`, `flexlora:tail-in-base`, `fedit`, `hetlora`,
-    `segment`, `ffa`, `ffa:replace`, or `flora`: docs/methods.md."""
+    `segment`, `ffa`, `ffa:replace`, `flora` (also called `noise-free`), `flora:keep` or `full`:
+    docs/methods.md."""
     split: str | None = None
     """Where FlexLoRA puts the singular values: `left` (B = UΣ) or `balanced`."""
     factorisation: str | None = None
@@ -47,6 +49,9 @@ class AggregationSection(Section):
     pruning."""
     penalty: float | None = None
     """HetLoRA: strength of the local term on the ranks at stake; left out, 0.01."""
+    reinitialise: bool | None = None
+    """`flora`: whether every round begins with fresh factors; false is `flora:keep`: clients go on
+    with their own. Left out, true."""
     weights: Literal["examples", "equal", "capped"] = "examples"
     """A client's weight: its training examples, 1, or its examples up to `cap`."""
     cap: int | None = None
@@ -116,6 +121,31 @@ class LocalSection(Section):
         if self.method is None:
             return LocalSettings(**given)
         return local_method(self.method).settings(**given)
+
+
+class SplitSection(Section):
+    """How clients whose type is cut (`fleet.cuts`) talk to the server; see [privacy](privacy.md).
+
+    Without cuts it has no effect.
+    """
+
+    wire: Literal["float32", "bf16", "int8", "float64"] = "bf16"
+    """Format of the activations and gradients that travel: 4, 2, 1 or 8 bytes a number; `int8` has
+    a scale per token and sends gradients in bf16. The last is for a float64 base."""
+    adapters: Literal["own", "shared"] = "own"
+    """What the server trains behind the cut: `own` factors of each client, or one `shared` set on
+    the batches of all together, SplitLoRA's way."""
+    in_flight: int = Field(default=2, ge=1)
+    """Microbatches of a client that are under way at once."""
+    clip: float | None = None
+    """Bound on each token's L2 norm in the activations that are sent; left out, none."""
+    noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of Gaussian noise on the activations that are sent, after clipping. It
+    helps little at levels that leave a model useful; no differential privacy is claimed."""
+
+    def build(self) -> SplitSettings:
+        """Return the settings."""
+        return SplitSettings(**self.model_dump())
 
 
 class SamplingSection(Section):

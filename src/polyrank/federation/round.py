@@ -74,8 +74,8 @@ class RoundSettings:
     `ranks` per client and site in the first round, and `ranks_in` those of any round, where they
     change; `weights` per client, not yet normalised; `scaling` of LoRA; `max_increment`: an update
     whose ‖ΔW − what was dealt‖_F over all sites is larger is refused. `cut_of` gives a client's cut
-    in a round, and `held_by` the sites that the client holds at each cut that may come; without
-    them all clients run the whole model.
+    in a round, and `held_by` the sites that the client holds at each cut that may come, of those
+    that anyone trains; without them all clients run the whole model.
     """
 
     rule: Rule
