@@ -18,6 +18,7 @@ from polyrank.federation.checkpoint import Checkpoint
 from polyrank.federation.engine import InProcess
 from polyrank.federation.evaluate import Scores
 from polyrank.federation.folder import RUN, SUMMARY, RunFolder
+from polyrank.federation.population import population
 from polyrank.federation.records import RoundRecord, summary
 from polyrank.federation.result import GlobalAdapter
 from polyrank.federation.round import Failure, Round, sample_clients
@@ -40,6 +41,9 @@ class Federation:
     of an evaluation; once it says yes, the run ends with InterruptedRunError, all saved but the
     clients that were in training.
 
+    `work` are the clients that are measured; `seen`, `fleet` and `local` are of those that train,
+    which is one of its own where the run is pooled.
+
     Raises RecipeError, DataError, RankError, RuleError or ResourceError before any training if the
     parts do not fit together.
     """
@@ -61,32 +65,34 @@ class Federation:
         progress: Progress | None = None,
         stop: Callable[[], bool] | None = None,
     ):
-        self.model, self.fleet = model, fleet
+        self.model = model
         self.rule = rule or rule_called(DEFAULT)
-        self.local = local or LocalTraining()
         self.conduct = conduct or Conduct()
         self._progress: Progress = progress or (lambda *_: None)
         self._stop: Callable[[], bool] = stop or (lambda: False)
 
         setup.check_names(fleet, clients)
         self.work, self.skipped = prepared or prepare(clients, model, self.conduct.encoding)
-        self.seen = [id for id, client in self.work.items() if client.seen]
+        who = population(self.work, fleet, local or LocalTraining(), self.conduct, model.spec)
+        self.fleet, self.local, self.seen = who.fleet, who.local, who.clients
         preflight.check_measures(self.conduct, model, self.work)
-        self._settings = setup.round_settings(self.rule, fleet, model.spec, self.work, self.conduct)
-        spec = setup.fleet_spec(self._settings, fleet, model.spec, self.conduct.server_rank)
+        self._settings = setup.round_settings(
+            self.rule, self.fleet, model.spec, who.work, self.conduct
+        )
+        spec = setup.fleet_spec(self._settings, self.fleet, model.spec, self.conduct.server_rank)
         self._server_rank = spec.server_rank
         first = Checkpoint(0, self.rule.init(spec))
         dealt = setup.heaviest_assignments(self._settings, spec, first.state)
         cohort = preflight.resolve_cohort(
-            self.conduct.cohort, model, spec, self.local, self.work, dealt
+            self.conduct.cohort, model, spec, self.local, who.work, dealt
         )
-        self.engine = InProcess(model, self.work, self.local, cohort)
+        self.engine = InProcess(model, who.work, self.local, cohort)
         self._scorer = Scorer(
             model,
             self.work,
             fleet,
             self._settings,
-            self.conduct.evaluation,
+            who.evaluation,
             self._progress,
             self._check_stop,
         )
@@ -295,7 +301,7 @@ class Federation:
             lost = self.adapter.save(self.folder.path / "adapter", overwrite=True)
         restored = self._at.best is not None
         content = summary(
-            method=self.rule.name,
+            method=f"{self.rule.name}{', pooled' if self.conduct.pooled else ''}",
             records=self.folder.records(each_client=False),
             base=self.base(),
             final=final,

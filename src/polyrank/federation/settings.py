@@ -160,7 +160,8 @@ class Conduct:
     fleet's largest); `cohort` how many clients train in one pass (``auto``: as memory
     allows, on a CPU up to 2,048 tokens);
     `target_loss` a validation loss whose reaching the summary reports; `split` how clients whose
-    type is cut talk to the server.
+    type is cut talk to the server; `pooled`: all training examples are trained on in one place
+    (`polyrank.federation.population`).
     """
 
     seed: int = 0
@@ -175,6 +176,7 @@ class Conduct:
     cohort: int | Literal["auto"] = "auto"
     target_loss: float | None = None
     split: SplitSettings = field(default=SplitSettings(), metadata={"later": True})
+    pooled: bool = field(default=False, metadata={"later": True})
 
     def __post_init__(self) -> None:
         if self.server_rank is not None and self.server_rank < 1:

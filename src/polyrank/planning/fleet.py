@@ -210,9 +210,16 @@ class Fleet:
         trains the fewest parameters (ties by name).
         """
         if name == "weakest":
-            present = self.possible
-            name = min(present, key=lambda t: (_parameters(self.types[t], spec), t))
+            name = self._by_parameters(spec)[0]
         return Fleet(self.types, dict.fromkeys(self.assigned, name), cuts=self.cuts)
+
+    def strongest(self, spec: ModelSpec) -> str:
+        """Return the type that trains the most parameters, of those that clients have."""
+        return self._by_parameters(spec)[-1]
+
+    def _by_parameters(self, spec: ModelSpec) -> list[str]:
+        """The types that clients have, those with the fewest parameters first, ties by name."""
+        return sorted(self.possible, key=lambda t: (_parameters(self.types[t], spec), t))
 
     def ranks(self, spec: ModelSpec) -> dict[str, dict[str, int]]:
         """Return the rank per client and site in round 1; clients of one type share one dict."""
