@@ -1,4 +1,4 @@
-"""What a client expects for a request that it has sent."""
+"""A client's request as it is sent, and what is expected for it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from dataclasses import dataclass
 
 from polyrank.errors import FrameError
 from polyrank.training.split.messages import At, Refused, Request, Returned, Step, Stepped
-from polyrank.transport.frames import decode
+from polyrank.transport.frames import decode, encode
 from polyrank.transport.layout import Limits
+
+
+def write_request(request: Request, limits: Limits) -> bytes:
+    """Return a request as a frame; FrameError if it is longer than any valid one."""
+    frame = encode(request, limits.codec)
+    if len(frame) > limits.nbytes:
+        raise FrameError(
+            f"{request.at}: expected a frame of at most {limits.nbytes} bytes, as {limits.tokens} "
+            f"tokens take; this one has {len(frame)}: send fewer tokens at a time"
+        )
+    return frame
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from collections import deque
 from polyrank.errors import FrameError
 from polyrank.training.split.link import Tail, Traffic
 from polyrank.training.split.messages import Request, Returned, Stepped
-from polyrank.transport.awaited import Awaited
+from polyrank.transport.awaited import Awaited, write_request
 from polyrank.transport.codec import codec
-from polyrank.transport.frames import encode
 from polyrank.transport.layout import Limits
 from polyrank.transport.serving import Serving
 
@@ -76,7 +75,7 @@ class InProcessLink:
         """Encode a request and queue it; FrameError if it cannot be sent, or after `close`."""
         if self.closed:
             raise FrameError(f"{request.at}: the link is closed; open a new one")
-        frame = encode(request, self.limits.codec)
+        frame = write_request(request, self.limits)
         self._up += len(frame)
         ticket = Ticket(self, Awaited.of(request), frame)
         self.waiting.append(ticket)
@@ -92,7 +91,7 @@ class InProcessLink:
         self._down += count
 
     def close(self) -> None:
-        """Give the link up: what waits is dropped, and the tail of an unfinished step discarded."""
+        """Give the link up: what waits is dropped, and the tail of unfinished work discarded."""
         if not self.closed:
             self.closed = True
             self.waiting.clear()

@@ -14,7 +14,6 @@ from polyrank.training.split.messages import (
     Reply,
     Request,
     Step,
-    Stepped,
 )
 from polyrank.transport.frames import decode, encode
 from polyrank.transport.layout import Limits
@@ -30,8 +29,6 @@ class Serving:
     def __init__(self, tail: Tail, limits: Limits) -> None:
         self._tail = tail
         self._limits = limits
-        self._begun: dict[str, tuple[int, int, int]] = {}
-        self._stepped: dict[str, tuple[int, int, int]] = {}
 
     def answer(self, frames: Mapping[str, bytes]) -> dict[str, bytes]:
         """Return the reply to each client's frame, by client; the tail is asked once for all."""
@@ -47,7 +44,7 @@ class Serving:
             if len(answers) != len(requests):
                 raise FrameError(f"the tail: expected {len(requests)} answers; {len(answers)} came")
             for (client, request), reply in zip(requests.items(), answers, strict=True):
-                replies[client] = self._write(client, request, reply)
+                replies[client] = self._write(request, reply)
         return replies
 
     def refuse(self, client: str, reason: str) -> bytes:
@@ -55,10 +52,8 @@ class Serving:
         return encode(Refused(At(client, 0, 0, 0), reason), self._limits.codec)
 
     def leave(self, client: str) -> None:
-        """Tell the tail that a client has gone, unless its last step is taken and none is begun."""
-        begun, stepped = self._begun.pop(client, None), self._stepped.pop(client, None)
-        if begun is not None and (stepped is None or begun > stepped):
-            self._tail.leave(client)
+        """Tell the tail that a client's connection is closed; finished work stays there."""
+        self._tail.leave(client)
 
     def _read(self, client: str, frame: bytes) -> Request:
         message = decode(frame, self._limits)
@@ -71,14 +66,8 @@ class Serving:
             raise FrameError(f"expected a request; {type(message).__name__} came")
         return message
 
-    def _write(self, client: str, request: Request, reply: Reply) -> bytes:
-        at = request.at
-        now = (at.round, at.attempt, at.step)
-        if isinstance(reply, Stepped):
-            self._stepped[client] = max(now, self._stepped.get(client, now))
-        elif not isinstance(reply, Refused):
-            self._begun[client] = max(now, self._begun.get(client, now))
+    def _write(self, request: Request, reply: Reply) -> bytes:
         try:
             return encode(reply, self._limits.codec, request)
         except FrameError as error:  # not finite: the client must not train on it
-            return encode(Refused(at, str(error)), self._limits.codec)
+            return encode(Refused(request.at, str(error)), self._limits.codec)

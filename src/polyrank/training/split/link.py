@@ -60,5 +60,9 @@ class Tail(Protocol):
         ...
 
     def leave(self, client: str) -> None:
-        """Discard what a client's unfinished work has left here."""
+        """Discard what a client's unfinished work has left here.
+
+        Called whenever a link closes, for a link cannot know whether the work is finished: finished
+        work stays, and a client that is not known here has left nothing.
+        """
         ...
