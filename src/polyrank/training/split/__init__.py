@@ -1,5 +1,6 @@
 """Split training: a client's first blocks at the client, the others at the server."""
 
+from polyrank.training.split.heads import Heads, SplitJob
 from polyrank.training.split.link import Link, Pending, Tail, Traffic
 from polyrank.training.split.messages import (
     Activations,
@@ -12,21 +13,29 @@ from polyrank.training.split.messages import (
     Step,
     Stepped,
 )
+from polyrank.training.split.run import train_split
+from polyrank.training.split.session import TailJob
 from polyrank.training.split.settings import SplitSettings
+from polyrank.training.split.tails import Tails
 
 __all__ = [
     "Activations",
     "At",
     "Gradients",
+    "Heads",
     "Link",
     "Pending",
     "Refused",
     "Reply",
     "Request",
     "Returned",
+    "SplitJob",
     "SplitSettings",
     "Step",
     "Stepped",
     "Tail",
+    "TailJob",
+    "Tails",
     "Traffic",
+    "train_split",
 ]

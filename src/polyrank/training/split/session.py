@@ -1,0 +1,228 @@
+"""The order of one client's requests at the server: what may come next, and what came before."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyrank.aggregation.types import Assignment
+from polyrank.errors import FrameError
+from polyrank.planning import Split
+from polyrank.training.recipe import LocalTraining
+from polyrank.training.split.messages import (
+    Activations,
+    At,
+    Gradients,
+    Reply,
+    Request,
+    Step,
+    Stepped,
+)
+
+
+@dataclass(frozen=True)
+class TailJob:
+    """What the server trains for one client in one round: `assignment` is of the server's sites.
+
+    `seed` is the client's own, for dropout, and `steps` how many optimizer steps there will be.
+    """
+
+    client: str
+    round: int
+    attempt: int
+    cut: Split
+    assignment: Assignment
+    local: LocalTraining
+    seed: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a model allows: its width d, its vocabulary and its context, in tokens."""
+
+    width: int
+    vocabulary: int
+    context: int
+
+
+class Session:
+    """Judges one client's requests. Nothing of a request that raises FrameError is noted.
+
+    Within a step microbatches come in their order, from 0 to the one that is marked as the last; in
+    a U-shape each comes back as gradients, in the same order. Then comes `Step`. What was answered
+    in the step, and the step before, may be asked again.
+    """
+
+    def __init__(self, job: TailJob, bounds: Bounds):
+        self.job, self.step, self.gone = job, 0, False
+        self._bounds = bounds
+        self._begin(0)
+        self._factor: float | None = None
+
+    def _begin(self, step: int) -> None:
+        self.step = step
+        self.weight = 0.0
+        self._sent: list[Activations] = []
+        self._answered: dict[tuple[type, int], Reply] = {}
+        self._returned = 0
+
+    @property
+    def sealed(self) -> bool:
+        """Whether all gradients of the step are there."""
+        whole = bool(self._sent) and self._sent[-1].last
+        return whole and (self.job.cut.upper is None or self._returned == len(self._sent))
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken."""
+        return self.step == self.job.steps
+
+    def repeated(self, request: Request) -> Reply | None:
+        """Return the answer to a request that was answered already, or None.
+
+        Raises FrameError if its number is that of another request, or it is none of this session.
+        """
+        at = request.at
+        self._check_round(at)
+        if isinstance(request, Step):
+            if at.step != self.step - 1:
+                return None
+            if request.factor != self._factor:
+                raise FrameError(
+                    f"{at}: this step was taken already, with the factor {self._factor}, and is "
+                    f"asked for again with {request.factor}"
+                )
+            return Stepped(at)
+        if at.step != self.step or (type(request), at.micro) not in self._answered:
+            return None
+        if isinstance(request, Activations) and not _alike(request, self._sent[at.micro]):
+            raise FrameError(f"{at}: another request of this number was answered already")
+        return self._answered[type(request), at.micro]
+
+    def check(self, request: Request) -> None:
+        """Raise FrameError unless this request is the next one and fits the model."""
+        if self.gone:
+            raise FrameError(f"{request.at}: the client has left; its tail is discarded")
+        if self.finished:
+            raise FrameError(f"{request.at}: all {self.job.steps} steps of this round are taken")
+        if request.at.step != self.step:
+            raise FrameError(f"{request.at}: expected a request of step {self.step}")
+        if isinstance(request, Step):
+            self._check_step(request)
+        elif isinstance(request, Activations):
+            self._check_activations(request)
+        else:
+            self._check_gradients(request)
+
+    def note(self, request: Request, reply: Reply) -> None:
+        """Take a request as answered."""
+        if isinstance(request, Step):
+            self._factor = request.factor
+            self._begin(self.step + 1)
+            return
+        if isinstance(request, Activations):
+            # Its states are not kept: a repetition is known by its number and its measures.
+            kept = Activations(
+                request.at, request.last, request.weight, request.lengths, request.states[:0], None
+            )
+            self._sent.append(kept)
+            self.weight = request.weight
+        else:
+            self._returned += 1
+        self._answered[type(request), request.at.micro] = reply
+
+    def _check_round(self, at: At) -> None:
+        expected = (self.job.client, self.job.round, self.job.attempt)
+        if (at.client, at.round, at.attempt) != expected:
+            raise FrameError(
+                f"{at}: expected client {expected[0]!r}, round {expected[1]}, attempt {expected[2]}"
+            )
+
+    def _check_step(self, request: Step) -> None:
+        if not self.sealed:
+            raise FrameError(f"{request.at}: the optimizer step comes after the last microbatch")
+        if not 0.0 <= request.factor <= 1.0:
+            raise FrameError(
+                f"{request.at}: expected a clip factor in [0, 1], got {request.factor}"
+            )
+
+    def _check_activations(self, request: Activations) -> None:
+        at, bounds = request.at, self._bounds
+        if self._sent and self._sent[-1].last:
+            raise FrameError(f"{at}: microbatch {len(self._sent) - 1} was the last of its step")
+        if at.micro != len(self._sent):
+            raise FrameError(f"{at}: expected microbatch {len(self._sent)}")
+        if not (math.isfinite(request.weight) and request.weight > 0):
+            raise FrameError(f"{at}: expected a loss weight above 0, got {request.weight}")
+        if self._sent and request.weight != self.weight:
+            raise FrameError(
+                f"{at}: expected the step's loss weight {self.weight}, got {request.weight}"
+            )
+        lengths = request.lengths
+        if not lengths or min(lengths) < 1 or max(lengths) > bounds.context:
+            raise FrameError(
+                f"{at}: expected rows of 1…{bounds.context} tokens, got {list(lengths)[:8]}"
+            )
+        _check_states(at, "activations", request.states, sum(lengths), bounds.width)
+        self._check_labels(request)
+
+    def _check_labels(self, request: Activations) -> None:
+        at, labels = request.at, request.labels
+        if (labels is None) != (self.job.cut.upper is not None):
+            raise FrameError(
+                f"{at}: expected {'no labels' if labels is not None else 'labels'} with the cut at "
+                f"{self.job.cut}"
+            )
+        if labels is None:
+            return
+        if labels.shape != (sum(request.lengths),) or labels.dtype.is_floating_point:
+            raise FrameError(
+                f"{at}: expected {sum(request.lengths)} whole numbers as labels, got "
+                f"{tuple(labels.shape)} of {labels.dtype}"
+            )
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self._bounds.vocabulary))]
+        if len(wrong):
+            raise FrameError(
+                f"{at}: expected labels in 0…{self._bounds.vocabulary - 1}, or {IGNORED} where "
+                f"there is no loss, got {int(wrong[0])}"
+            )
+        if not bool((labels != IGNORED).any()):
+            raise FrameError(f"{at}: expected at least one label")
+
+    def _check_gradients(self, request: Gradients) -> None:
+        at = request.at
+        if self.job.cut.upper is None:
+            raise FrameError(f"{at}: gradients come back in a U-shape only")
+        if at.micro != self._returned or at.micro >= len(self._sent):
+            raise FrameError(
+                f"{at}: expected the gradients of microbatch {self._returned}, after its "
+                "activations"
+            )
+        sent = self._sent[at.micro]
+        if request.last != sent.last:
+            raise FrameError(
+                f"{at}: the activations said that it was {'' if sent.last else 'not '}the last"
+            )
+        _check_states(at, "gradients", request.states, sum(sent.lengths), self._bounds.width)
+
+
+IGNORED = -100
+"""The label of a position without loss."""
+
+
+def _alike(one: Activations, other: Activations) -> bool:
+    return (one.last, one.weight, one.lengths) == (other.last, other.weight, other.lengths)
+
+
+def _check_states(at: At, what: str, states: Tensor, rows: int, width: int) -> None:
+    if states.shape != (rows, width) or not states.dtype.is_floating_point:
+        raise FrameError(
+            f"{at}: expected {what} of {rows}×{width} real numbers, got {tuple(states.shape)} of "
+            f"{states.dtype}"
+        )
+    if not bool(torch.isfinite(states).all()):
+        raise FrameError(f"{at}: the {what} hold NaN or infinity; nothing of them was used")
