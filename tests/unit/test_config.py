@@ -10,7 +10,9 @@ from polyrank.config.mistakes import keys
 from polyrank.config.reading import PAIRS
 from polyrank.errors import RecipeError
 from polyrank.federation import Conduct, Evaluation
+from polyrank.planning import Split
 from polyrank.training import LocalTraining
+from polyrank.training.split import SplitSettings
 
 MINIMAL = """
 [model]
@@ -82,6 +84,23 @@ def mistake(path: Path, *overrides: str) -> str:
         ("rounds", "override 'rounds': expected key=value"),
         ("=5", "override '=5': expected key=value"),
         ("local..lr=5", "override 'local..lr=5': expected key=value"),
+        (
+            "fleet.cuts={T9=1}",
+            "fleet.cuts: no LoRA type ['T9']; there are ['T1', 'T2', 'T3', 'T4']",
+        ),
+        ("fleet.cuts={T1=0}", "fleet.cuts.T1: cut: expected at least 1 block at the client"),
+        ("fleet.cuts={T1=[3,3]}", "an upper cut above the lower one; got 3–3"),
+        ("fleet.cuts={T1=[1,2,3]}", "fleet.cuts.T1: cut: expected a number of blocks or, for"),
+        ("fleet.cuts={T1=[]}", "fleet.cuts.T1: cut: expected a number of blocks or, for"),
+        ("fleet.cuts={T1=2.0}", "fleet.cuts: expected a table of blocks by type, e.g. {T1 = 2, T2"),
+        ("fleet.cuts={T1=true}", "fleet.cuts: expected a table of blocks by type"),
+        ("fleet.cuts=2", "fleet.cuts: expected a table of blocks by type, e.g."),
+        ("fleet.cuts.T1=two", "fleet.cuts: expected a table of blocks by type"),
+        ("split.wire=fp16", "split.wire: expected one of 'float32', 'bf16', 'int8', 'float64'"),
+        ("split.adapters=each", "split.adapters: expected one of 'own', 'shared', got the string"),
+        ("split.in_flight=0", "split.in_flight: expected at least 1, got 0"),
+        ("split.clip=0.0", "split.clip: expected a finite bound above 0, or none, got 0.0"),
+        ("split.noise=-1", "split.noise: expected at least 0.0, got -1"),
         ("rounds.x=5 rounds.x.y=5", "override 'rounds.x.y=5': x is a value, not a section"),
     ],
 )
@@ -150,6 +169,17 @@ def test_overrides_take_toml_bare_strings_and_tables(minimal: Path) -> None:
     assert fleet.types["T2"].ranks == {"attention": 4, "feed-forward": 8}
 
 
+def test_cuts_and_what_split_training_asks_for_reach_the_run(minimal: Path) -> None:
+    overrides = ["fleet.cuts={T1=1, T3=[1, 3]}", "split.wire=int8", "split.noise=0.5"]
+    recipe = config.read(minimal, [*overrides, "fleet.cuts.T2=2"])
+    cuts = {"T1": Split(1), "T3": Split(1, 3), "T2": Split(2)}
+    assert recipe.fleet.build("abcd", seed=0).cuts == cuts
+    table = config.read(minimal, [*overrides, "fleet.cuts.T2=2", "fleet.clients={a='T1'}"])
+    assert table.fleet.build("a", seed=0).cuts == cuts
+    assert recipe.conduct().split == SplitSettings("int8", noise=0.5)
+    assert config.read(minimal).fleet.build("abcd", seed=0).cuts == {}
+
+
 def test_an_override_makes_a_section_that_the_file_lacks(minimal: Path) -> None:
     recipe = config.read(minimal, ["early_stopping.patience=2", "sampling.number=3"])
     assert recipe.early_stopping is not None
@@ -182,6 +212,7 @@ def test_the_pairs_are_keys() -> None:
     [
         [],
         ["local.steps=3", "local.clip=0", "control=T1", "target_loss=2", "data.unseen=['a']"],
+        ["fleet.cuts={T1=1, T2=[1, 3]}", "split.clip=2.0"],
         ["fleet.types={T1=4}", "fleet.clients={a='T1'}", "model.groups={attention=['q']}"],
         ["early_stopping.patience=2", "engine.cohort=3", "data.unseen=0.25", "model.sites=['q']"],
     ],
@@ -247,7 +278,11 @@ def test_clients_of_a_table_must_be_in_the_data(minimal: Path) -> None:
 def test_a_recipe_reaches_every_setting_of_a_run() -> None:
     """A setting that the Python API gains must get a key, or a place in this list."""
     reached = {key.replace(".", "_") for key, _ in keys(Recipe)}
-    for settings, section in ((LocalTraining, "local"), (Evaluation, "evaluation")):
+    for settings, section in (
+        (LocalTraining, "local"),
+        (Evaluation, "evaluation"),
+        (SplitSettings, "split"),
+    ):
         names = {f"{section}_{field.name}" for field in dataclasses.fields(settings)}
         assert names - reached <= {"local_betas", "local_eps"}
 

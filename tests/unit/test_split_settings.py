@@ -1,9 +1,15 @@
 """What split training may ask for, and which blocks a cut leaves with whom."""
 
+from dataclasses import replace
+
 import pytest
 
+from models import tiny_loaded
+from polyrank.aggregation import FlexLoRA
 from polyrank.errors import ModelError, RecipeError
-from polyrank.planning import Split
+from polyrank.federation import ClientWork, Conduct, setup
+from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.training import LocalTraining
 from polyrank.training.split import SplitSettings
 
 
@@ -49,3 +55,45 @@ def test_a_cut_outside_the_model_is_refused_with_what_is_allowed(cut):
 def test_a_client_keeps_a_block_and_a_u_shape_has_a_middle(cuts):
     with pytest.raises(ModelError, match="at least 1 block at the client"):
         Split(*cuts)
+
+
+def test_a_cut_is_written_as_it_is_read():
+    for written, cut in ((2, Split(2)), ([2, 6], Split(2, 6))):
+        assert Split.of(written) == cut
+        assert cut.written == written
+    assert Split.of([2]) == Split(2)
+
+
+LOCAL = LocalTraining(lr=0.1)
+
+
+def test_a_run_without_cuts_is_described_as_before_and_one_with_names_them():
+    whole = Fleet.table({"a": "T1"})
+    before = setup.described(FlexLoRA(), whole, LOCAL, Conduct(), 1)
+    assert "cuts" not in before
+    assert "split" not in before["conduct"]
+    cut = Fleet.table({"a": "T1"}, cuts={"T1": Split(1), "T2": Split(1, 3)})
+    now = setup.described(FlexLoRA(), cut, LOCAL, Conduct(split=SplitSettings(noise=0.5)), 1)
+    assert now["fleet"] == before["fleet"]
+    assert now["cuts"] == {"T1": 1, "T2": [1, 3]}
+    assert now["conduct"]["split"]["noise"] == 0.5
+
+
+def test_a_round_knows_the_sites_of_its_split_clients_of_those_that_anyone_trains():
+    model = tiny_loaded("llama", num_hidden_layers=3)
+    types = {"q": LoRAType("q", {"q_proj": 1}), "v": LoRAType("v", {"v_proj": 1})}
+    fleet = Fleet.table({"a": "q", "b": "v"}, types=types, cuts={"q": Split(1, 2), "v": Split(2)})
+    rows = {"train": [1, 2], "validation": [], "test": []}
+    work = {id: ClientWork(id, "", True, rows, rows) for id in "ab"}
+    made = setup.round_settings(FlexLoRA(), fleet, model.spec, work, Conduct())
+
+    def held(*blocks):
+        of = (s for s in model.spec.sites if s.block in blocks)
+        return {s.name for s in of if s.name.endswith(("q_proj", "v_proj"))}
+
+    assert made.held("a", 1) == held(0, 2)
+    assert made.held("b", 3) == held(0, 1)
+    assert made.cut("b", 1) == Split(2)
+    beyond = replace(fleet, cuts={"v": Split(3)})
+    with pytest.raises(ModelError, match=r"fleet\.cuts\.v: .*within 1…2, as the model has 3"):
+        setup.round_settings(FlexLoRA(), beyond, model.spec, work, Conduct())

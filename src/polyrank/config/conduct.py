@@ -124,10 +124,7 @@ class LocalSection(Section):
 
 
 class SplitSection(Section):
-    """How clients whose type is cut (`fleet.cuts`) talk to the server; see [privacy](privacy.md).
-
-    Without cuts it has no effect.
-    """
+    """How clients whose type is cut talk to the server, if any is; see [privacy](privacy.md)."""
 
     wire: Literal["float32", "bf16", "int8", "float64"] = "bf16"
     """Format of the activations and gradients that travel: 4, 2, 1 or 8 bytes a number; `int8` has

@@ -13,10 +13,10 @@ from pydantic import Field
 from polyrank.config.section import Expected, Section
 from polyrank.config.trace import read_trace
 from polyrank.data import Clients, load_tasks, partition
-from polyrank.errors import RecipeError
+from polyrank.errors import ModelError, RecipeError
 from polyrank.federation import Encoding
 from polyrank.model import LoadedModel, load_model
-from polyrank.planning import Fleet, LoRAType, Redraw, Schedule, Trace, shares_of
+from polyrank.planning import Fleet, LoRAType, Redraw, Schedule, Split, Trace, shares_of
 from polyrank.sample import MODEL, TASKS
 
 SAMPLE = "sample"
@@ -36,8 +36,10 @@ Distribution = Annotated[
     str | dict[str, float] | None,
     Expected("a name or a table of shares, e.g. {T1 = 0.9, T2 = 0.1}"),
 ]
-
-
+Cuts = Annotated[
+    dict[str, int | list[int]] | None,
+    Expected("a table of blocks by type, e.g. {T1 = 2, T2 = [2, 6]}"),
+]
 Changes = Annotated[
     dict[str, dict[str, str]] | None,
     Expected('changes of type by round, e.g. {5 = {alice = "T1"}}'),
@@ -181,14 +183,20 @@ class FleetSection(Section):
     schedule: Changes = None
     """The same in the recipe: `{5 = {alice = "T1"}, 9 = {"*" = "T4"}}`."""
 
+    cuts: Cuts = None
+    """Split training: how many blocks clients of a type run themselves, from the first on, while
+    the server runs the rest; `[2, 6]`: the first 2, and those from block 6 on (counted from 0) with
+    labels and loss, a U-shape. Types that are not named run the whole model."""
+
     def build(self, clients: Iterable[str], seed: int) -> Fleet:
         """Return the fleet of these clients, not yet forced to one type."""
         return self._at_first(clients, seed).with_schedule(self._schedule(seed))
 
     def _at_first(self, clients: Iterable[str], seed: int) -> Fleet:
-        types = self._types()
+        types, cuts = self._types(), self._cuts()
         if self.clients is None:
-            return Fleet.sample(clients, self.distribution or {}, types=types, seed=seed)
+            shares = self.distribution or {}
+            return Fleet.sample(clients, shares, types=types, seed=seed, cuts=cuts)
         known = sorted(clients)
         unknown = sorted(set(self.clients) - set(known))
         if unknown:
@@ -196,7 +204,7 @@ class FleetSection(Section):
                 f"fleet.clients: {unknown[:5]} are no seen clients of the data; there are "
                 f"{known[:5]}{' and others' if len(known) > 5 else ''}"
             )
-        return Fleet.table(self.clients, types=types)
+        return Fleet.table(self.clients, types=types, cuts=cuts)
 
     def _schedule(self, seed: int) -> Schedule | None:
         if self.redraw is not None:
@@ -231,12 +239,25 @@ class FleetSection(Section):
         unknown = sorted(schedule.types - set(types)) if schedule else []
         if unknown:
             raise RecipeError(f"fleet: the schedule gives {unknown}; there are {sorted(types)}")
+        uncuttable = sorted(set(self._cuts()) - set(types))
+        if uncuttable:
+            raise RecipeError(f"fleet.cuts: no LoRA type {uncuttable}; there are {sorted(types)}")
         for name in force:
             if name is not None and name not in ("weakest", *types):
                 raise RecipeError(
                     f"fleet.force and control: expected weakest or one of {sorted(types)}, "
                     f"got {name!r}"
                 )
+
+    def _cuts(self) -> dict[str, Split]:
+        """Return the cuts by type; RecipeError for one that no model could have."""
+        found = {}
+        for name, written in (self.cuts or {}).items():
+            try:
+                found[name] = Split.of(written)
+            except ModelError as error:
+                raise RecipeError(f"fleet.cuts.{name}: {error}") from error
+        return found
 
     def _types(self) -> str | dict[str, LoRAType]:
         if isinstance(self.types, str):

@@ -19,6 +19,7 @@ from polyrank.config.conduct import (
     LocalSection,
     LoRASection,
     SamplingSection,
+    SplitSection,
     StoppingSection,
 )
 from polyrank.config.inputs import DataSection, FleetSection, ModelSection
@@ -49,6 +50,7 @@ class Recipe(Section):
     lora: LoRASection = LoRASection()
     aggregation: AggregationSection = AggregationSection()
     local: LocalSection = LocalSection()
+    split: SplitSection = SplitSection()
     sampling: SamplingSection = SamplingSection()
     evaluation: EvaluationSection = EvaluationSection()
     early_stopping: StoppingSection | None = None
@@ -91,6 +93,7 @@ class Recipe(Section):
             server_rank=self.aggregation.server_rank,
             cohort=self.engine.clients_in_one_pass(),
             target_loss=self.target_loss,
+            split=self.split.build(),
         )
 
     def check(self) -> None:

@@ -26,7 +26,7 @@ and `sampling.number`, `fleet.distribution` and `fleet.clients`, a recipe gives 
 one takes the other back. The recipe as it was carried out, defaults written out, lies in the run's
 folder as `recipe.toml`.
 
-The three recipes in `recipes/` are worked examples. This page is made from the code by
+The recipes in `recipes/` are worked examples. This page is made from the code by
 `python -m polyrank.config.reference`.
 """
 

@@ -39,6 +39,7 @@ def round_settings(
     if without:
         raise RankError(f"fleet: no LoRA type for the clients {without[:10]}; assign one each")
     by_type = fleet.ranks_by_type(spec)
+    trained = {site for own in by_type.values() for site in own}
 
     def ranks_in(round: int) -> dict[str, Mapping[str, int]]:
         types = fleet.at(round)
@@ -54,7 +55,7 @@ def round_settings(
         max_increment=conduct.faults.max_increment,
         ranks_in=lru_cache(2)(ranks_in) if fleet.schedule else None,
         cut_of=_cut_of(fleet) if fleet.cuts else None,
-        held_by={cut: _held(cut, spec) for cut in fleet.cuts.values()},
+        held_by={cut: _held(cut, spec) & trained for cut in fleet.cuts.values()},
     )
 
 
@@ -124,7 +125,7 @@ def described(
 ) -> dict[str, Any]:
     """Return the settings that a run's bytes depend on, as JSON; the fleet as its hash."""
     ranks = {name: dict(kind.ranks) for name, kind in fleet.types.items()}
-    cuts = {name: dataclasses.asdict(cut) for name, cut in sorted(fleet.cuts.items())}
+    cuts = {name: cut.written for name, cut in sorted(fleet.cuts.items())}
     changing = [] if fleet.schedule is None else [dataclasses.asdict(fleet.schedule)]
     table = json.dumps([ranks, dict(fleet.assigned), *changing], sort_keys=True)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from polyrank.errors import ModelError
@@ -24,6 +25,22 @@ class Split:
                 f"cut: expected at least 1 block at the client and, in a U-shape, an upper cut "
                 f"above the lower one; got {self}"
             )
+
+    @staticmethod
+    def of(written: int | Sequence[int]) -> Split:
+        """Return the cut as recipes have it: 2, or [2, 6] for a U-shape; ModelError otherwise."""
+        cuts = [written] if isinstance(written, int) else [*written]
+        if len(cuts) not in (1, 2):
+            raise ModelError(
+                "cut: expected a number of blocks or, for a U-shape, two, [lower, upper]; got "
+                f"{cuts}"
+            )
+        return Split(*cuts)
+
+    @property
+    def written(self) -> int | list[int]:
+        """The cut as recipes have it."""
+        return self.lower if self.upper is None else [self.lower, self.upper]
 
     def at_client(self, blocks: int) -> frozenset[int]:
         """Return the client's blocks of a model of so many; ModelError if a cut is outside it."""
