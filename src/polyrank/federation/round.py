@@ -7,12 +7,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TypeVar
 
 from polyrank.aggregation import Assignment, Contribution, Dealt, Rule, SiteReport, State, Update
 from polyrank.aggregation import deal as deal_all
 from polyrank.aggregation.weights import normalised
-from polyrank.algebra import Adapter, Delta
+from polyrank.algebra import Adapter, Delta, Dense
 from polyrank.errors import RuleError, UpdateError
 from polyrank.federation.judge import WIRE, check_update, counted
 from polyrank.planning.scaling import Scaling
@@ -20,6 +21,9 @@ from polyrank.planning.split import Split
 from polyrank.seeds import derive
 
 D = TypeVar("D", bound=Delta)
+
+_Key = tuple[str | None, tuple[tuple[str, int], ...]]
+"""Whose assignment: one client's own, or that of all clients with these ranks."""
 
 ReadUpdate = Callable[[str, str], Delta]
 """(client, site) -> what that client returned at that site, accepted."""
@@ -126,7 +130,7 @@ class Round:
     wire_up: int = 0
     wire_down: int = 0
     _wired: set[str] = field(default_factory=set)
-    _dealt: dict[tuple[tuple[str, int], ...], tuple[Assignment, str]] = field(default_factory=dict)
+    _dealt: dict[_Key, tuple[Assignment, str]] = field(default_factory=dict)
     _by_client: dict[str, tuple[Assignment, str]] = field(default_factory=dict)
 
     def task(self, client: str) -> Task:
@@ -166,18 +170,29 @@ class Round:
         return dict(sorted(Counter("whole" if cut is None else str(cut) for cut in cuts).items()))
 
     def _deal(self, client: str) -> tuple[Assignment, str]:
-        """Return the client's assignment and its hash, made once per distinct set of ranks."""
+        """Return the client's assignment and its hash, made once for all of equal ranks.
+
+        A client that the rule keeps factors for has an assignment of its own.
+        """
         if client not in self._by_client:
-            afforded = self.settings.affordable(client, self.number)
-            ranks = self.settings.rule.ranks(self.state, client, afforded)
-            key = tuple(sorted(ranks.items()))
+            rule, afforded = self.settings.rule, self.settings.affordable(client, self.number)
+            ranks = rule.ranks(self.state, client, afforded)
+            own = client if rule.personal(self.state, client) else None
+            key = own, tuple(sorted(ranks.items()))
             if key not in self._dealt:
-                scale = {site: self.settings.scaling.scale(rank) for site, rank in key}
+                scale = {site: self.settings.scaling.scale(rank) for site, rank in ranks.items()}
                 seed = derive(self.settings.seed, self.number, "deal")
-                assignment = deal_all(self.settings.rule, self.state, ranks, scale, seed)
+                assignment = deal_all(
+                    rule, self.state, ranks, scale, seed, client=own, merged=self._merged
+                )
                 self._dealt[key] = assignment, assignment.hash()
             self._by_client[client] = self._dealt[key]
         return self._by_client[client]
+
+    @cached_property
+    def _merged(self) -> Adapter[Dense]:
+        """What is merged into the base of all clients; one object, so that it is hashed once."""
+        return self.settings.rule.merged(self.state)
 
     def accept(self, update: Update) -> None:
         """Take an update in, or record why not and raise UpdateError; never both."""
