@@ -128,6 +128,10 @@ class DataSection(Section):
     """Which tokens are learnt."""
     too_long: Literal["skip", "cut-prompt", "error"] = "skip"
     """What happens to examples above `max_length`; skipped ones are counted and named."""
+    pooled: bool = False
+    """Centralised training: one client, of the fleet's strongest type, has the training examples
+    of all, and a round is as long as those of the clients together; see
+    [methods](methods.md#baselines)."""
 
     def load(self, seed: int) -> Clients:
         """Load the tasks and deal them to clients."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from polyrank.config.baselines import with_baseline
 from polyrank.config.inputs import SAMPLE
 from polyrank.config.mistakes import mistakes
 from polyrank.config.recipe import Recipe
@@ -64,6 +65,8 @@ def parse(content: Mapping[str, Any], place: str = "recipe") -> Recipe:
         for a, b in PAIRS
         if _find(content, a) is not None and _find(content, b) is not None
     ]
+    content, contradictions = with_baseline(content)
+    found += contradictions
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:

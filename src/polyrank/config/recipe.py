@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import Field
 
 from polyrank.aggregation import Rule, SLoRA
+from polyrank.config.baselines import BASELINES, Name
 from polyrank.config.conduct import (
     AggregationSection,
     EngineSection,
@@ -42,6 +43,9 @@ class Recipe(Section):
     """How many rounds."""
     control: str | None = None
     """Also run the homogeneous control, all clients of one type: `weakest`, or a type."""
+    baseline: Name | None = None
+    """A method by the name under which papers compare with it, which sets some keys below:
+    `splitlora`, `cenlora`, `ft`, `hetlora`, `fedlora`; see [methods](methods.md#baselines)."""
     target_loss: float | None = None
     """A validation loss; the summary tells the rounds, bytes and seconds until it was reached."""
     model: ModelSection
@@ -94,6 +98,7 @@ class Recipe(Section):
             cohort=self.engine.clients_in_one_pass(),
             target_loss=self.target_loss,
             split=self.split.build(),
+            pooled=self.data.pooled,
         )
 
     def check(self) -> None:
@@ -108,6 +113,22 @@ class Recipe(Section):
         self.conduct()
         self.local.build()
         self.fleet.check((self.fleet.force, self.control))
+        if self.baseline is not None and BASELINES[self.baseline].cut and not self.fleet.cuts:
+            raise RecipeError(
+                f"baseline = {self.baseline!r} cuts every client's model at the same block; give "
+                "the type that all have in [fleet.cuts], e.g. T1 = 2"
+            )
+
+    def check_fleet(self, fleet: Fleet) -> None:
+        """Raise RecipeError if the baseline does not go with the types that clients have."""
+        if self.baseline is None or not BASELINES[self.baseline].cut:
+            return
+        whole = [name for name in fleet.possible if name not in fleet.cuts]
+        if whole:
+            raise RecipeError(
+                f"baseline = {self.baseline!r} cuts every client's model, and clients of type "
+                f"{whole[0]} have no cut; give one in [fleet.cuts], e.g. {whole[0]} = 2"
+            )
 
     def resolved(self) -> Recipe:
         """Return the recipe with what depends on this machine chosen, and its trace read in."""
