@@ -71,15 +71,28 @@ def widened(state: State) -> State:
     return State(tensors, state.scalars)
 
 
+def dealt_to(rule: Rule, state: State, client: str, rank: int, scale: float, seed: int) -> Dealt:
+    """Return what a client gets: its own, where the rule keeps something for it."""
+    if rule.personal(state, client):
+        return rule.deal_own(state, client, SITE, rank, scale, seed)
+    return rule.deal_site(state, SITE, rank, scale, seed)
+
+
 def play(
-    rule: Rule, state: State, clients, training: Training, seed: int = 0
+    rule: Rule,
+    state: State,
+    clients,
+    training: Training,
+    seed: int = 0,
+    names: Sequence[int] | None = None,
 ) -> tuple[State, SiteReport]:
-    """Deal to every client, train each, merge."""
+    """Deal to every client, train each, merge. Clients are called ``0``, ``1``, … or by `names`."""
 
     def contributions():
         for i, client in enumerate(clients):
-            dealt = rule.deal_site(state, SITE, client.rank, client.scale, seed)
-            yield Contribution(client.weight, dealt, training(i, dealt), str(i))
+            name = str(i if names is None else names[i])
+            dealt = dealt_to(rule, state, name, client.rank, client.scale, seed)
+            yield Contribution(client.weight, dealt, training(i, dealt), name)
 
     return rule.merge_site(state, SITE, contributions())
 
@@ -95,7 +108,7 @@ def play_round(
     for i, client in enumerate(clients):
         rank = rule.ranks(state, str(i), {SITE: client.rank})[SITE]
         scale = client.scale * client.rank / rank
-        dealt[str(i)] = rule.deal_site(state, SITE, rank, scale, seed)
+        dealt[str(i)] = dealt_to(rule, state, str(i), rank, scale, seed)
         results[str(i)] = training(i, dealt[str(i)])
     given = {str(i): client.weight for i, client in enumerate(clients)}
     weights = rule.weigh(state, given, lambda client: results[client].norm())

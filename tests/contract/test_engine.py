@@ -44,6 +44,7 @@ RULES = [  # with what their assignments are like in some of three rounds
     (FFA(), {"factors", "B alone"}),
     (HetLoRA(), {"factors", "penalty"}),
     (FLoRA(), {"factors", "merged"}),
+    (FLoRA(reinitialise=False), {"factors", "merged", "frozen"}),
     (SLoRA(FlexLoRA(), 2), {"sparse", "factors"}),
     (SLoRA(HetLoRA(), 1), {"sparse", "factors", "penalty"}),
 ]

@@ -29,7 +29,16 @@ from polyrank.errors import RuleError, UpdateError
 
 SHAPE = (13, 10)
 SPARSE = [SLoRA(known, 9) for known in RULES.values() if "slora" not in known.excludes]
-KEEPING = {"flexlora:delta", "flexlora:tail-in-base", "fedit", "segment", "ffa", "flora", "full"}
+KEEPING = {
+    "flexlora:delta",
+    "flexlora:tail-in-base",
+    "fedit",
+    "segment",
+    "ffa",
+    "flora",
+    "flora:keep",
+    "full",
+}
 
 relaxed = settings(max_examples=40, deadline=None, suppress_health_check=[*HealthCheck])
 rules = st.sampled_from([*RULES.values(), *SPARSE])
@@ -59,7 +68,11 @@ def test_the_order_of_clients_does_not_matter(case, random):
     training = noisy_training(11)
     one, _ = play(rule, state, clients, training)
     two, _ = play(
-        rule, state, [clients[i] for i in order], lambda i, dealt: training(order[i], dealt)
+        rule,
+        state,
+        [clients[i] for i in order],
+        lambda i, dealt: training(order[i], dealt),
+        names=order,
     )
     assert_same(rule, one, two)
 
@@ -73,7 +86,8 @@ def test_a_client_split_in_two_counts_as_the_one(case, which, share):
     halves = [Client(client.rank, client.scale, client.weight * w) for w in (share, 1 - share)]
     split = clients[:which] + halves + clients[which + 1 :]
     one, _ = play(rule, state, clients, training)
-    two, _ = play(rule, state, split, lambda i, dealt: training(i if i <= which else i - 1, dealt))
+    names = [i if i <= which else i - 1 for i in range(len(split))]
+    two, _ = play(rule, state, split, lambda i, dealt: training(names[i], dealt), names=names)
     assert_same(rule, one, two)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import polyrank.aggregation
-from polyrank.aggregation import FFA, OPTIONS, RULES, FedIT, FlexLoRA, HetLoRA, rule
+from polyrank.aggregation import FFA, OPTIONS, RULES, FedIT, FlexLoRA, FLoRA, HetLoRA, rule
 from polyrank.errors import RuleError
 
 
@@ -57,3 +57,24 @@ def test_unknown_values_and_options_that_a_rule_lacks_are_refused():
 def test_all_names_exist():
     for name in polyrank.aggregation.__all__:
         assert getattr(polyrank.aggregation, name) is not None
+
+
+def test_other_names_give_the_same_rule_and_are_listed_and_suggested():
+    assert rule("noise-free") == FLoRA()
+    assert rule("noise-free").name == "flora"
+    assert "noise-free" not in RULES
+    with pytest.raises(RuleError, match=r"'noise-free'.*did you mean 'noise-free'"):
+        rule("noisefree")
+
+
+def test_the_option_and_the_name_say_the_same_and_may_not_contradict():
+    kept = rule("flora:keep")
+    assert kept == FLoRA(reinitialise=False)
+    assert rule("flora", {"reinitialise": False}) == rule("noise-free", {"reinitialise": False})
+    assert rule("flora", {"reinitialise": False}) == rule("flora:keep", {"reinitialise": False})
+    assert rule("flora", {"reinitialise": False}).name == "flora:keep"
+    assert rule("flora", {"reinitialise": True}) == rule("flora") != kept
+    with pytest.raises(RuleError, match=r"'flora:keep': with .* it would be 'flora'; drop one"):
+        rule("flora:keep", {"reinitialise": True})
+    with pytest.raises(RuleError, match="'fedit' has no option 'reinitialise'"):
+        rule("fedit", {"reinitialise": False})
