@@ -23,8 +23,9 @@ if TYPE_CHECKING:
         Weighting,
     )
     from polyrank.model import load_adapter, load_model, wrap_model
-    from polyrank.planning import Fleet, LoRAType, Scaling
+    from polyrank.planning import Fleet, LoRAType, Scaling, Split
     from polyrank.training import LocalTraining
+    from polyrank.training.split import SplitSettings
 
 __all__ = [
     "FFA",
@@ -46,6 +47,8 @@ __all__ = [
     "Sampling",
     "Scaling",
     "Segment",
+    "Split",
+    "SplitSettings",
     "Weighting",
     "load_adapter",
     "load_model",
@@ -69,8 +72,9 @@ _HOMES = {
         "Weighting",
     ),
     "model": ("load_adapter", "load_model", "wrap_model"),
-    "planning": ("Fleet", "LoRAType", "Scaling"),
+    "planning": ("Fleet", "LoRAType", "Scaling", "Split"),
     "training": ("LocalTraining",),
+    "training.split": ("SplitSettings",),
 }
 
 

@@ -196,7 +196,7 @@ def export(
 def inspect(folder: RunFolderArgument) -> None:
     """Show a run's ranks, rounds, spectra and discarded energy; also while it goes on."""
     from polyrank import report
-    from polyrank.inside import look
+    from polyrank.inside import cuts_of, look
 
     inside = look(folder)
     console = Console(highlight=False)
@@ -205,10 +205,12 @@ def inspect(folder: RunFolderArgument) -> None:
     if inside.fleet is not None:
         types = list(inside.fleet["clients"].values())
         counts = {name: types.count(name) for name in inside.fleet["ranks"]}
-        console.print(report.ranks(counts, inside.fleet["ranks"]))
-    console.print(report.ROUND_HEADER, style="bold")
+        cuts, blocks = cuts_of(inside.fleet)
+        console.print(report.ranks(counts, inside.fleet["ranks"], cuts, blocks))
+    wire = any(record.wire_up + record.wire_down for record in inside.records)
+    console.print(report.round_header(wire), style="bold")
     for record in inside.records:
-        console.print(report.round_line(record))
+        console.print(report.round_line(record, wire))
     if inside.factors is None:
         console.print("no round is finished yet")
         return

@@ -13,6 +13,7 @@ from polyrank.algebra import Adapter
 from polyrank.config import Recipe
 from polyrank.errors import RunError
 from polyrank.federation import GlobalAdapter, RoundRecord, RunFolder, storage
+from polyrank.planning import Split
 
 RECIPE = "recipe.toml"
 FLEET = "fleet.json"
@@ -39,6 +40,12 @@ class Inside:
     factors: Adapter | None
     result_round: int
     notes: list[str]
+
+
+def cuts_of(fleet: Mapping[str, Any]) -> tuple[dict[str, Split], int]:
+    """Return the cut per type and the model's blocks, as fleet.json says; none in older ones."""
+    found = fleet.get("cuts", {})
+    return {name: Split.of(written) for name, written in found.items()}, fleet.get("blocks", 0)
 
 
 def look(folder: Path) -> Inside:

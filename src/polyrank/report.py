@@ -5,7 +5,7 @@ Everything fits 80 columns, unless names of tasks and matrices are very long.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from rich.table import Table
 from polyrank.algebra import Adapter
 from polyrank.federation import RoundRecord
 from polyrank.federation.result import factored
+from polyrank.planning import Split
+from polyrank.training.split import SplitSettings
 
 _SCORES = (("loss", "loss", 4), ("exact_match", "exact match", 3), ("rouge_l", "ROUGE-L", 3))
 _GROUPS = ("seen", "unseen")
@@ -86,30 +88,79 @@ def categories(per_category: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> T
     return table
 
 
-def ranks(counts: Mapping[str, int], by_type: Mapping[str, Mapping[str, int]]) -> Table:
-    """Return a table of LoRA types: how many seen clients, which ranks at how many matrices."""
+def ranks(
+    counts: Mapping[str, int],
+    by_type: Mapping[str, Mapping[str, int]],
+    cuts: Mapping[str, Split] | None = None,
+    blocks: int = 0,
+) -> Table:
+    """Return a table of LoRA types: how many seen clients, which ranks at how many matrices.
+
+    Where there are `cuts`, it also says which of the model's `blocks` the clients run themselves.
+    """
     table = _table("ranks dealt")
     table.add_column("type")
     table.add_column("clients", justify="right")
     table.add_column("ranks")
+    if cuts:
+        table.add_column("runs itself")
     for name, count in counts.items():
         values = list(by_type[name].values())
         spread = (f"{rank} at {values.count(rank)} matrices" for rank in sorted(set(values)))
-        table.add_row(name, str(count), ", ".join(spread))
+        where = [hosted(cuts.get(name), blocks)] if cuts else []
+        table.add_row(name, str(count), ", ".join(spread), *where)
     return table
 
 
-ROUND_HEADER = "round     loss  validation  clients   up MiB  down MiB  discarded  seconds"
-"""The line above lines of `round_line`."""
+def hosted(cut: Split | None, blocks: int) -> str:
+    """Return which blocks of a model a client runs itself, e.g. ``blocks 0–1 of 4``."""
+    if cut is None:
+        return "whole"
+    below = "block 0" if cut.lower == 1 else f"blocks 0–{cut.lower - 1}"
+    if cut.upper is None:
+        return f"{below} of {blocks}"
+    last = f"{cut.upper}" if cut.upper == blocks - 1 else f"{cut.upper}–{blocks - 1}"
+    return f"blocks {below.split()[1]} and {last} of {blocks} (U)"
 
 
-def round_line(record: RoundRecord) -> str:
-    """Return a finished round as one line under `ROUND_HEADER`."""
+def leaks(cuts: Iterable[Split], settings: SplitSettings) -> str | None:
+    """Return what the server learns of split clients, in a sentence; None if nobody is cut."""
+    shapes = {cut.upper is not None for cut in cuts}
+    if not shapes:
+        return None
+    labels = {
+        (False,): "and the labels",
+        (True,): "while the labels stay with the clients",
+        (False, True): "and the labels of all but the clients in a U-shape",
+    }[tuple(sorted(shapes))]
+    what = "the tails" if shapes == {False} else "the other blocks"
+    noise = f" (with Gaussian noise σ={settings.noise:g}, which is no guarantee)"
+    return (
+        f"split: the server that trains {what} sees activations{noise if settings.noise else ''}, "
+        f"from which most tokens can be recovered, {labels}; see docs/privacy.md"
+    )
+
+
+def round_header(wire: bool = False) -> str:
+    """Return the line above lines of `round_line`."""
+    columns = "  wire MiB   lost" if wire else "  discarded"
+    return f"round     loss  validation  clients   up MiB  down MiB{columns}  seconds"
+
+
+def round_line(record: RoundRecord, wire: bool = False) -> str:
+    """Return a finished round as one line under `round_header`.
+
+    With `wire` it says how much of the bytes, up and down, are activations and gradients.
+    """
+    lost = f"  {record.discarded:9.2%}"
+    if wire:
+        carried = record.wire_up + record.wire_down
+        lost = f"  {carried / 2**20:8.1f}  {record.discarded:5.1%}"
     return (
         f"{record.round:5}  {record.loss:7.4f}  {number(record.validation_loss, 4):>10}"
         f"  {len(record.clients) - len(record.rejected):7}"
         f"  {record.bytes_up / 2**20:7.1f}  {record.bytes_down / 2**20:8.1f}"
-        f"  {record.discarded:9.2%}  {record.seconds['total']:7.1f}"
+        f"{lost}  {record.seconds['total']:7.1f}"
     )
 
 
@@ -137,6 +188,9 @@ def spent(summary: Mapping[str, Any]) -> str:
         f"{count(summary['rounds'], 'round')} in {duration(summary['seconds'])}, "
         f"{summary['bytes_up'] / 2**20:.1f} MiB up, {summary['bytes_down'] / 2**20:.1f} MiB down."
     )
+    wire = summary.get("wire_up", 0) + summary.get("wire_down", 0)  # Runs of before had no cuts.
+    if wire:
+        text += f" {wire / 2**20:.1f} MiB of that are activations and gradients."
     if summary["stopped"]:
         text += f" Stopped early: {summary['stopped']}; result of round {summary['result_round']}."
     lost = summary.get("adapter_lost", 0.0)  # Runs of before had no exact sums.

@@ -204,6 +204,7 @@ def _build(
     fleet, model = parts.fleet, parts.model
     if recipe.fleet.force:
         fleet = fleet.forced(recipe.fleet.force, model.spec)
+    fleet.check_cuts(model.spec)
     attendance.check_stop()
     attachments = {RECIPE: recipe.to_toml(), FLEET: _fleet_json(fleet, model)}
     if parts.base is not None:  # The same base on the same data was evaluated before.
@@ -226,12 +227,15 @@ def _build(
 
 
 def _fleet_json(fleet: Fleet, model: LoadedModel) -> str:
-    """Who has which type in round 1, and the rank at each site of every type that may come."""
-    content = {
+    """Who has which type in round 1; of every type that may come the rank at each site, its cut."""
+    content: dict[str, Any] = {
         "schema": 1,
         "clients": dict(sorted(fleet.at(1).items())),
         "ranks": fleet.ranks_by_type(model.spec),
     }
+    cuts = {name: fleet.cuts[name].written for name in fleet.possible if name in fleet.cuts}
+    if cuts:
+        content |= {"cuts": cuts, "blocks": model.spec.blocks}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 

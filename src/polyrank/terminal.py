@@ -34,6 +34,7 @@ class Terminal:
         )
         self._task = self._bar.add_task("", visible=False, round="")
         self._finished, self._total = 0, 0
+        self._wire = False
 
     def __enter__(self) -> Terminal:
         self._bar.start()
@@ -63,13 +64,19 @@ class Terminal:
         by_type = {federation.fleet.assigned[id]: federation.ranks[id] for id in federation.seen}
         types = [federation.fleet.assigned[id] for id in federation.seen]
         counts = {name: types.count(name) for name in sorted(set(types))}
-        say(report.ranks(counts, by_type))
+        fleet, spec = federation.fleet, federation.model.spec
+        cuts = {name: fleet.cuts[name] for name in fleet.possible if name in fleet.cuts}
+        say(report.ranks(counts, by_type, cuts, spec.blocks))
+        told = report.leaks(cuts.values(), federation.conduct.split)
+        if told is not None:
+            say(told, style="yellow", markup=False, highlight=False)
+        self._wire = bool(cuts)
         for note in federation.folder.notes:
             say(note, style="yellow", markup=False)
         if federation.round:
             say(f"going on after round {federation.round}", highlight=False)
         if federation.round < rounds:
-            say(report.ROUND_HEADER, style="bold", highlight=False)
+            say(report.round_header(self._wire), style="bold", highlight=False)
         self._finished, self._total = federation.round, rounds
         self._bar.reset(
             self._task,
@@ -94,7 +101,7 @@ class Terminal:
 
     def round(self, record: RoundRecord) -> None:
         """Print a round's line."""
-        self.console.print(report.round_line(record), highlight=False)
+        self.console.print(report.round_line(record, self._wire), highlight=False)
         for client, why in record.rejected.items():
             self.console.print(f"  refused {client}: {why}", style="yellow", markup=False)
         self._finished = record.round

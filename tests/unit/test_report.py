@@ -1,3 +1,4 @@
+import re
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from rich.console import Console
 from polyrank import report
 from polyrank.algebra import Adapter, LowRank
 from polyrank.federation import RoundRecord
+from polyrank.planning import Split
+from polyrank.training.split import SplitSettings
 
 
 def shown(table: object, width: int = 80) -> str:
@@ -43,9 +46,73 @@ def record(**changes: Any) -> RoundRecord:
 
 def test_a_round_is_a_line_under_its_header_within_80_columns() -> None:
     line = report.round_line(record())
-    assert len(line) == len(report.ROUND_HEADER) <= 80
+    assert len(line) == len(report.round_header()) <= 80
     assert line.split() == ["12", "2.5000", "–", "2", "1234.0", "3.0", "25.00%", "1234.5"]
-    assert len(report.ROUND_HEADER.split()) == len(line.split()) + 2  # "up MiB", "down MiB"
+    assert len(report.round_header().split()) == len(line.split()) + 2  # "up MiB", "down MiB"
+
+
+def test_a_round_of_split_clients_tells_how_much_crossed_their_cuts() -> None:
+    line = report.round_line(record(wire_up=2**20, wire_down=2**19), wire=True)
+    header = report.round_header(wire=True)
+    assert len(line) == len(header) <= 80
+    assert line.split() == ["12", "2.5000", "–", "2", "1234.0", "3.0", "1.5", "25.0%", "1234.5"]
+    assert line.index("1.5 ") + 3 == header.index("wire MiB") + len("wire MiB")
+
+
+@pytest.mark.parametrize(
+    ("cut", "blocks", "text"),
+    [
+        (None, 4, "whole"),
+        (Split(1), 4, "block 0 of 4"),
+        (Split(2), 4, "blocks 0–1 of 4"),
+        (Split(2, 3), 4, "blocks 0–1 and 3 of 4 (U)"),
+        (Split(1, 3), 5, "blocks 0 and 3–4 of 5 (U)"),
+    ],
+)
+def test_where_a_client_is_cut_is_told_by_its_blocks(
+    cut: Split | None, blocks: int, text: str
+) -> None:
+    assert report.hosted(cut, blocks) == text
+
+
+def test_the_types_tell_who_runs_what_if_anyone_is_cut() -> None:
+    counts, ranks = {"T1": 2, "T3": 1}, {"T1": {"q": 8}, "T3": {"q": 30, "u": 200}}
+    text = shown(report.ranks(counts, ranks, {"T1": Split(2)}, 4))
+    rows = [re.split("  +", line.strip()) for line in text.splitlines() if " at " in line]
+    assert "runs itself" in text
+    assert rows == [
+        ["T1", "2", "8 at 1 matrices", "blocks 0–1 of 4"],
+        ["T3", "1", "30 at 1 matrices, 200 at 1 matrices", "whole"],
+    ]
+    assert "runs itself" not in shown(report.ranks(counts, ranks, {}, 4))
+
+
+@pytest.mark.parametrize(
+    ("cuts", "who", "labels"),
+    [
+        ([Split(1), Split(2)], "the tails", ", and the labels;"),
+        ([Split(1, 3)], "the other blocks", ", while the labels stay with the clients;"),
+        (
+            [Split(1, 3), Split(1)],
+            "the other blocks",
+            ", and the labels of all but the clients in a U-shape;",
+        ),
+    ],
+)
+def test_a_split_run_says_what_leaks(cuts: list[Split], who: str, labels: str) -> None:
+    text = report.leaks(cuts, SplitSettings())
+    assert text is not None
+    assert text.startswith(f"split: the server that trains {who} sees activations, from which most")
+    assert labels in text
+    assert text.endswith("see docs/privacy.md")
+    noisy = report.leaks(cuts, SplitSettings(noise=0.25))
+    assert noisy is not None
+    assert "activations (with Gaussian noise σ=0.25, which is no guarantee), from which" in noisy
+    assert labels in noisy
+
+
+def test_a_run_without_cuts_has_nothing_to_say_of_them() -> None:
+    assert report.leaks([], SplitSettings(noise=0.25)) is None
 
 
 def test_scores_beside_the_control_show_their_difference() -> None:
@@ -115,6 +182,8 @@ def summary(**changes: Any) -> dict[str, Any]:
 
 def test_what_a_run_took_is_told_with_its_target_and_its_end() -> None:
     assert report.spent(summary()) == "3 rounds in 61 s, 1.0 MiB up, 2.0 MiB down."
+    wired = report.spent(summary(wire_up=2**20, wire_down=2**19))
+    assert wired.endswith("2.0 MiB down. 1.5 MiB of that are activations and gradients.")
     target = {"loss": 2.0, "rounds": 2, "bytes": 2**20, "seconds": 30.0}
     assert "2 was reached after 2 rounds, 1.0 MiB and 30 s" in report.spent(
         summary(to_target=target)
