@@ -10,18 +10,25 @@ import torch
 
 from polyrank.aggregation import Assignment, Update
 from polyrank.data import sizes
-from polyrank.errors import ResourceError
+from polyrank.errors import ModelError, ResourceError
 from polyrank.federation.round import Failure, Task
 from polyrank.federation.work import ClientWork, at_every_site
 from polyrank.model import LoadedModel
-from polyrank.training import Job, LocalTraining, train_cohort
+from polyrank.planning import Split
+from polyrank.training import Job, LocalTraining, Trained, train_cohort
+from polyrank.training.split import Link, SplitJob, SplitSettings, Tail, train_split
+from polyrank.transport import InProcessLinks
+
+CutOf = Callable[[str], Split | None]
+"""Where a client's model is cut; None: it runs all of it."""
 
 
 class InProcess:
     """Trains tasks on one copy of the base, `cohort` clients at a time.
 
-    Which clients share a pass depends only on who takes part, so a resumed round forms the same
-    cohorts again and gives the same bytes.
+    A task with a cut is carried out as both ends of split training, and what passes between them
+    goes through a link as bytes. Which clients share a pass depends only on who takes part, so a
+    resumed round forms the same cohorts again and gives the same bytes.
     """
 
     def __init__(
@@ -30,14 +37,32 @@ class InProcess:
         work: Mapping[str, ClientWork],
         local: LocalTraining,
         cohort: int,
+        split: SplitSettings | None = None,
     ):
         self.model, self.work, self.local, self.cohort = model, work, local, cohort
+        self.split = split or SplitSettings()
 
-    def cohorts(self, clients: Sequence[str]) -> list[list[str]]:
+    def cohorts(self, clients: Sequence[str], cut_of: CutOf = lambda _: None) -> list[list[str]]:
         """Return the clients in groups that are trained together.
 
-        Clients of like amounts of work come together, so that few slots wait for the longest.
+        Clients of one cut and of like amounts of work come together, so that few slots wait for the
+        longest. Split clients that share one adapter at the server are one group, whatever their
+        cuts: they take their steps together.
         """
+        whole = [id for id in clients if cut_of(id) is None]
+        cut: dict[str, list[str]] = {}
+        for id in clients:
+            if id not in whole:
+                cut.setdefault(str(cut_of(id)), []).append(id)
+        groups = self._chunks(whole)
+        if self.split.adapters == "shared":
+            together = [
+                id for key in sorted(cut) for group in self._chunks(cut[key]) for id in group
+            ]
+            return groups + ([together] if together else [])
+        return groups + [group for key in sorted(cut) for group in self._chunks(cut[key])]
+
+    def _chunks(self, clients: Sequence[str]) -> list[list[str]]:
         ordered = sorted(clients, key=lambda id: (self._load(id), id))
         return [ordered[i : i + self.cohort] for i in range(0, len(ordered), self.cohort)]
 
@@ -66,7 +91,7 @@ class InProcess:
         ]
         started = time.perf_counter()
         try:
-            trained = train_cohort(self.model, jobs, on_step)
+            trained = self._train(tasks, jobs, on_step)
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"memory: {self.model.device} does not hold {len(jobs)} clients in one pass "
@@ -75,7 +100,7 @@ class InProcess:
         seconds = (time.perf_counter() - started) / len(tasks)
         for task, one in zip(tasks, trained, strict=True):
             if one.failure is not None:
-                yield Failure(task.client, task.round, task.attempt, one.failure)
+                yield Failure(task.client, task.round, task.attempt, one.failure, one.metrics)
                 continue
             yield Update(
                 client=task.client,
@@ -86,6 +111,29 @@ class InProcess:
                 adapter=one.adapter.restrict(task.assignment.start).to(device="cpu"),
                 metrics={**one.metrics, "seconds": seconds},
             )
+
+    def _train(
+        self, tasks: Sequence[Task], jobs: Sequence[Job], on_step: Callable[[], None] | None
+    ) -> list[Trained]:
+        cut = [task for task in tasks if task.cut is not None]
+        if not cut:
+            return train_cohort(self.model, jobs, on_step)
+        asked = [
+            SplitJob(job, task.cut, task.round, task.attempt)
+            for task, job in zip(tasks, jobs, strict=True)
+            if task.cut is not None
+        ]
+        if len(asked) < len(tasks):
+            raise ModelError("engine: whole and split clients cannot be trained in one pass")
+        longest = max(size.tokens for job in jobs for size in sizes(job.examples))
+
+        def connect(tail: Tail) -> Callable[[str], Link]:
+            tokens = self.local.batch * longest
+            return InProcessLinks(tail, self.split.wire, self.model.spec.hidden, tokens).link
+
+        return train_split(
+            self.model, asked, self.split, connect, cohort=self.cohort, on_step=on_step
+        )
 
     def _at_every_site(self, assignment: Assignment) -> Assignment:
         """Return the assignment with a zero of rank 0 at the sites that the client leaves alone."""

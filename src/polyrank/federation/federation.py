@@ -76,6 +76,7 @@ class Federation:
         who = population(self.work, fleet, local or LocalTraining(), self.conduct, model.spec)
         self.fleet, self.local, self.seen = who.fleet, who.local, who.clients
         preflight.check_measures(self.conduct, model, self.work)
+        preflight.check_cuts(model, self.fleet, self.rule, self.conduct.split)
         self._settings = setup.round_settings(
             self.rule, self.fleet, model.spec, who.work, self.conduct
         )
@@ -86,7 +87,7 @@ class Federation:
         cohort = preflight.resolve_cohort(
             self.conduct.cohort, model, spec, self.local, who.work, dealt
         )
-        self.engine = InProcess(model, who.work, self.local, cohort)
+        self.engine = InProcess(model, who.work, self.local, cohort, self.conduct.split)
         self._scorer = Scorer(
             model,
             self.work,
@@ -225,7 +226,8 @@ class Federation:
         """Train the round's clients, cohort by cohort; those persisted before a kill are read."""
         done, total = 0, len(round.clients)
         self._progress("train", 0, total)
-        for cohort in self.engine.cohorts(round.clients):
+        cuts = {client: self._settings.cut(client, round.number) for client in round.clients}
+        for cohort in self.engine.cohorts(round.clients, cuts.get):
             for answer in self._saved(round, cohort) or self._execute(round, cohort):
                 self._take(round, answer)
                 done += 1

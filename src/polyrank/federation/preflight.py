@@ -10,16 +10,19 @@ from typing import Literal
 import psutil
 import torch
 
-from polyrank.aggregation import Assignment, FleetSpec, State
+from polyrank.aggregation import Assignment, FleetSpec, Rule, State
 from polyrank.data import sizes
-from polyrank.errors import DataError, RecipeError, ResourceError
+from polyrank.errors import DataError, RankError, RecipeError, ResourceError, RuleError
 from polyrank.federation import storage
 from polyrank.federation.checkpoint import KEEP
 from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork
-from polyrank.model import LoadedModel
+from polyrank.model import Cut, LoadedModel
+from polyrank.model.span import sites_within
+from polyrank.planning import Fleet
 from polyrank.training import LocalTraining, cohort_size, slot_bytes
 from polyrank.training.metrics import check_metrics
+from polyrank.training.split import SplitSettings
 
 SHARE = 0.5
 """The share of the free memory that a cohort may take, by estimate."""
@@ -75,6 +78,44 @@ def check_measures(conduct: Conduct, model: LoadedModel, work: Mapping[str, Clie
                 f"{name}: no client that trains has a validation example; raise the share of "
                 "validation in data.fractions, or leave it out"
             )
+
+
+def check_cuts(model: LoadedModel, fleet: Fleet, rule: Rule, split: SplitSettings) -> None:
+    """Raise what split training would raise in its first round, if clients are cut as `fleet` says.
+
+    ModelError for a cut outside the model, or an architecture that cannot be cut, SiteError for a
+    side without sites or a weight that is tied across the cut; with one adapter that split clients
+    share, RuleError for a rule that cannot have it, and RankError where their ranks differ.
+    """
+    fleet.check_cuts(model.spec)
+    cuts = {name: cut for name, cut in fleet.cuts.items() if name in fleet.possible}
+    for cut in set(cuts.values()):
+        Cut(model, cut.lower, cut.upper)
+        for blocks in (cut.at_client(model.spec.blocks), cut.at_server(model.spec.blocks)):
+            sites_within(model.spec, blocks)
+    if not cuts or split.adapters != "shared":
+        return
+    if "shared" in rule.excludes:
+        raise RuleError(
+            f"split.adapters = 'shared' and the rule {rule.name!r} exclude each other: "
+            f"{rule.excludes['shared']}; set split.adapters = 'own', or take another rule"
+        )
+    ranks, at = (
+        fleet.ranks_by_type(model.spec),
+        {site.name: site.block for site in model.spec.sites},
+    )
+    found: dict[str, tuple[str, int]] = {}
+    for name, cut in sorted(cuts.items()):
+        server = cut.at_server(model.spec.blocks)
+        for site in (site for site in at if at[site] in server):
+            rank = ranks[name].get(site, 0)
+            other, before = found.setdefault(site, (name, rank))
+            if rank != before:
+                raise RankError(
+                    f"split.adapters = 'shared': at {site} type {other} has rank {before}, type "
+                    f"type {name} rank {rank}; one adapter has one rank. Give both the same ranks "
+                    "behind the cut, or set split.adapters = 'own'"
+                )
 
 
 def free_memory(device: torch.device) -> int:

@@ -41,7 +41,7 @@ class Trained:
     client also ``wire_up`` and ``wire_down``, the bytes that its link carried.
 
     `failure` says why the client gave up, at a loss or a gradient that was not finite; the adapter
-    is then that before the step, and there are no metrics.
+    is then that before the step, and of the metrics there are at most the bytes of the link.
     """
 
     adapter: Adapter[Delta]
@@ -103,7 +103,7 @@ class Course:
     def result(self, adapter: Adapter[Delta], **beside: float) -> Trained:
         """Return the trained adapter with the numbers of the training and those given beside."""
         if self.failure is not None:
-            return Trained(adapter, {}, self.failure)
+            return Trained(adapter, beside, self.failure)
         return Trained(
             adapter=adapter,
             metrics={
