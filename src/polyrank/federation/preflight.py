@@ -112,7 +112,7 @@ def check_cuts(model: LoadedModel, fleet: Fleet, rule: Rule, split: SplitSetting
             other, before = found.setdefault(site, (name, rank))
             if rank != before:
                 raise RankError(
-                    f"split.adapters = 'shared': at {site} type {other} has rank {before}, type "
+                    f"split.adapters = 'shared': at {site} type {other} has rank {before}, "
                     f"type {name} rank {rank}; one adapter has one rank. Give both the same ranks "
                     "behind the cut, or set split.adapters = 'own'"
                 )
