@@ -92,7 +92,8 @@ def compare(
         str,
         typer.Option(
             help="Rules, the first of which the others are compared with, e.g. "
-            "flexlora,flexlora:delta,fedit; RULE+METHOD sets local.method too."
+            "flexlora,flexlora:delta,fedit; RULE+METHOD sets local.method too. Baselines: "
+            "splitlora, cenlora, ft, fedlora."
         ),
     ] = "flexlora,flexlora:delta,fedit",
     seeds: Annotated[

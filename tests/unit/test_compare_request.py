@@ -54,6 +54,80 @@ def test_the_control_is_the_first_rule_on_one_type() -> None:
     assert methods(["fedit"], "weakest", recipe()) == [Method("fedit", force="weakest")]
 
 
+def test_a_baseline_stands_among_the_rules_by_its_name() -> None:
+    found = methods(["flexlora", "fedlora", "cenlora", "ft+fedavg", "hetlora"], None, recipe())
+    assert found[1:] == [
+        Method("fedit", baseline="fedlora"),
+        Method("fedit", baseline="cenlora"),
+        Method("full", "fedavg", baseline="ft"),
+        Method("hetlora"),  # It is the rule of that name.
+    ]
+    assert [one.label for one in found] == [
+        "flexlora",
+        "fedlora",
+        "cenlora",
+        "ft+fedavg",
+        "hetlora",
+    ]
+    assert [one.slug for one in found] == [one.label for one in found]
+    assert [one.pooled for one in found] == [False, False, True, True, False]
+    assert [one.forced for one in found] == [None, "weakest", None, None, None]
+
+
+def test_a_baseline_s_recipe_has_its_keys_whatever_the_others_have() -> None:
+    cut = {"types": {"T1": 1, "T2": 4}, "distribution": {"T1": 0.5, "T2": 0.5}, "cuts": {"T1": 1}}
+    base = recipe(fleet=cut, aggregation={"rule": "flora", "server_rank": 3})
+
+    def of(name: str) -> Recipe:
+        [method] = methods([name], None, base)
+        return method.recipe(base, rate=0.1, seed=1)
+
+    ft, central, federated, split = map(of, ("ft", "cenlora", "fedlora", "splitlora"))
+    assert [one.baseline for one in (ft, central, federated, split)] == [
+        "ft",
+        "cenlora",
+        "fedlora",
+        "splitlora",
+    ]
+    assert [one.data.pooled for one in (ft, central, federated, split)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert [one.fleet.force for one in (ft, central, federated, split)] == [
+        None,
+        None,
+        "weakest",
+        "weakest",
+    ]
+    assert [bool(one.fleet.cuts) for one in (ft, central, federated, split)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert (split.split.adapters, federated.split.adapters) == ("shared", "own")
+    [other] = methods(["flexlora"], None, base)
+    assert other.recipe(base, rate=0.1, seed=1).fleet.cuts == {"T1": 1}
+    with pytest.raises(RecipeError, match=r"method 'splitlora': baseline = 'splitlora' cuts"):
+        request("splitlora", recipe())
+
+
+def test_a_control_of_a_baseline_is_that_baseline_on_one_type() -> None:
+    found = methods(["cenlora"], "T1", recipe())
+    assert found[-1] == Method("fedit", force="T1", baseline="cenlora")
+    assert found[-1].label == "cenlora, all T1"
+    assert len(methods(["fedlora"], "weakest", recipe())) == 1, "it is that already"
+
+
+def test_a_recipe_that_is_a_baseline_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"the recipe is the baseline 'ft'.* among --rules"):
+        request(recipe=recipe(baseline="ft"))
+    with pytest.raises(RuleError, match=r"unknown rule 'splitlor'.*or a baseline: .*'splitlora'"):
+        request("splitlor")
+
+
 def test_a_local_method_follows_a_plus() -> None:
     [found] = methods(["flexlora+slora"], None, recipe())
     assert (found.rule, found.local, found.label) == ("flexlora", "slora", "flexlora+slora")

@@ -21,6 +21,7 @@ def method(label: str, loss: float | None = 1.5, **changes: Any) -> dict[str, An
     }
     made: dict[str, Any] = {
         "label": label,
+        "pooled": False,
         "rate": 1e-3,
         "tuning": None,
         "runs": [{"seed": seed, "failure": None} for seed in (0, 1, 2)],
@@ -63,6 +64,17 @@ def shown(found: dict[str, Any]) -> str:
 def tuning(edge: str | None, *trials: tuple[float, float | None]) -> dict[str, Any]:
     listed = [{"rate": rate, "validation_loss": loss} for rate, loss in trials]
     return {"seed": 0, "trials": listed, "edge": edge}
+
+
+def test_what_a_pooled_method_sends_is_not_counted() -> None:
+    found = results(method("flexlora"), method("ft", pooled=True), method("cenlora", pooled=True))
+    text = shown(found)
+    [sending] = lines_with(text, "flexlora", "1234.5")
+    assert "2.0" in sending
+    [pooled] = lines_with(text, "ft", "1.23%")
+    assert "1234.5" not in pooled
+    assert "in one place, so nothing is sent: ft, cenlora" in text
+    assert "in one place" not in shown(results(method("flexlora")))
 
 
 def test_a_row_has_mean_spread_and_difference_and_fits_a_hundred_columns() -> None:

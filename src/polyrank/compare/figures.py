@@ -85,7 +85,9 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
             figure = _lines(curves, styles, f"Validation loss of the seen clients ({over})")
             _name(figure, "round", _LOSS)
             files += _save(figure, folder, "loss-by-round")
-        if curves := loss_by_bytes(runs):
+        pooled = {one["label"] for one in results["methods"] if one["pooled"]}  # Nothing is sent.
+        sending = {label: each for label, each in runs.items() if label not in pooled}
+        if curves := loss_by_bytes(sending):
             figure = _lines(curves, styles, f"Validation loss for what was sent ({over})", log=True)
             _name(figure, "MiB up and down so far, all clients together", _LOSS)
             files += _save(figure, folder, "loss-by-bytes")

@@ -1,15 +1,16 @@
-"""A method of a comparison: a rule on the recipe's fleet, or on one forced to a single type."""
+"""A method of a comparison: a rule on the recipe's fleet or on one type, or a named baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from polyrank import config
-from polyrank.aggregation import OPTIONS, rule
+from polyrank.aggregation import OPTIONS, RULES, Rule, rule
 from polyrank.config import Recipe
-from polyrank.errors import PolyrankError, RecipeError
+from polyrank.config.baselines import BASELINES
+from polyrank.errors import PolyrankError, RecipeError, RuleError
 from polyrank.training import local_method
 from polyrank.training.methods import LocalMethod
 
@@ -18,11 +19,16 @@ WEAKEST = "weakest"
 
 @dataclass(frozen=True)
 class Method:
-    """A rule by name, with `local` a ``local.method`` (None: the recipe's) and `force` a type."""
+    """A rule by name, with `local` a ``local.method`` (None: the recipe's) and `force` a type.
+
+    `baseline` is the name of one, where the method is that: the rule is then the baseline's, and
+    its other keys are set too.
+    """
 
     rule: str
     local: str | None = None
     force: str | None = None
+    baseline: str | None = None
 
     @property
     def label(self) -> str:
@@ -37,7 +43,19 @@ class Method:
 
     @property
     def _name(self) -> str:
-        return self.rule if self.local is None else f"{self.rule}+{self.local}"
+        name = self.baseline or self.rule
+        return name if self.local is None else f"{name}+{self.local}"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it is a baseline that has all training examples in one place."""
+        return self.baseline is not None and BASELINES[self.baseline].pooled
+
+    @property
+    def forced(self) -> str | None:
+        """The type of every client where the recipe forces none, or None."""
+        own = BASELINES[self.baseline].force if self.baseline else None
+        return self.force or own
 
     @property
     def options(self) -> set[str]:
@@ -49,8 +67,8 @@ class Method:
         """Return the recipe of one run of this method.
 
         Options of `base` that the rule does not have are left out, and so is what contradicts a
-        local method that the method names. RecipeError, naming the method, if rule and local
-        method do not go together, as far as it shows without model and data.
+        local method or a baseline that the method names. RecipeError, naming the method, if rule
+        and local method do not go together, as far as it shows without model and data.
         """
         changes: dict[str, Any] = {
             "aggregation.rule": self.rule,
@@ -59,6 +77,8 @@ class Method:
             "seed": seed,
             "control": None,
         }
+        if self.baseline is not None:
+            changes |= {"baseline": self.baseline, **BASELINES[self.baseline].fixed}
         if self.force is not None:
             changes["fleet.force"] = self.force
         if not rule(self.rule).mixed_ranks:
@@ -88,8 +108,9 @@ def _local(method: LocalMethod, base: Recipe) -> dict[str, Any]:
 def methods(rules: Sequence[str], control: str | None, recipe: Recipe) -> list[Method]:
     """Return the methods of these rules, ``RULE`` or ``RULE+METHOD``, and the control's.
 
-    A rule that needs one rank for all runs with every client of the weakest type, unless the
-    recipe forces one already. `control` adds the first rule with every client of that type.
+    The name of a baseline may stand for a rule. A rule that needs one rank for all runs with every
+    client of the weakest type, unless the recipe forces one already. `control` adds the first rule
+    with every client of that type.
     Raises RuleError for an unknown rule, RecipeError for none or one that is named twice.
     """
     if not rules:
@@ -97,17 +118,28 @@ def methods(rules: Sequence[str], control: str | None, recipe: Recipe) -> list[M
     found: list[Method] = []
     for text in rules:
         name, _, local = text.partition("+")
-        mixed = rule(name).mixed_ranks or recipe.fleet.force is not None
+        if name in BASELINES and name not in RULES:
+            found.append(Method(BASELINES[name].rule, local or None, None, name))
+            continue
+        mixed = _rule(name).mixed_ranks or recipe.fleet.force is not None
         found.append(Method(name, local or None, None if mixed else WEAKEST))
     if control is not None:
-        extra = Method(found[0].rule, found[0].local, control)
-        if extra not in found:
+        extra = replace(found[0], force=control)
+        if extra not in found and control != found[0].forced:
             found.append(extra)
     slugs = [method.slug for method in found]
     twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
     if twice:
         raise RecipeError(f"compare: {twice[0]} is named twice in --rules; name each rule once")
     return found
+
+
+def _rule(name: str) -> Rule:
+    """Return the rule; RuleError for an unknown name tells the baselines too."""
+    try:
+        return rule(name)
+    except RuleError as error:
+        raise RuleError(f"{error}; or a baseline: {sorted(BASELINES)}") from error
 
 
 def _changed(content: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

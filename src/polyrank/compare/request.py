@@ -55,6 +55,11 @@ class Request:
         Without `control` the recipe's own is taken, without `rates` the recipe's, or with `tune`
         the grid around it.
         """
+        if recipe.baseline is not None:
+            raise RecipeError(
+                f"compare: the recipe is the baseline {recipe.baseline!r}, which would hold for "
+                "all methods; drop the key, and name it among --rules"
+            )
         if seeds < 1:
             raise RecipeError(f"compare: seeds: expected at least 1, got {seeds}")
         if rates is not None and not tune:

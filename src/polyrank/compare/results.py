@@ -70,8 +70,10 @@ def _method(request: Request, folder: Path, course: Course, first: Course) -> di
     return {
         "label": course.method.label,
         "rule": course.method.rule,
+        "baseline": course.method.baseline,
+        "pooled": course.method.pooled or request.recipe.data.pooled,
         "local_method": course.method.local,
-        "force": course.method.force or request.recipe.fleet.force,
+        "force": course.method.force or request.recipe.fleet.force or course.method.forced,
         "rate": course.rate,
         "tuning": _tuning(request, course) if request.tune else None,
         "runs": runs,
@@ -190,7 +192,10 @@ def _paired(ours: Path, theirs: Path) -> dict[str, Any]:
 
 
 def _agreement(seed: int, courses: Sequence[Course]) -> dict[str, Any]:
-    """Whether all methods had the same data, fleet and clients in every round with this seed."""
+    """Whether all methods had the same data, fleet and clients in every round with this seed.
+
+    Baselines with all training examples in one place need not have the clients.
+    """
     runs = [
         (course.method, run)
         for course in courses
@@ -204,11 +209,15 @@ def _agreement(seed: int, courses: Sequence[Course]) -> dict[str, Any]:
             pair = f"{method.label} and {first.label}"
             if _data(run.folder) != _data(reference.folder):
                 differ.append(f"{pair}: other data or another model")
+        federated = [(method, run) for method, run in runs if not method.pooled]
+        first, reference = federated[0] if federated else runs[0]
+        for method, run in federated[1:]:
+            pair = f"{method.label} and {first.label}"
             pairs = zip(records_of(run.folder), records_of(reference.folder), strict=False)
             for ours, theirs in pairs:
                 if (ours.attempt, ours.clients) != (theirs.attempt, theirs.clients):
                     differ.append(f"{pair}: other clients in round {ours.round}")
-    types = [(method, _types(run.folder)) for method, run in runs if method.force is None]
+    types = [(method, _types(run.folder)) for method, run in runs if method.forced is None]
     differ += [
         f"{method.label} and {types[0][0].label}: other LoRA types"
         for method, given in types[1:]

@@ -145,24 +145,26 @@ def failure(one: Mapping[str, Any]) -> str:
 
 def _rest(results: Mapping[str, Any]) -> Sheet:
     rows = [["base, untrained", *_texts(results["base"]), "", "", "", ""]]
+    pooled = [one["label"] for one in results["methods"] if one["pooled"]]
     for one in results["methods"]:
         costs = {key: value["mean"] for key, value in one["costs"].items()}
         known = costs["seconds"] is not None
+        sent = known and not one["pooled"]
         rows.append(
             [
                 one["label"],
                 *_texts(one),
-                f"{costs['bytes_up'] / 2**20:.1f}" if known else "–",
-                f"{costs['bytes_down'] / 2**20:.1f}" if known else "–",
+                f"{costs['bytes_up'] / 2**20:.1f}" if sent else "–",
+                f"{costs['bytes_down'] / 2**20:.1f}" if sent else "–",
                 f"{costs['discarded']:.2%}" if known else "–",
                 report.duration(costs["seconds"]) if known else "–",
             ]
         )
     columns = ["exact match\nseen", "\nunseen", "ROUGE-L\nseen", "\nunseen"]
     names = ["method", *columns, "up\nMiB", "down\nMiB", "discarded\na round", "time"]
-    return Sheet(
-        "text scores on the test parts, and costs of one run (means over seeds)", names, rows
-    )
+    title = "text scores on the test parts, and costs of one run (means over seeds)"
+    notes = [f"all training examples in one place, so nothing is sent: {', '.join(pooled)}"]
+    return Sheet(title, names, rows, notes if pooled else [])
 
 
 def _texts(scores: Mapping[str, Any]) -> list[str]:
