@@ -188,8 +188,9 @@ def export(
         )
         return
     lost = adapter.save(target, rank=rank)
-    if rank is not None:
-        typer.echo(f"rank {rank} keeps {1 - lost:.3%} of the energy")
+    if rank is not None or lost:
+        kept = "the server's rank" if rank is None else f"rank {rank}"
+        typer.echo(f"{kept} keeps {1 - lost:.3%} of the energy")
     typer.echo(report.loading(target))
 
 
