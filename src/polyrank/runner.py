@@ -189,7 +189,8 @@ def train(
 ) -> Iterator[Federation]:
     """Train all rounds of a run, or those that are left; its test parts are not looked at yet."""
     force = recipe.fleet.force
-    rule = f"{recipe.aggregation.rule}{f', all clients {force}' if force else ''}"
+    name = recipe.baseline or recipe.aggregation.rule
+    rule = f"{name}{f', all clients {force}' if force else ''}"
     with _build(recipe, folder, attendance, parts, resume=resume) as federation:
         attendance.listener.begun(title or rule, federation, recipe.rounds)
         for record in federation.rounds(recipe.rounds):
@@ -205,8 +206,9 @@ def _build(
     if recipe.fleet.force:
         fleet = fleet.forced(recipe.fleet.force, model.spec)
     fleet.check_cuts(model.spec)
+    recipe.check_fleet(fleet)
     attendance.check_stop()
-    attachments = {RECIPE: recipe.to_toml(), FLEET: _fleet_json(fleet, model)}
+    attachments = {RECIPE: recipe.to_toml(), FLEET: _fleet_json(fleet, model, recipe.data.pooled)}
     if parts.base is not None:  # The same base on the same data was evaluated before.
         attachments[BASE] = parts.base
     return Federation(
@@ -226,15 +228,19 @@ def _build(
     )
 
 
-def _fleet_json(fleet: Fleet, model: LoadedModel) -> str:
-    """Who has which type in round 1; of every type that may come the rank at each site, its cut."""
+def _fleet_json(fleet: Fleet, model: LoadedModel, pooled: bool) -> str:
+    """Who has which type in round 1; of every type that may come the rank at each site, its cut.
+
+    In a pooled run the clients are those that are measured; the strongest type trains, uncut.
+    """
+    by_type, strongest = fleet.ranks_by_type(model.spec), fleet.strongest(model.spec)
     content: dict[str, Any] = {
         "schema": 1,
         "clients": dict(sorted(fleet.at(1).items())),
-        "ranks": fleet.ranks_by_type(model.spec),
+        "ranks": {strongest: by_type[strongest]} if pooled else by_type,
     }
     cuts = {name: fleet.cuts[name].written for name in fleet.possible if name in fleet.cuts}
-    if cuts:
+    if cuts and not pooled:
         content |= {"cuts": cuts, "blocks": model.spec.blocks}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 

@@ -50,10 +50,13 @@ class Terminal:
     def begun(self, title: str, federation: Federation, rounds: int) -> None:
         """Print the set-up and start the bar."""
         say = self.console.print
-        unseen = len(federation.work) - len(federation.seen)
+        unseen = sum(not client.seen for client in federation.work.values())
         say(f"[bold]{title}[/bold] in {federation.folder.path}", soft_wrap=True, highlight=False)
+        clients = len(federation.work) - unseen
+        if federation.conduct.pooled:
+            say(f"pooled: the training examples of all {clients} clients in one place")
         say(
-            f"{len(federation.seen)} clients and {unseen} unseen, "
+            f"{clients} clients and {unseen} unseen, "
             f"{len(federation.model.spec.sites)} adapted matrices, "
             f"{federation.engine.cohort} clients in one pass",
             highlight=False,
