@@ -117,7 +117,8 @@ def encode(message: Message, codec: Codec, answers: Request | None = None) -> by
             first = message.factor
         case Returned():
             flags = LOSS * (message.loss is not None) | NORM * (message.squared_norm is not None)
-            first, second = message.loss or 0.0, message.squared_norm or 0.0
+            first = 0.0 if message.loss is None else message.loss
+            second = 0.0 if message.squared_norm is None else message.squared_norm
             states = message.states
         case Refused():
             whole = message.reason.encode("utf-8", "replace")[:REASON_BYTES]
@@ -211,8 +212,9 @@ def decode(frame: bytes | bytearray | memoryview, limits: Limits) -> Message:
 
 
 def _unused(head: Head, kind: type[Message], place: str) -> None:
-    """Refuse numbers where the kind has none: each message has one frame only."""
+    """Refuse numbers, −0 too, where the kind has none: each message has one frame only."""
     first = kind in (Activations, Step) or bool(head.flags & LOSS)
     second = bool(head.flags & NORM)
-    if (head.first != 0 and not first) or (head.second != 0 and not second):
+    zero = (0.0).hex()
+    if (head.first.hex() != zero and not first) or (head.second.hex() != zero and not second):
         raise FrameError(f"{place}: expected no numbers that this kind lacks; some came")
