@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import federations
 from aggregation_rounds import SITE, distance, fleet, fresh_state, noisy_training, play_round
 from polyrank.aggregation import (
     Contribution,
@@ -19,7 +20,9 @@ from polyrank.aggregation import (
 )
 from polyrank.algebra import LowRank
 from polyrank.errors import RankError, RuleError, UpdateError
-from polyrank.federation import storage
+from polyrank.federation import Conduct, storage
+from polyrank.federation.round import Round, RoundSettings
+from polyrank.planning import Scaling
 
 SHAPE = (14, 11)
 KEEP = FLoRA(reinitialise=False)
@@ -217,3 +220,37 @@ def test_flora_itself_keeps_nothing():
     assert FLoRA().deal_own(state, "0", SITE, 2, 1.0, 0).frozen is None
     other = State({**state.tensors, f"{SITE}/kept/0/b": torch.ones(14, 2)}, state.scalars)
     assert not KEEP.personal(other, "0")
+
+
+def test_a_round_deals_own_factors_to_those_that_have_them_and_one_assignment_to_the_others():
+    clients = {c: {SITE: 2} for c in "uvxy"}
+    state = merged(begun(u=2, v=2, x=2, y=2), x=factors(2, 1), y=factors(2, 2))
+    how = RoundSettings(KEEP, clients, dict.fromkeys(clients, 1.0), Scaling(), seed=0)
+    round = Round(how, state, 1, 0, sorted(clients))
+    assert round.assignment("u") is round.assignment("v")
+    assert len({round.assignment_hash(c) for c in clients}) == 3
+    assert len({id(round.assignment(c).merged) for c in clients}) == 1  # hashed once for all
+    one = round.assignment("x")
+    assert one.hash() != deal(KEEP, state, {SITE: 2}, {SITE: 1.0}, 0, client="y").hash()
+    assert torch.equal(one.start[SITE].b, factors(2, 1).b)
+
+
+def test_a_run_begins_at_the_sum_for_everyone_and_ends_in_the_same_bytes_when_resumed(tmp_path):
+    conduct = Conduct(evaluation=federations.MEASURED, cohort=2)
+    given = {"model": federations.one_block(), "rule": KEEP, "conduct": conduct}
+    with federations.federation(tmp_path / "whole", **given) as run:
+        records = list(run.rounds(4))
+        whole = run.adapter.factors.hash()
+    for record in records:
+        server, own = record.evaluation["server"], record.evaluation["own_rank"]
+        # The same function, but for the rounding of start and its negative in float32.
+        assert own["all"]["loss"] == pytest.approx(server["seen"]["loss"], rel=1e-4)
+    with federations.federation(tmp_path / "parts", **given) as run:
+        list(run.rounds(2))
+    with federations.federation(tmp_path / "parts", **given, resume=True) as run:
+        list(run.rounds(4))
+        assert run.adapter.factors.hash() == whole
+    plain = {**given, "rule": FLoRA()}
+    with federations.federation(tmp_path / "plain", **plain) as run:
+        list(run.rounds(4))
+        assert run.adapter.factors.hash() != whole

@@ -83,6 +83,7 @@ def test_disk_is_reckoned_from_states_and_updates_of_a_round(tmp_path, monkeypat
     expected = {
         FlexLoRA(): (4 * row + 4 * 4, 4 * row),
         FLoRA(): (4 * 1000 * 500, 4 * row),
+        FLoRA(reinitialise=False): (4 * 1000 * 500 + 5 * row, 4 * row),
         SLoRA(FlexLoRA(), 1): (4 * row + 4 * 4 + 12 * 4 * 1500, 12 * 4 * 1500 + 2 * 8),
     }
     place = tmp_path / "not" / "there" / "yet"
@@ -91,10 +92,10 @@ def test_disk_is_reckoned_from_states_and_updates_of_a_round(tmp_path, monkeypat
         dealt = [deal(rule, begun, own, {"q": 1.0}, 0) for own in ranks.values()]
         needed = (KEEP + 2) * 2 * state + 10 * update
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _, n=needed: Usage(n))
-        preflight.check_disk(place, begun, dealt, 10)
+        preflight.check_disk(place, begun, dealt, 10, rule.growth(spec))
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _, n=needed: Usage(n - 1))
         with pytest.raises(ResourceError, match="a round needs up to"):
-            preflight.check_disk(place, begun, dealt, 10)
+            preflight.check_disk(place, begun, dealt, 10, rule.growth(spec))
     assert list(tmp_path.iterdir()) == []
 
 

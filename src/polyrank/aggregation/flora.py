@@ -173,6 +173,13 @@ class FLoRA(Rule):
             for site in spec.shapes
         }
 
+    def growth(self, spec: FleetSpec) -> int:
+        """Return the bytes of one float32 update of every client, where they are kept."""
+        if self.reinitialise:
+            return 0
+        every = (item for own in spec.ranks.values() for item in own.items())
+        return sum(4 * rank * sum(spec.shapes[site]) for site, rank in every)
+
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return D at every site, dense."""
         return self._whole(state)

@@ -123,6 +123,10 @@ class Rule(ABC):
         """Return per site the largest rank of a frozen term that a client may come to hold."""
         return {}
 
+    def growth(self, spec: FleetSpec) -> int:  # noqa: ARG002
+        """Return by how many bytes the state may come to grow, about, once all took part."""
+        return 0
+
     def elsewhere(self, state: State, sites: Collection[str]) -> Adapter[LowRank]:  # noqa: ARG002
         """Return what is active, and not trained, at the sites other than these for their client.
 

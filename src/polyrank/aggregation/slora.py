@@ -117,6 +117,10 @@ class SLoRA(Rule):
         """As the inner rule."""
         return self.inner.frozen_ranks(spec)
 
+    def growth(self, spec: FleetSpec) -> int:
+        """As the inner rule."""
+        return self.inner.growth(spec)
+
     def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
         """Return the first entries of the order, as many as the rank's factors have; then inner."""
         if not self._sparse(state):

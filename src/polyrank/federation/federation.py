@@ -105,7 +105,8 @@ class Federation:
                 self.folder = held.enter_context(RunFolder.open(path))
                 self._at = self._go_on(allow_inexact)
             else:
-                preflight.check_disk(path, first.state, dealt, self._round_size())
+                size, growth = self._round_size(), self.rule.growth(spec)
+                preflight.check_disk(path, first.state, dealt, size, growth)
                 begun = RunFolder.create(path, self._begun(attachments or {}), first)
                 self.folder = held.enter_context(begun)
                 self._at = first

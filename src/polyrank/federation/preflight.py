@@ -125,13 +125,18 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def check_disk(folder: Path, state: State, dealt: Sequence[Assignment], clients: int) -> None:
-    """Raise ResourceError if the checkpoints and the updates of one round will not fit the disk."""
+def check_disk(
+    folder: Path, state: State, dealt: Sequence[Assignment], clients: int, growth: int = 0
+) -> None:
+    """Raise ResourceError if the checkpoints and the updates of one round will not fit the disk.
+
+    `growth` says by how many bytes the state may come to grow.
+    """
     updates = clients * max(
         _bytes(delta.tensors() for delta in one.start.values()) for one in dealt
     )
     # A state and a best one in each checkpoint, one more being written, and the adapter.
-    needed = (KEEP + 2) * 2 * _bytes([state.tensors]) + updates
+    needed = (KEEP + 2) * 2 * (_bytes([state.tensors]) + growth) + updates
     free = shutil.disk_usage(storage.existing(folder)).free
     if needed > free:
         raise ResourceError(
