@@ -129,8 +129,8 @@ class DataSection(Section):
     too_long: Literal["skip", "cut-prompt", "error"] = "skip"
     """What happens to examples above `max_length`; skipped ones are counted and named."""
     pooled: bool = False
-    """Centralised training: one client, of the fleet's strongest type, has the training examples
-    of all, and a round is as long as those of the clients together; see
+    """Centralised training: one client, of the fleet's strongest type and without a cut, has the
+    training examples of all, and a round is as long as those of the clients together; see
     [methods](methods.md#baselines)."""
 
     def load(self, seed: int) -> Clients:
