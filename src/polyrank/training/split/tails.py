@@ -105,12 +105,13 @@ class Tails:
     def answer(self, requests: Sequence[Request]) -> list[Reply]:
         """Return the answers in the order of the requests, at most one of each client.
 
-        Requests of one kind and cut are served in one pass. One that was answered before is
-        answered again, and nothing is done. What cannot be served is `Refused`: an unknown client,
-        another round, a request that is not due, what does not fit the model or is not finite.
+        Requests of one kind and cut are served in one pass, steps of all cuts together. One that
+        was answered before is answered again, and nothing is done. What cannot be served is
+        `Refused`: an unknown client, another round, a request that is not due, what does not fit
+        the model or is not finite.
         """
         answers: dict[int, Reply] = {}
-        due: dict[tuple[type, Split], dict[int, Request]] = {}
+        due: dict[tuple[type, Split | None], dict[int, Request]] = {}
         for i, request in enumerate(requests):
             try:
                 found = self._answered(request)
@@ -120,8 +121,10 @@ class Tails:
             if found is not None:
                 answers[i] = found
                 continue
-            cut = self._sessions[request.at.client].job.cut
-            due.setdefault((type(request), cut), {})[i] = request
+            passes = (
+                None if isinstance(request, Step) else self._sessions[request.at.client].job.cut
+            )
+            due.setdefault((type(request), passes), {})[i] = request
         for (kind, cut), group in due.items():
             served = self._serve(kind, cut, list(group.values()))
             answers |= zip(group, served, strict=True)
@@ -165,8 +168,8 @@ class Tails:
             session.check(request)
         return found
 
-    def _serve(self, kind: type, cut: Split, group: Sequence[Request]) -> list[Reply]:
-        if kind is Step:
+    def _serve(self, kind: type, cut: Split | None, group: Sequence[Request]) -> list[Reply]:
+        if kind is Step or cut is None:
             return self._step([one for one in group if isinstance(one, Step)])
         if kind is Activations:
             arrived = [one for one in group if isinstance(one, Activations)]
