@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -203,6 +203,8 @@ def _build(
 ) -> Federation:
     """Return the federation that a recipe describes, in a folder."""
     fleet, model = parts.fleet, parts.model
+    if not recipe.fleet.cuts:  # The parts may be shared with methods that have some.
+        fleet = replace(fleet, cuts={})
     if recipe.fleet.force:
         fleet = fleet.forced(recipe.fleet.force, model.spec)
     fleet.check_cuts(model.spec)

@@ -93,6 +93,22 @@ def test_a_run_of_full_fine_tuning_resumes_inspects_and_exports_whole(recipe, tm
     assert exported.code == 0, exported.err
 
 
+def test_splitlora_runs_and_is_compared_with_federated_lora_on_the_same_clients(recipe, tmp_path):
+    out = tmp_path / "out"
+    rules = ("--rules", "splitlora,fedlora", "--seeds", "1", "--out", out)
+    done = polyrank("compare", recipe, *QUICK, "fleet.cuts={T1 = 1}", *rules, "--no-figures")
+    assert done.code == 0, done.err
+    found = json.loads((out / "compare.json").read_text())
+    assert [one["same"] for one in found["agreement"]] == [True]
+    split, whole = (records(out / one / "lr-0.01" / "seed-0") for one in ("splitlora", "fedlora"))
+    for one, other in zip(split, whole, strict=True):
+        assert one["ranks"] == other["ranks"] == {"T1": 2}
+        assert one["wire_up"] > 0
+        assert other["wire_up"] == 0
+    base = found["base"]["per_seed"][0]["seen"]["loss"]
+    assert all(one["mean"]["seen"]["loss"] < base for one in found["methods"])
+
+
 def test_splitlora_without_a_cut_of_its_type_is_refused_before_anything_is_begun(recipe, tmp_path):
     out = tmp_path / "run"
     done = polyrank("run", recipe, "baseline=splitlora", "--out", out)
