@@ -128,6 +128,16 @@ def test_a_recipe_that_is_a_baseline_is_refused() -> None:
         request("splitlor")
 
 
+def test_kept_adapters_are_compared_by_the_name_of_the_rule() -> None:
+    found = methods(["flora", "flora:keep"], None, recipe())
+    assert [one.slug for one in found] == ["flora", "flora-keep"]
+    made = [one.recipe(recipe(), rate=0.1, seed=1).rule().name for one in found]
+    assert made == ["flora", "flora:keep"]
+    # As a key it would turn `flora` into the other rule, under the first one's name.
+    with pytest.raises(RecipeError, match=r"reinitialise: none of the rules has it beside"):
+        request("flora,flora:keep", recipe(aggregation={"rule": "flora", "reinitialise": False}))
+
+
 def test_a_local_method_follows_a_plus() -> None:
     [found] = methods(["flexlora+slora"], None, recipe())
     assert (found.rule, found.local, found.label) == ("flexlora", "slora", "flexlora+slora")

@@ -86,7 +86,8 @@ class Request:
         unused = sorted(given.keys() - {key for one in asked.methods for key in one.options})
         if unused:
             raise RecipeError(
-                f"compare: aggregation.{unused[0]}: none of the rules has it; leave it out"
+                f"compare: aggregation.{unused[0]}: none of the rules has it beside what its name "
+                "tells; leave it out"
             )
         for method in asked.methods:  # Mistakes show before anything is begun.
             method.recipe(asked.recipe, rate=asked.rates[0], seed=recipe.seed)
