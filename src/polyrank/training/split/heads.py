@@ -21,7 +21,14 @@ from polyrank.training.course import Course, Job, Trained
 from polyrank.training.learner import Learner
 from polyrank.training.local import merged_of, slot_of
 from polyrank.training.split.link import Link, Pending
-from polyrank.training.split.messages import Activations, At, Gradients, Returned, Step
+from polyrank.training.split.messages import (
+    Activations,
+    At,
+    Gradients,
+    Returned,
+    Step,
+    Stepped,
+)
 from polyrank.training.split.packing import Rows
 from polyrank.training.split.protect import bounded, noised
 from polyrank.training.split.session import IGNORED
@@ -120,6 +127,10 @@ class Heads:
         self._cohort.rest()
         self._cohort.add_penalties(self._active)
         for k in self._working():
+            if self._settings.adapters == "own" and k not in squares:
+                at = self._at(k, step)
+                self._give_up(k, FrameError(f"{at}: the server gave no norm of its gradient"))
+                continue
             self._learners[k].pull_back()
             norm = float(self._learners[k].norm())
             norm = (norm * norm + squares.get(k, 0.0)) ** 0.5
@@ -142,7 +153,11 @@ class Heads:
         taken = []
         for k, ack in self._acks.items():
             try:
-                ack.result()
+                reply = ack.result()
+                if not isinstance(reply, Stepped):
+                    raise FrameError(
+                        f"{self._at(k, step)}: expected Stepped, got {type(reply).__name__}"
+                    )
             except FrameError as error:
                 self._give_up(k, error)
                 continue
@@ -220,7 +235,7 @@ class Heads:
 
     def _receive(self, micro: _Micro, losses: dict[int, float], squares: dict[int, float]) -> None:
         """Take the answers to a microbatch, and run the heads back."""
-        answers = self._answers(micro.members, micro.pending)
+        answers = self._answers(micro, micro.pending)
         if self._split.upper is not None:
             answers = self._through_the_end(micro, answers, losses)
         ends, gradients = [], []
@@ -270,7 +285,7 @@ class Heads:
         logits.backward(logits.detach())
         self._cohort.rest()
         back = micro.packing.packed(_gradient(hidden)).split(counts)
-        pending: dict[int, Pending] = {}
+        pending: list[Pending | None] = [None] * len(micro.members)
         for i, each in enumerate(summed.split(targets)):
             k = micro.members[i]
             if k not in answers:
@@ -278,22 +293,19 @@ class Heads:
             losses[k] += float(each.sum())
             try:
                 message = Gradients(micro.at[i], micro.last[i], back[i])
-                pending[k] = self._links[k].submit(message)
+                pending[i] = self._links[k].submit(message)
             except FrameError as error:
                 self._give_up(k, error)
-        return self._answers(list(pending), list(pending.values()))
+        return self._answers(micro, pending)
 
-    def _answers(
-        self, members: Sequence[int], pending: Sequence[Pending | None]
-    ) -> dict[int, Returned]:
-        """Wait for the answers; those whose answer is none, or not finite, give up."""
+    def _answers(self, micro: _Micro, pending: Sequence[Pending | None]) -> dict[int, Returned]:
+        """Wait for the answers; those whose answer is none, or does not fit, give up."""
         found: dict[int, Returned] = {}
-        for k, one in zip(members, pending, strict=True):
+        for i, (k, one) in enumerate(zip(micro.members, pending, strict=True)):
             if one is None or self._courses[k].failure is not None:
                 continue
             try:
-                reply = one.result()
-                found[k] = _checked(reply)
+                found[k] = _checked(one.result(), micro.at[i], micro.out[i].shape)
             except FrameError as error:
                 self._give_up(k, error)
         return found
@@ -343,11 +355,22 @@ def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def _checked(reply: object) -> Returned:
+def _checked(reply: object, at: At, shape: torch.Size) -> Returned:
+    """Return what came if it fits what was sent; FrameError otherwise."""
     if not isinstance(reply, Returned):
-        raise FrameError(f"expected states in return, got {type(reply).__name__}")
+        raise FrameError(f"{at}: expected states in return, got {type(reply).__name__}")
+    if reply.at != at:
+        raise FrameError(f"{at}: the answer to another request came, {reply.at}")
+    if reply.states.shape != shape:
+        raise FrameError(
+            f"{at}: expected {tuple(shape)} numbers in return, got {tuple(reply.states.shape)}"
+        )
     if not bool(torch.isfinite(reply.states).all()):
-        raise FrameError(f"{reply.at}: what the server returned holds NaN or infinity")
+        raise FrameError(f"{at}: what the server returned holds NaN or infinity")
+    if reply.squared_norm is not None and not reply.squared_norm >= 0:
+        raise FrameError(
+            f"{at}: expected a squared norm of 0 or more in return, got {reply.squared_norm}"
+        )
     return reply
 
 

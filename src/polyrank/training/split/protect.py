@@ -14,7 +14,8 @@ def bounded(states: Tensor, bound: float | None) -> Tensor:
     """Return P×d with tokens of a larger L2 norm scaled down to `bound`; None: as they are."""
     if bound is None:
         return states
-    norms = torch.linalg.vector_norm(states.float(), dim=1, keepdim=True)
+    wide = torch.promote_types(states.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(states, dim=1, keepdim=True, dtype=wide)
     return states * (bound / norms.clamp_min(bound)).to(states.dtype)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Session:
 
     Within a step microbatches come in their order, from 0 to the one that is marked as the last; in
     a U-shape each comes back as gradients, in the same order. Then comes `Step`. What was answered
-    in the step, and the step before, may be asked again.
+    in this step, and the `Step` before it, may be asked again until the client leaves.
     """
 
     def __init__(self, job: TailJob, bounds: Bounds):
@@ -88,8 +88,10 @@ class Session:
         """
         at = request.at
         self._check_round(at)
+        if self.gone:
+            raise FrameError(f"{at}: the client has left; its tail is discarded")
         if isinstance(request, Step):
-            if at.step != self.step - 1:
+            if at.step != self.step - 1 or self._factor is None:
                 return None
             if request.factor != self._factor:
                 raise FrameError(
@@ -99,14 +101,12 @@ class Session:
             return Stepped(at)
         if at.step != self.step or (type(request), at.micro) not in self._answered:
             return None
-        if isinstance(request, Activations) and not _alike(request, self._sent[at.micro]):
+        if not _alike(request, self._sent[at.micro]):
             raise FrameError(f"{at}: another request of this number was answered already")
         return self._answered[type(request), at.micro]
 
     def check(self, request: Request) -> None:
         """Raise FrameError unless this request is the next one and fits the model."""
-        if self.gone:
-            raise FrameError(f"{request.at}: the client has left; its tail is discarded")
         if self.finished:
             raise FrameError(f"{request.at}: all {self.job.steps} steps of this round are taken")
         if request.at.step != self.step:
@@ -126,10 +126,7 @@ class Session:
             return
         if isinstance(request, Activations):
             # Its states are not kept: a repetition is known by its number and its measures.
-            kept = Activations(
-                request.at, request.last, request.weight, request.lengths, request.states[:0], None
-            )
-            self._sent.append(kept)
+            self._sent.append(replace(request, states=request.states[:0].clone(), labels=None))
             self.weight = request.weight
         else:
             self._returned += 1
@@ -179,9 +176,9 @@ class Session:
             )
         if labels is None:
             return
-        if labels.shape != (sum(request.lengths),) or labels.dtype.is_floating_point:
+        if labels.shape != (sum(request.lengths),) or labels.dtype != torch.int64:
             raise FrameError(
-                f"{at}: expected {sum(request.lengths)} whole numbers as labels, got "
+                f"{at}: expected {sum(request.lengths)} labels of torch.int64, got "
                 f"{tuple(labels.shape)} of {labels.dtype}"
             )
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= self._bounds.vocabulary))]
@@ -214,8 +211,11 @@ IGNORED = -100
 """The label of a position without loss."""
 
 
-def _alike(one: Activations, other: Activations) -> bool:
-    return (one.last, one.weight, one.lengths) == (other.last, other.weight, other.lengths)
+def _alike(one: Activations | Gradients, sent: Activations) -> bool:
+    """Whether a repetition measures what was sent before."""
+    if one.states.shape[:1] != (sum(sent.lengths),) or one.last != sent.last:
+        return False
+    return isinstance(one, Gradients) or (one.weight, one.lengths) == (sent.weight, sent.lengths)
 
 
 def _check_states(at: At, what: str, states: Tensor, rows: int, width: int) -> None:

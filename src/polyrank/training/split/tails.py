@@ -59,7 +59,7 @@ class Tails:
         blocks = model.spec.blocks
         at_server = {cut: cut.at_server(blocks) for cut in cuts}
         held = frozenset[int]().union(*at_server.values())
-        hosted = side(model, Span(min(held), max(held) + 1))
+        hosted = side(model, *(Span(block, block + 1) for block in sorted(held)))
         self._cuts = {cut: Cut(model, cut.lower, cut.upper) for cut in cuts}
         self._sites = {
             cut: frozenset(s.name for s in hosted.spec.sites if s.block in at_server[cut])
@@ -87,6 +87,7 @@ class Tails:
             Learner(self._cohort.parameters(k), local, count)
             for k, (local, count) in enumerate(steps)
         ]
+        self._set = self._cohort.parameters(0) if shared else []
         self._passes: dict[tuple[str, int], _Pass] = {}
         self._weights: dict[str, float] = {}
 
@@ -112,21 +113,23 @@ class Tails:
         """
         answers: dict[int, Reply] = {}
         due: dict[tuple[type, Split | None], dict[int, Request]] = {}
+        asked: set[str] = set()
         for i, request in enumerate(requests):
             try:
                 found = self._answered(request)
+                if request.at.client in asked:
+                    raise FrameError(f"{request.at}: expected one request of a client at a time")
             except FrameError as error:
                 answers[i] = Refused(request.at, str(error))
                 continue
+            asked.add(request.at.client)
             if found is not None:
                 answers[i] = found
                 continue
-            passes = (
-                None if isinstance(request, Step) else self._sessions[request.at.client].job.cut
-            )
-            due.setdefault((type(request), passes), {})[i] = request
-        for (kind, cut), group in due.items():
-            served = self._serve(kind, cut, list(group.values()))
+            cut = None if isinstance(request, Step) else self._cut_of(request)
+            due.setdefault((type(request), cut), {})[i] = request
+        for group in due.values():
+            served = self._serve(list(group.values()))
             answers |= zip(group, served, strict=True)
         self._cohort.rest()
         return [answers[i] for i in range(len(requests))]
@@ -168,15 +171,22 @@ class Tails:
             session.check(request)
         return found
 
-    def _serve(self, kind: type, cut: Split | None, group: Sequence[Request]) -> list[Reply]:
-        if kind is Step or cut is None:
+    def _serve(self, group: Sequence[Request]) -> list[Reply]:
+        """Serve requests that are due, of one kind, and of one cut unless they are steps."""
+        if isinstance(group[0], Step):
             return self._step([one for one in group if isinstance(one, Step)])
-        if kind is Activations:
-            arrived = [one for one in group if isinstance(one, Activations)]
-            if cut.upper is None:
-                return self._forward_and_backward(self._cuts[cut], arrived)
-            return self._forward(self._cuts[cut], arrived)
-        return self._backward([one for one in group if isinstance(one, Gradients)])
+        if isinstance(group[0], Gradients):
+            return self._backward([one for one in group if isinstance(one, Gradients)])
+        arrived = [one for one in group if isinstance(one, Activations)]
+        cut = self._cut_of(group[0])
+        if cut.upper is None:
+            return self._forward_and_backward(self._cuts[cut], arrived)
+        if self._shared:  # one by one: what is not finite in a pass would reach all of the set
+            return [self._forward(self._cuts[cut], [one])[0] for one in arrived]
+        return self._forward(self._cuts[cut], arrived)
+
+    def _cut_of(self, request: Request) -> Split:
+        return self._sessions[request.at.client].job.cut
 
     # --- passes ---
 
@@ -200,13 +210,14 @@ class Tails:
     def _padded(self, group: Sequence[Activations]) -> tuple[Rows, Tensor]:
         """Return the rows of a batch, and the states in it as a leaf of autograd, B×T×d."""
         rows = Rows([n for one in group for n in one.lengths], self._model.device)
-        packed = torch.cat([one.states for one in group])
+        packed = torch.cat([one.states.detach() for one in group])
         hidden = rows.padded(packed.to(device=self._model.device, dtype=self._model.dtype))
         return rows, hidden.requires_grad_()
 
     def _forward_and_backward(self, cut: Cut, group: Sequence[Activations]) -> list[Reply]:
         """Run tails with the loss, and back."""
         rows, hidden = self._padded(group)
+        before = [gradient.clone() for gradient in self._gradients()]
         self._route(group)
         labels = torch.cat([one.labels for one in group if one.labels is not None])
         labels = labels.to(self._model.device)
@@ -220,7 +231,7 @@ class Tails:
         losses = losses_then_gradient(logits, labels[wanted], share)
         logits.backward(logits.detach())
         summed = torch.stack([part.sum() for part in losses.split(counts)]).tolist()
-        return self._returned(group, rows, hidden, summed)
+        return self._returned(group, rows, hidden, before, summed)
 
     def _forward(self, cut: Cut, group: Sequence[Activations]) -> list[Reply]:
         """Run the middles of a U-shape, and keep the graph for the way back."""
@@ -253,6 +264,7 @@ class Tails:
         return [replies[one.at.client] for one in group]
 
     def _backward_together(self, kept: _Pass, group: Sequence[Gradients]) -> list[Reply]:
+        before = [gradient.clone() for gradient in self._gradients()]
         self._cohort.reroute(kept.routing)
         ends = [kept.waiting.pop(one.at.client) for one in group]
         gradients = [one.states.to(end) for one, end in zip(group, ends, strict=True)]
@@ -266,40 +278,58 @@ class Tails:
             del self._passes[one.at.client, one.at.micro]
         back = {one.at.client: one for one in group}
         places = [back.get(one.at.client) for one in kept.group]
-        return self._returned(places, kept.rows, kept.hidden, None, kept.group)
+        return self._returned(places, kept.rows, kept.hidden, before, None, kept.group)
 
     def _returned(
         self,
         group: Sequence[Activations | Gradients | None],
         rows: Rows,
         hidden: Tensor,
+        before: Sequence[Tensor],
         losses: Sequence[float] | None,
         sent: Sequence[Activations] | None = None,
     ) -> list[Reply]:
-        """Return the gradients of the batch's rows to those who asked, and their norms."""
+        """Return the gradients of the batch's rows to those who asked, and their norms.
+
+        If something is not finite and the set is shared, its gradient is again as `before`, and
+        those who came together are served one by one.
+        """
         batch = [one for one in group if isinstance(one, Activations)] if sent is None else sent
         gradient = hidden.grad
         hidden.grad = None
         assert gradient is not None
         parts = rows.packed(gradient).split([sum(one.lengths) for one in batch])
-        replies: list[tuple[Activations | Gradients, Tensor, float | None]] = []
+        intact = all(bool(torch.isfinite(g).all()) for g in self._gradients())
+        good: list[tuple[Activations | Gradients, Tensor, float | None]] = []
         answers: dict[str, Reply] = {}
+        bad: list[tuple[Activations | Gradients, float | None]] = []
         for i, (one, states) in enumerate(zip(group, parts, strict=True)):
             if one is None:
                 continue
-            weight = batch[i].weight
-            states = states * weight if self._shared else states
+            states = states * batch[i].weight if self._shared else states
             loss = None if losses is None else losses[i]
-            if not (bool(torch.isfinite(states).all()) and math.isfinite(loss or 0.0)):
-                answers[one.at.client] = self._diverged(one, f"loss {loss}, or its gradient")
-                continue
-            self._weights[one.at.client] = weight
-            replies.append((one, states, loss))
-        norms = self._sealed([one for one, *_ in replies if one.last])
-        for one, states, loss in replies:
+            finite = bool(torch.isfinite(states).all()) and math.isfinite(loss or 0.0)
+            if intact and finite:
+                good.append((one, states, loss))
+            else:
+                bad.append((one, loss))
+        if self._shared and bad:
+            for gradient, kept in zip(self._gradients(), before, strict=True):
+                gradient.copy_(kept)
+            if len(batch) > 1:
+                return [self._serve([one])[0] for one in batch]
+        for one, loss in bad:
+            answers[one.at.client] = self._diverged(one, f"loss {loss}, or its gradient,")
+        norms = self._sealed([one for one, *_ in good if one.last])
+        for one, states, loss in good:
             client = one.at.client
-            reply = Returned(one.at, states.detach(), loss, norms.get(client))
+            norm = norms.get(client)
+            if norm is not None and not math.isfinite(norm):
+                answers[client] = self._diverged(one, f"the squared norm {norm} of the gradient")
+                continue
+            reply = Returned(one.at, states, loss, norm)
             self._sessions[client].note(one, reply)
+            self._weights[client] = self._sessions[client].weight
             answers[client] = reply
         return [answers[one.at.client] for one in group if one is not None]
 
@@ -319,9 +349,13 @@ class Tails:
         self.leave(request.at.client)
         return Refused(
             request.at,
-            f"{request.at}: {what} is not finite; nothing of this step was applied. Lower "
+            f"{request.at}: {what} is not finite; nothing of it was applied. Lower "
             "local.lr, set local.clip, add warm-up, or use a float32 base",
         )
+
+    def _gradients(self) -> list[Tensor]:
+        """Return the gradients of the shared set; none if there is no such set."""
+        return [p.grad for p in self._set if p.grad is not None]
 
     # --- steps ---
 
