@@ -45,6 +45,7 @@ from polyrank.training import Job, LocalTraining, Trained, train_cohort
 from polyrank.training.batches import step_groups
 
 SCALE = 2.0
+WORDS = {"<pad>": 0, "</s>": 2, "<unk>": 3, "word": 4}
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ def make_model(options: argparse.Namespace, device: str) -> LoadedModel:
         num_attention_heads=options.hidden // 16 if options.hidden < 64 else options.hidden // 32,
         max_position_embeddings=2048,
     )
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
