@@ -20,7 +20,7 @@ from polyrank.aggregation import (
 )
 from polyrank.algebra import LowRank
 from polyrank.errors import RankError, RuleError, UpdateError
-from polyrank.federation import Conduct, storage
+from polyrank.federation import Conduct, setup, storage
 from polyrank.federation.round import Round, RoundSettings
 from polyrank.planning import Scaling
 
@@ -254,3 +254,11 @@ def test_a_run_begins_at_the_sum_for_everyone_and_ends_in_the_same_bytes_when_re
     with federations.federation(tmp_path / "plain", **plain) as run:
         list(run.rounds(4))
         assert run.adapter.factors.hash() != whole
+
+
+def test_the_option_is_stored_with_a_run_only_where_it_is_set():
+    """So that a folder of `flora` looks as it did before there was one."""
+    with federations.federation() as run:
+        about = (run.fleet, run.local, run.conduct, 1)
+    assert setup.described(FLoRA(), *about)["options"] == {}
+    assert setup.described(KEEP, *about)["options"] == {"reinitialise": False}
