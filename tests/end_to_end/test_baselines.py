@@ -87,6 +87,9 @@ def test_a_run_of_full_fine_tuning_resumes_inspects_and_exports_whole(recipe, tm
     assert {type(delta) for delta in adapter_of(whole).factors.values()} == {Dense}
     summary = json.loads((whole / "summary.json").read_text())
     assert (summary["method"], summary["adapter_lost"] > 0) == ("full, pooled", True)
+    fleet = json.loads((whole / "fleet.json").read_text())
+    assert [*fleet["ranks"]] == ["T2"], "the strongest type trains"
+    assert [*fleet["clients"]] == ["task0", "task1", "task2", "task3"], "these are measured"
     assert polyrank("inspect", whole).code == 0
     assert polyrank("export", whole, tmp_path / "merged", "--merged").code == 0
     exported = polyrank("export", whole, tmp_path / "cut", "--rank", "2")

@@ -14,7 +14,7 @@ from polyrank.errors import RankError
 from polyrank.federation import Conduct, Sampling, prepare
 from polyrank.federation.population import EVERYONE, population
 from polyrank.federation.settings import Encoding
-from polyrank.planning import Fleet, Split
+from polyrank.planning import Fleet, LoRAType, Split
 from polyrank.seeds import derive
 from polyrank.training import Job, LocalTraining, train_cohort
 
@@ -56,6 +56,9 @@ def test_everyone_has_the_training_rows_of_all_seen_clients_in_order(work, model
 def test_everyone_has_the_strongest_type_and_no_cut(work, model):
     who = of(work, model, cuts={"large": Split(1)})
     assert who.fleet == Fleet(TYPES, {EVERYONE: "large"})
+    types = {name: LoRAType(name, {"all": rank}) for name, rank in (("a", 2), ("b", 5), ("c", 1))}
+    others = Fleet.table({"c0": "a", "c1": "b", "c2": "c", "c3": "c"}, types=types)
+    assert population(work, others, LOCAL, POOLED, model.spec).fleet.assigned == {EVERYONE: "b"}
     small = Fleet.table(dict.fromkeys(federations.fleet(clients()).assigned, "small"), types=TYPES)
     assert population(work, small, LOCAL, POOLED, model.spec).fleet.assigned == {EVERYONE: "small"}
 
