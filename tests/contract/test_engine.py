@@ -1,21 +1,31 @@
 """What every engine must give: a task's answer, true to its assignment; here the one in process."""
 
 import hashlib
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from multiprocessing import Pipe
 
 import pytest
 import torch
 
-from federations import LOCAL, clients, fleet, one_block
+from federations import LOCAL, SITES, clients, fleet, one_block
+from models import tiny_loaded
 from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
 from polyrank.algebra import Adapter, LowRank, Sparse
-from polyrank.errors import ResourceError
+from polyrank.errors import ModelError, ResourceError
 from polyrank.federation import Conduct, prepare, setup
 from polyrank.federation import engine as engines
 from polyrank.federation.engine import InProcess
-from polyrank.federation.judge import METRICS
-from polyrank.federation.round import Round
+from polyrank.federation.judge import METRICS, WIRE
+from polyrank.federation.round import Failure, Round
 from polyrank.federation.settings import Encoding
+from polyrank.model import LoadedModel
+from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.training import Job
+from polyrank.training.split import Heads, SplitJob, SplitSettings, TailJob, Tails
+from polyrank.transport import InProcessLinks, Limits, PipeLink, codec, serve_pipe
 
 DATA = clients(seen=5)
 
@@ -63,9 +73,13 @@ def kinds(assignment):
     return {name for name, is_so in marks.items() if is_so}
 
 
+def cuts_of(round):
+    return lambda client: round.settings.cut(client, round.number)
+
+
 def answers(engine, round, on_step=None):
     found = {}
-    for cohort in engine.cohorts(round.clients):
+    for cohort in engine.cohorts(round.clients, cuts_of(round)):
         for answer in engine.execute([round.task(client) for client in cohort], on_step):
             found[answer.client] = answer
     return found
@@ -183,3 +197,256 @@ def test_an_assignment_is_hashed_once_for_all_its_clients(engine, round, monkeyp
     monkeypatch.setattr(Adapter, "hash", lambda self: counted.append(1) or real().hexdigest())
     answers(engine, round)
     assert len(counted) == 2 * 3, "start and frozen term of three kinds of clients"
+
+
+# --- tasks with a cut ---
+
+BLOCKS = 4
+TYPES = {
+    "near": LoRAType("near", {"all": 2}),
+    "far": LoRAType("far", {"attention": 3, "feed-forward": 1}),
+    "around": LoRAType("around", {"all": 3}),
+    "whole": LoRAType("whole", {"all": 2}),
+    "last": LoRAType("last", {"model.layers.3.mlp.down_proj": 2}),  # nothing to train at the client
+    "first": LoRAType("first", {"model.layers.0.self_attn.q_proj": 2}),  # nothing at the server
+}
+CUTS = {
+    "near": Split(1),
+    "far": Split(3),
+    "around": Split(1, 3),
+    "last": Split(2),
+    "first": Split(2),
+}
+SPLIT_DATA = clients(seen=8, unseen=0)
+NAMES = ("near", "near", "far", "around", "around", "whole", "last", "first")
+WHO = dict(zip(sorted(SPLIT_DATA), NAMES, strict=True))
+SPLIT_FLEET = Fleet.table(WHO, types=TYPES, cuts=CUTS)
+
+
+def four_blocks() -> LoadedModel:
+    return tiny_loaded("llama", num_hidden_layers=BLOCKS, sites=SITES)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    return four_blocks()
+
+
+def split_engine(deep, cohort=3, who: Fleet = SPLIT_FLEET, **settings):
+    """Return an engine over eight clients, five kinds of them cut, and a round of FlexLoRA."""
+    work, _ = prepare(SPLIT_DATA, deep, Encoding())
+    wire = SplitSettings(**{"wire": "float32", **settings})
+    made = setup.round_settings(FlexLoRA(), who, deep.spec, work, Conduct(split=wire))
+    spec = setup.fleet_spec(made, who, deep.spec, None)
+    round = Round(made, made.rule.init(spec), 1, 0, sorted(made.ranks))
+    return InProcess(deep, work, LOCAL, cohort, wire), round
+
+
+def hashes(found) -> Mapping[str, str]:
+    return {client: answer.adapter.hash() for client, answer in found.items()}
+
+
+@pytest.mark.parametrize("cohort", [1, 3])
+def test_split_tasks_are_answered_acceptably_with_the_sites_that_were_dealt(deep, cohort):
+    engine, round = split_engine(deep, cohort)
+    found = answers(engine, round)
+    assert sorted(found) == round.clients
+    for client, answer in found.items():
+        round.accept(answer)
+        assignment = round.assignment(client)
+        assert answer.adapter.keys() == assignment.start.keys()
+        for site, delta in answer.adapter.items():
+            assert not torch.equal(delta.b, assignment.start[site].b), f"{client} trained {site}"
+            assert delta.b.device.type == "cpu"
+        assert set(METRICS) <= set(answer.metrics)
+        carried = [answer.metrics.get(name, 0.0) for name in WIRE]
+        assert all(number > 0 for number in carried) == (WHO[client] != "whole")
+    assert len(found["c6"].adapter) == len(found["c7"].adapter) == 1
+    assert round.rejected == {}
+
+
+def test_answers_come_in_the_order_of_the_tasks(deep):
+    engine, round = split_engine(deep)
+    for cohort in engine.cohorts(round.clients, cuts_of(round)):
+        for asked in (cohort, cohort[::-1]):
+            given = engine.execute([round.task(client) for client in asked])
+            assert [answer.client for answer in given] == asked
+
+
+def test_cohorts_are_of_one_cut_unless_the_adapter_is_shared(deep):
+    for adapters in ("own", "shared"):
+        engine, round = split_engine(deep, adapters=adapters)
+        cut_of = cuts_of(round)
+        made = engine.cohorts(round.clients, cut_of)
+        assert sorted(id for cohort in made for id in cohort) == round.clients
+        assert made == engine.cohorts(round.clients[::-1], cut_of)
+        split = [cohort for cohort in made if any(map(cut_of, cohort))]
+        assert all(all(map(cut_of, cohort)) for cohort in split), "whole clients by themselves"
+        if adapters == "shared":
+            assert len(split) == 1
+        else:
+            assert all(len({*map(cut_of, cohort)}) == 1 for cohort in made)
+            assert [c for c in made if cut_of(c[0]) == Split(2)] == [["c6", "c7"]], "of two types"
+
+
+def test_whole_and_split_tasks_are_not_trained_in_one_pass(deep):
+    engine, round = split_engine(deep)
+    with pytest.raises(ModelError, match="whole and split clients"):
+        list(engine.execute([round.task("c0"), round.task("c5")]))
+
+
+def test_what_a_client_reports_of_its_link_is_what_the_link_counted(deep, monkeypatch):
+    opened = []
+
+    class Counted(InProcessLinks):
+        def link(self, client):
+            opened.append(super().link(client))
+            return opened[-1]
+
+    monkeypatch.setattr(engines, "InProcessLinks", Counted)
+    engine, round = split_engine(deep)
+    found = answers(engine, round)
+    assert sorted(link.client for link in opened) == sorted(set(found) - {"c5"})
+    for link in opened:
+        metrics = found[link.client].metrics
+        assert (link.traffic.up, link.traffic.down) == tuple(metrics[name] for name in WIRE)
+        assert link.closed
+
+
+@pytest.mark.parametrize(
+    ("adapters", "where", "broken"),
+    [
+        ("own", 0, {"c1", "c3"}),  # of two near ones, and of two around: at the client
+        ("own", 2, {"c1", "c3"}),  # at the server
+        ("own", 3, {"c1", "c3"}),  # at the server, and behind the upper cut
+        ("shared", 0, {"c1", "c3"}),
+        ("shared", 3, {"c3"}),
+    ],
+)
+def test_a_split_client_that_diverges_fails_with_its_reason_and_its_bytes(
+    deep, monkeypatch, adapters, where, broken
+):
+    who = Fleet.table({**WHO, **dict.fromkeys(("c2", "c6", "c7"), "near")}, types=TYPES, cuts=CUTS)
+    who = replace(who, types={name: LoRAType(name, {"all": 2}) for name in TYPES})
+    undisturbed = answers(*split_engine(deep, who=who, adapters=adapters))
+    whole = engines.Job
+
+    def job(client, assignment, *rest):
+        if client in broken:
+            start = {
+                site: delta.scale(float("nan")) if f"layers.{where}." in site else delta
+                for site, delta in assignment.start.items()
+            }
+            assignment = replace(assignment, start=Adapter(start))
+        return whole(client, assignment, *rest)
+
+    monkeypatch.setattr(engines, "Job", job)
+    engine, round = split_engine(deep, who=who, adapters=adapters)
+    found = answers(engine, round)
+    assert {client for client, one in found.items() if isinstance(one, Failure)} == broken
+    for client in broken:
+        failure = found.pop(client)
+        assert (failure.round, failure.attempt) == (1, 0)
+        assert f"{client!r}, round 1, attempt 0, step 0" in failure.reason
+        assert all(failure.metrics[name] >= 0 for name in WIRE)
+        round.fail(failure)
+    for answer in found.values():
+        round.accept(answer)
+    assert sorted(round.rejected) == sorted(broken)
+    assert round.wire_up > 0
+    if adapters == "own":  # in float32, sums of a smaller pass
+        for client, answer in found.items():
+            assert answer.metrics["loss"] == pytest.approx(
+                undisturbed[client].metrics["loss"], rel=1e-5
+            )
+
+
+def test_a_split_cohort_asks_between_steps_and_leaves_nothing_on_the_model(deep):
+    engine, round = split_engine(deep)
+    before = answers(engine, round)
+    for last in (1, 4):
+        steps = []
+
+        class Enough(Exception):
+            pass
+
+        def stop(steps=steps, last=last, enough=Enough):
+            steps.append(1)
+            if len(steps) == last:
+                raise enough
+
+        with pytest.raises(Enough):
+            list(engine.execute([round.task("c3"), round.task("c4")], stop))
+        hooked = [
+            child
+            for child in engine.model.module.modules()
+            if child._forward_hooks or child._forward_pre_hooks
+        ]
+        assert hooked == []
+    assert hashes(answers(engine, round)) == hashes(before), "nor of one round for the next"
+
+
+def test_memory_that_runs_out_in_a_split_cohort_is_told_the_same_way(deep, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(engines, "train_split", full)
+    engine, round = split_engine(deep)
+    with pytest.raises(ResourceError, match=r"cpu does not hold \d clients .*lower engine\.cohort"):
+        answers(engine, round)
+
+
+# --- the same bytes over another link ---
+
+
+def over_pipes(engine, task) -> tuple[Adapter, tuple[float, float]]:
+    """Return what one client and its server train on two copies of the base, over a pipe."""
+    at_client, at_server = four_blocks(), four_blocks()
+    full = engine._at_every_site(task.assignment)
+    held = task.cut.at_client(BLOCKS)
+    own = {site.name for site in at_client.spec.sites if site.block in held}
+    rows = engine.work[task.client].rows["train"]
+    job = Job(task.client, full.only(own), rows, engine.local, task.seed)
+    tail = TailJob(
+        task.client,
+        task.round,
+        task.attempt,
+        task.cut,
+        full.only(full.start.keys() - own),
+        engine.local,
+        task.seed,
+        job.steps,
+    )
+    mine, its = Pipe()
+    limits = Limits(1000, at_client.spec.hidden, codec(engine.split.wire))
+    with ExitStack() as attached:
+        tails = attached.enter_context(Tails(at_server, [tail]))
+        serving = threading.Thread(target=serve_pipe, args=(tails, {task.client: its}, limits))
+        serving.start()
+        link = PipeLink(mine, task.client, limits)
+        asked = SplitJob(job, task.cut, task.round, task.attempt)
+        with Heads(at_client, [asked], [link], engine.split) as heads:
+            for step in range(heads.steps):
+                heads.gradients(step)
+                heads.submit_step(step)
+                assert heads.complete(step) == [task.client]
+            (trained,) = heads.results()
+        serving.join(60)
+        assert not serving.is_alive()
+        adapter = Adapter({**trained.adapter, **tails.adapter(task.client)})
+    found = tuple(trained.metrics[name] for name in WIRE)
+    return adapter.restrict(task.assignment.start), found
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_a_pipe_gives_the_bytes_of_the_link_in_process(deep, in_flight):
+    """One client at a time, in float32: the very same bits, and as many bytes on the way."""
+    engine, round = split_engine(deep, 1, in_flight=in_flight)
+    engine.local = replace(LOCAL, batch=1, accumulation=4, clip=0.5)
+    for client in ("c0", "c2", "c3", "c6", "c7"):
+        task = round.task(client)
+        (answer,) = engine.execute([task])
+        adapter, carried = over_pipes(engine, task)
+        assert adapter.hash() == answer.adapter.hash(), client
+        assert carried == tuple(answer.metrics[name] for name in WIRE)
+    assert adapter.hash() != round.assignment(client).start.hash()
