@@ -44,8 +44,12 @@ class SlotStorage:
         return self._gradients[:, self._columns(start, *shape)].view(len(self._values), *shape)
 
     def parameter(self, k: int, columns: slice) -> nn.Parameter:
-        """Return columns of slot k's row as one flat parameter with its gradient, both views."""
-        parameter = nn.Parameter(self._values[k, columns])
+        """Return columns of slot k's row as one flat parameter with its gradient, both views.
+
+        Autograd does not see an optimizer change it: a slot may take its step while the backward
+        pass of other slots, over the same batch, is yet to be made.
+        """
+        parameter = nn.Parameter(self._values.data[k, columns])
         parameter.grad = self._gradients[k, columns]
         return parameter
 

@@ -91,6 +91,8 @@ class Session:
         if self.gone:
             raise FrameError(f"{at}: the client has left; its tail is discarded")
         if isinstance(request, Step):
+            if at.micro:
+                raise FrameError(f"{at}: expected microbatch 0 of a request for a step")
             if at.step != self.step - 1 or self._factor is None:
                 return None
             if request.factor != self._factor:
