@@ -112,6 +112,12 @@ def test_a_token_of_zeros_stays_one_and_does_not_touch_the_others():
     assert torch.equal(there_and_back(INT8, states), states)
 
 
+def test_a_token_whose_scale_underflows_is_written_as_zeros():
+    states = torch.tensor([[1e-45, -1e-45, 0.0]])
+    assert states[0, 0] > 0
+    assert bytes(INT8.encode(states, "here")) == bytes(4 + 3)
+
+
 def test_a_large_token_does_not_coarsen_the_others():
     states = torch.tensor([[1e6, 2e6, 3e6], [0.1, 0.2, 0.3]])
     returned = there_and_back(INT8, states)
