@@ -109,7 +109,7 @@ def _blended(past: float, score: float, elapsed: float) -> float:
 
 
 def _normalised(scores: Scores) -> dict[str, float]:
-    """Shares of the sum; empty where there is nothing. Divides by the largest first: no overflow."""
+    """Shares of the sum, divided by the largest first: no overflow; empty where nothing is."""
     top = max(scores.values(), default=0.0)
     if top == 0.0:
         return {}

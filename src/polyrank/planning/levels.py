@@ -1,0 +1,80 @@
+"""The ranks that an allocation may give: the levels Q."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from polyrank.errors import RecipeError
+
+
+def checked_levels(levels: Sequence[int], place: str = "plan.levels") -> tuple[int, ...]:
+    """Return Q as given.
+
+    Raises RecipeError, naming `place`, if it is empty, holds something else than whole numbers of
+    at least 1, or is not strictly rising.
+    """
+    expected = "expected ranks of at least 1, rising, each once, such as [1, 2, 4, 8]"
+    if isinstance(levels, (str, bytes)) or not isinstance(levels, Sequence):
+        raise RecipeError(f"{place}: {expected}; got {levels!r}")
+    if not levels:
+        raise RecipeError(f"{place}: {expected}; got none. Leave the key out to have them derived")
+    for level in levels:
+        if isinstance(level, bool) or not isinstance(level, int) or level < 1:
+            raise RecipeError(f"{place}: {expected}; got {level!r} in {list(levels)}")
+    for lower, upper in pairwise(levels):
+        if lower == upper:
+            raise RecipeError(f"{place}: {expected}; got {lower} twice in {list(levels)}")
+        if lower > upper:
+            raise RecipeError(f"{place}: {expected}; got {lower} before {upper} in {list(levels)}")
+    return tuple(levels)
+
+
+def uniform_rank(unit: Mapping[str, int], budget: int, limit: Mapping[str, int]) -> int:
+    """Return the largest rank r that `budget` bytes afford at every site at once, or 0.
+
+    Σ_s unit_s · min(r, limit_s) ≤ budget: a site whose matrix allows less counts with what it
+    allows. A budget for more than all limits gives the largest limit.
+    """
+    low, high = 0, max((limit[site] for site in unit), default=0)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(cost * min(middle, limit[site]) for site, cost in unit.items()) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def derived_levels(
+    budgets: Sequence[int], unit: Mapping[str, int], limit: Mapping[str, int]
+) -> tuple[int, ...]:
+    """Return Q for a fleet whose clients have these bytes for adapters: powers of two [I].
+
+    1, 2, 4, … up to the first that is not below the rank which the richest budget affords at every
+    site (`uniform_rank`), and not above the largest limit.
+
+    - Powers of two: each divides the next, so that filling by gain per byte is exact where all
+      sites cost alike (`allocate`); log₂ many, so that the ranks of a fleet stay few and its
+      clients share work; and a step never more than doubles a site.
+    - From 1: the poorest client affords 1 somewhere if it affords any rank at all, so that no
+      client is shut out by Q.
+    - Up to about the richest uniform rank: with a smaller top, the richest client could not spend
+      its budget; with a larger one, every client would spend its own on fewer sites, since the
+      objective Σ gain·rank has no diminishing returns of its own. The top of Q is what sets how
+      concentrated plans are: poor clients fill few sites to the top. The paper leaves Q open
+      (arXiv 2505.02795 [S]), and this is its weak point: give `levels` yourself to decide
+      otherwise, e.g. a smaller top for plans that spread wider.
+
+    Raises RecipeError without any budget or site.
+    """
+    if not budgets or not unit:
+        raise RecipeError(
+            "plan.levels: cannot be derived without a client and a site; give them, e.g. [1, 2, 4]"
+        )
+    allowed = max(limit[site] for site in unit)
+    wanted = min(allowed, max(1, uniform_rank(unit, max(budgets), limit)))
+    levels = [1]
+    while levels[-1] < wanted and 2 * levels[-1] <= allowed:
+        levels.append(2 * levels[-1])
+    return tuple(levels)
