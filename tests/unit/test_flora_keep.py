@@ -8,6 +8,7 @@ import torch
 import federations
 from aggregation_rounds import SITE, distance, fleet, fresh_state, noisy_training, play_round
 from polyrank.aggregation import (
+    Assignment,
     Contribution,
     Dealt,
     FleetSpec,
@@ -18,7 +19,7 @@ from polyrank.aggregation import (
     State,
     deal,
 )
-from polyrank.algebra import LowRank
+from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import RankError, RuleError, UpdateError
 from polyrank.federation import Conduct, setup, storage
 from polyrank.federation.round import Round, RoundSettings
@@ -148,6 +149,30 @@ def test_what_travels_down_is_the_start_and_never_its_negative_too():
     )
     other = deal(tail, cut, {SITE: 2}, {SITE: 1.0}, 0)
     assert other.nbytes == other.start.nbytes + other.frozen.nbytes
+
+
+def test_a_frozen_term_travels_unless_it_is_the_negative_bit_by_bit():
+    start, other = factors(2, 1), factors(2, 2)
+    negative = LowRank(-start.b, start.a)
+    counted = [
+        LowRank(-start.b, other.a),
+        LowRank(-other.b, start.a),
+        negative.to(dtype=torch.double),
+    ]
+    for frozen in (negative, *counted):
+        one = Assignment(Adapter({SITE: start}), {SITE: 1.0}, Adapter({SITE: frozen}))
+        more = 0 if frozen is negative else frozen.nbytes
+        assert one.nbytes == start.nbytes + more
+    elsewhere = Assignment(Adapter({SITE: start}), {SITE: 1.0}, Adapter({"other": negative}))
+    assert elsewhere.nbytes == 2 * start.nbytes
+
+
+def test_what_is_kept_lies_in_memory_as_it_will_after_a_resume():
+    """Kernels may round differently on other strides."""
+    sent = LowRank(torch.ones(2, 14).T, torch.ones(11, 2).T)
+    state = merged(begun(x=2), x=sent)
+    assert not sent.a.is_contiguous()
+    assert all(tensor.is_contiguous() for tensor in state.tensors.values())
 
 
 def test_a_stack_holds_what_was_returned_and_what_it_began_with():
