@@ -36,7 +36,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """The number formats of a base; adapters are float32, or float64 on a float64 base."""
 
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+"""What reading or making a model raises where its files are not as they should be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,18 +89,11 @@ def load_model(
         raise ModelError(f"model.dtype: expected one of {list(DTYPES)}, got {dtype!r}")
     if where.type == "mps" and dtype == "float64":
         raise ModelError("model.dtype: mps has no float64; use float32, or device cpu")
-    name = str(Path(source).expanduser()) if _is_path(source) else str(source)
-    if _is_path(source) and not Path(name).is_dir():
-        raise ModelError(f"model: expected a folder with a model in it, {name} is not one")
+    name, config = read_config(source, revision)
 
     def fetch(what: str, read: Callable[..., Any], **options: Any) -> Any:
-        try:
-            return read(name, revision=revision, **options)
-        except _UNREADABLE as error:
-            raise ModelError(_unreadable(what, name, error)) from error
+        return _fetch(what, name, read, revision=revision, **options)
 
-    config = fetch("configuration", AutoConfig.from_pretrained, trust_remote_code=False)
-    _refuse_other_kinds(name, config)
     tokenizer = fetch("tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=False)
     read = _read_whole if spans is None else _reader_of(spans)
     module, missing = fetch("weights", read, config=config, dtype=DTYPES[dtype], device=where)
@@ -118,6 +112,32 @@ def load_model(
         checkpointing=checkpointing,
         source=name,
     )
+
+
+def read_config(source: str | Path, revision: str | None = None) -> tuple[str, PretrainedConfig]:
+    """Return the name and the configuration of a model, from a hub id or a folder.
+
+    Raises ModelError if it is missing, unreadable, or not that of a causal language model.
+    """
+    name = str(Path(source).expanduser()) if _is_path(source) else str(source)
+    if _is_path(source) and not Path(name).is_dir():
+        raise ModelError(f"model: expected a folder with a model in it, {name} is not one")
+    config = _fetch(
+        "configuration",
+        name,
+        AutoConfig.from_pretrained,
+        revision=revision,
+        trust_remote_code=False,
+    )
+    _refuse_other_kinds(name, config)
+    return name, config
+
+
+def _fetch(what: str, name: str, read: Callable[..., Any], **options: Any) -> Any:
+    try:
+        return read(name, **options)
+    except UNREADABLE as error:
+        raise ModelError(_unreadable(what, name, error)) from error
 
 
 def _reader_of(spans: Sequence[Span]) -> Callable[..., tuple[PreTrainedModel, list[str]]]:

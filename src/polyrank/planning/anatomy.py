@@ -73,12 +73,14 @@ class Node:
 class Section:
     """The autograd graph of one block, or of the end; nodes come after their inputs.
 
-    `inputs` gives per linear module the storage of what it is given.
+    `inputs` gives per linear module the storage of what it is given, `entry` is that of the
+    hidden states that enter; they are kept if some node keeps them.
     """
 
     nodes: tuple[Node, ...]
     storages: tuple[Storage, ...]
     inputs: Mapping[str, int] = field(default_factory=dict)
+    entry: int = 0
 
     def alive(self, entered: bool, adapted: Set[str]) -> tuple[bool, ...]:
         """Return which nodes have a backward pass.

@@ -1,0 +1,70 @@
+"""Bytes between a split client and its server, as the frames of split training take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polyrank.planning.split import Split
+from polyrank.planning.workload import WIRES, Workload
+
+FRAME = 60
+"""Bytes of a frame beside its contents and the client's name: the head and the checksum."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Bytes from the client to the server and back."""
+
+    up: int
+    down: int
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """What the frames of one microbatch take, P tokens of width d in some rows.
+
+    `activations` go up with labels and lengths, `gradients` come back for them. In a U-shape
+    activations come back, `middle`, and gradients go up, as large as those that come down.
+    """
+
+    activations: int
+    gradients: int
+    middle: int
+
+
+def microbatch(workload: Workload, hidden: int, *, labels: bool) -> Microbatch:
+    """Return the bytes of a microbatch's frames without the client's name.
+
+    P·d·b + 4P labels + 4 per row + 60, b bytes per number, and 4 per token beside int8.
+    """
+    tokens = workload.batch * workload.length
+    activation, gradient = WIRES[workload.wire]
+    states = tokens * (hidden * activation.number + activation.token)
+    back = tokens * (hidden * gradient.number + gradient.token)
+    return Microbatch(
+        activations=FRAME + states + 4 * workload.batch + (4 * tokens if labels else 0),
+        gradients=FRAME + back,
+        middle=FRAME + states,
+    )
+
+
+def step_traffic(workload: Workload, hidden: int, cut: Split | None) -> Wire:
+    """Return the bytes of one optimizer step without the client's name in each frame.
+
+    All microbatches, and `Step` with its answer. None for a whole client.
+    """
+    if cut is None:
+        return Wire(0, 0)
+    one = microbatch(workload, hidden, labels=cut.upper is None)
+    up, down = one.activations, one.gradients
+    if cut.upper is not None:
+        up, down = up + one.gradients, down + one.middle
+    count = workload.accumulation
+    return Wire(count * up + FRAME, count * down + FRAME)
+
+
+def messages(workload: Workload, cut: Split | None) -> int:
+    """Return the messages of a step's microbatches in each direction."""
+    if cut is None:
+        return 0
+    return workload.accumulation * (1 if cut.upper is None else 2)
