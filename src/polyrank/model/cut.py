@@ -215,12 +215,7 @@ class Cut:
         return reached[0]
 
     def _needs(self, needed: range) -> None:
-        missing = sorted(set(needed) - self.model.hosted)
-        if missing:
-            raise ModelError(
-                f"Cut: blocks {missing} are needed, this model holds {sorted(self.model.hosted)}; "
-                "load it with the spans of this part"
-            )
+        _check_held(self.model, frozenset(needed), "Cut")
 
     def _side(self, name: str, prefix: str) -> int | None:
         """Which part a module belongs to; None outside the blocks."""
@@ -254,11 +249,21 @@ class _Form:
 def side(model: LoadedModel, *spans: Span) -> LoadedModel:
     """Return the same model with the sites of some blocks only, for the adapter of one side.
 
-    The weights are shared, not copied. Raises ModelError as `blocks_of`, and SiteError if none of
-    the model's sites lies in these blocks.
+    The weights are shared, not copied. Raises ModelError as `blocks_of` and if the model does not
+    hold one of these blocks, and SiteError if none of its sites lies in them.
     """
     chosen = blocks_of(spans, model.spec.blocks)
+    _check_held(model, chosen, "side")
     return replace(model, spec=sites_within(model.spec, chosen))
+
+
+def _check_held(model: LoadedModel, needed: frozenset[int], place: str) -> None:
+    missing = sorted(needed - model.hosted)
+    if missing:
+        raise ModelError(
+            f"{place}: blocks {missing} are needed, this model holds {sorted(model.hosted)}; load "
+            "it with the spans of this part"
+        )
 
 
 def _first(block: nn.Module) -> str:
