@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polyrank.aggregation.types import Assignment, Penalty
-from polyrank.algebra import Adapter, Delta, Dense
+from polyrank.algebra import Adapter, Delta, Dense, LowRank
 from polyrank.errors import FrameError, ModelError, RankError, SiteError
 from polyrank.model import Cohort, Cut, LoadedModel, Part, Span, losses_then_gradient, side
 from polyrank.model.routing import Routing
@@ -445,7 +445,7 @@ def _union(jobs: Sequence[TailJob], sites: Mapping[Split, frozenset[str]]) -> As
     """Return the assignment of the shared set; RankError unless clients were dealt the same."""
     start: dict[str, Delta] = {}
     scale: dict[str, float] = {}
-    frozen: dict[str, Delta] = {}
+    frozen: dict[str, LowRank | None] = {}
     keep: dict[str, int] = {}
     first = jobs[0].assignment
     for job in jobs:
@@ -453,16 +453,18 @@ def _union(jobs: Sequence[TailJob], sites: Mapping[Split, frozenset[str]]) -> As
         for site in sorted(sites[job.cut]):
             mine = start.setdefault(site, given.start[site])
             other = given.start[site]
-            same = mine is other or Adapter({site: mine}).hash() == Adapter({site: other}).hash()
-            if not same or scale.setdefault(site, given.scale[site]) != given.scale[site]:
+            fixed = given.frozen.get(site)
+            if not (
+                _alike(mine, other)
+                and scale.setdefault(site, given.scale[site]) == given.scale[site]
+                and _alike(frozen.setdefault(site, fixed), fixed)
+            ):
                 raise RankError(
                     f"client {job.client!r}: at {site} it was dealt rank {other.rank}, another "
                     f"client rank {mine.rank} or other factors; clients of one shared adapter need "
                     'the same ranks behind the cut. Set split.adapters = "own", or give them one '
                     "LoRA type"
                 )
-            if site in given.frozen:
-                frozen[site] = given.frozen[site]
             if given.penalty is not None and site in given.penalty.keep:
                 keep[site] = given.penalty.keep[site]
     penalty = Penalty(first.penalty.strength, keep) if first.penalty and keep else None
@@ -470,7 +472,14 @@ def _union(jobs: Sequence[TailJob], sites: Mapping[Split, frozenset[str]]) -> As
         first,
         start=Adapter(start),
         scale=scale,
-        frozen=Adapter(frozen),  # type: ignore[arg-type]
+        frozen=Adapter({site: fixed for site, fixed in frozen.items() if fixed is not None}),
         merged=Adapter({}),
         penalty=penalty,
     )
+
+
+def _alike(one: Delta | None, other: Delta | None) -> bool:
+    """Whether two clients were dealt the same numbers at a site."""
+    if one is None or other is None or one is other:
+        return one is other
+    return Adapter({"": one}).hash() == Adapter({"": other}).hash()
