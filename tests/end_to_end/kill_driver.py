@@ -1,11 +1,13 @@
 """One small run, ended early at many moments and resumed each time; prints what came of it.
 
-    python kill_driver.py kill|full FOLDER MOMENTS SEED
+    python kill_driver.py kill|full|steps FOLDER MOMENTS SEED [whole|own|shared]
 
-``kill`` ends it by SIGKILL, ``full`` lets the disk be full. Every run is a process of its own,
-forked after the imports. Moments are calls that write, move or delete files (before the call, and
-with the write half done) and steps of training; some kills come from outside at a random time
-instead. The hooks live here: the product knows nothing of them.
+``kill`` ends it by SIGKILL, ``steps`` too, but between steps of training only, and ``full`` lets
+the disk be full. Clients have whole models, or some are cut, with adapters of their own or a shared
+one at the server. Every run is a process of its own, forked after the imports. Moments are calls
+that write, move or delete files (before the call, and with the write half done) and steps of
+training; some kills come from outside at a random time instead. The hooks live here: the product
+knows nothing of them.
 """
 
 import errno
@@ -24,10 +26,13 @@ from pathlib import Path
 import torch
 
 import federations
+import models
 from polyrank.algebra import Adapter
 from polyrank.errors import ResourceError
 from polyrank.federation import Conduct, EarlyStopping, Faults, RunFolder, Sampling, storage
-from polyrank.model import peft_folder
+from polyrank.model import LoadedModel, peft_folder
+from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.training.split import SplitSettings
 
 ROUNDS = 4
 CONDUCT = Conduct(
@@ -39,6 +44,28 @@ CONDUCT = Conduct(
     cohort=2,
     target_loss=4.4,
 )
+
+
+def setting(name: str) -> dict[str, object]:
+    """Return the arguments of a federation in which clients are cut as `name` says, and how."""
+    data = federations.clients()
+    if name == "whole":
+        return {"model": federations.one_block(), "data": data, "conduct": CONDUCT}
+    ranks = {"own": (1, 2, 3), "shared": (2, 2, 2)}[name]
+    types = {one: LoRAType(one, {"all": rank}) for one, rank in zip("abc", ranks, strict=True)}
+    seen = sorted(id for id, client in data.items() if client.seen)
+    kinds = {id: "abca"[i % 4] for i, id in enumerate(seen)}
+    split = SplitSettings(wire="bf16", adapters=name, clip=9.0, noise=0.01)  # type: ignore[arg-type]
+    return {
+        "model": deep(),
+        "data": data,
+        "fleet": Fleet.table(kinds, types=types, cuts={"a": Split(1), "b": Split(1, 2)}),
+        "conduct": replace(CONDUCT, split=split),
+    }
+
+
+def deep() -> LoadedModel:
+    return models.tiny_loaded("llama", num_hidden_layers=3, sites=federations.SITES)
 
 
 REFUSED = 7
@@ -145,8 +172,7 @@ def spoil_first_attempt_of_round_two(federation) -> None:
 
 def run(
     folder: Path,
-    model,
-    data,
+    given: dict[str, object],
     fatal: int | None = None,
     end: Callable[[], None] = kill,
     log: Path | None = None,
@@ -161,9 +187,7 @@ def run(
 
     federation = federations.federation(
         folder,
-        model=model,
-        data=data,
-        conduct=CONDUCT,
+        **given,
         resume=folder.exists(),
         attachments={"recipe.toml": "name = 'tiny'\n"},
         stop=step,
@@ -230,6 +254,8 @@ WRITES = ("write_text", "save_file", "fsync", "mkdir", "mkdtemp", "half of write
 
 def choose(names: list[str], count: int, draw: random.Random, how: str) -> list[int]:
     """Return moments: a third in checkpoints, a third in updates, the others anywhere."""
+    if how == "steps":
+        return sorted(draw.sample([i for i, name in enumerate(names) if name == "step"], count))
     usable = [i for i, name in enumerate(names) if how == "kill" or name.startswith(WRITES)]
     kinds = [
         [i for i in usable if "checkpoints/" in names[i]],
@@ -242,14 +268,14 @@ def choose(names: list[str], count: int, draw: random.Random, how: str) -> list[
     return sorted(chosen)
 
 
-def main(how: str, root: Path, count: int, seed: int) -> None:
+def main(how: str, root: Path, count: int, seed: int, name: str = "whole") -> None:
     torch.set_num_threads(1)
     draw = random.Random(seed)
-    end = {"kill": kill, "full": fill_disk}[how]
-    model, data = federations.one_block(), federations.clients()
+    end = fill_disk if how == "full" else kill
+    given = setting(name)
     log = root / "moments.json"
     started = time.monotonic()
-    whole = outcome(child(lambda: run(root / "whole", model, data, log=log)))
+    whole = outcome(child(lambda: run(root / "whole", given, log=log)))
     assert whole == "exit 0", whole
     seconds = time.monotonic() - started
     expected, names = content(root / "whole"), json.loads(log.read_text())
@@ -260,7 +286,7 @@ def main(how: str, root: Path, count: int, seed: int) -> None:
         folder = root / f"ended-{number}"
 
         def part(fatal: int | None, folder: Path = folder) -> int:
-            return child(lambda: run(folder, model, data, fatal=fatal, end=end))
+            return child(lambda: run(folder, given, fatal=fatal, end=end))
 
         ended = [outcome(part(moment)) if moment is not None else ""]
         delay = draw.random() * seconds * 0.8
@@ -284,4 +310,4 @@ def main(how: str, root: Path, count: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

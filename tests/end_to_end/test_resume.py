@@ -11,13 +11,13 @@ import pytest
 KILLS, FULL = 30, 12
 
 
-def driven(how: str, moments: int, root: Path) -> dict:
+def driven(how: str, moments: int, root: Path, setting: str = "whole") -> dict:
     """Return what the driver tells of its runs; see there."""
     tests = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"}
     driver = [sys.executable, str(Path(__file__).with_name("kill_driver.py"))]
     done = subprocess.run(
-        [*driver, how, str(root), str(moments), "0"],
+        [*driver, how, str(root), str(moments), "0", setting],
         env=environment,
         capture_output=True,
         text=True,
