@@ -120,9 +120,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> Tensor:
-        # In memory the kernel's output is B×T×heads×d, so that joining the heads copies nothing.
+        # As the kernels do it: laid out in memory as the query is, so that joining the heads
+        # copies the output of some models and not of others.
         rows, heads, length, _ = query.shape
-        out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
+        out = torch.empty_like(query)
+        if value.shape[-1] != query.shape[-1]:
+            out = query.new_empty(*query.shape[:-1], value.shape[-1])
         exponents = query.new_empty(rows, heads, length, dtype=torch.float32)
         added = [_as_added(one, query) for one in mask]
         ctx.save_for_backward(query, key, value, out, exponents, *added)
