@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from polyrank.attending import attending, comparing
 from polyrank.errors import FolderExistsError, InterruptedRunError, PolyrankError
-
-if TYPE_CHECKING:
-    from polyrank.compare import Compared, Following
-    from polyrank.runner import Attendance, Outcome
+from polyrank.showing import show, show_compared
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop (128 + SIGINT)."""
@@ -72,13 +67,13 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Carry out a recipe: train, evaluate, and write a PEFT adapter."""
-    with _attending() as attendance:
+    with attending() as attendance:
         from polyrank import config, runner
 
         forced = [] if control is None else [f"control={json.dumps(control)}"]
         read = config.read(recipe, [*(overrides or []), *forced])
         outcome = runner.start(read, out or _free(Path("runs") / read.name), attendance)
-    _show(outcome, as_json)
+    show(outcome, as_json)
 
 
 @app.command()
@@ -119,7 +114,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run several methods on the same clients, data and seeds; the same command again goes on."""
-    with _comparing() as (attendance, following):
+    with comparing() as (attendance, following):
         from polyrank import compare, config
 
         read = config.read(recipe, overrides or [])
@@ -133,7 +128,7 @@ def compare(
         )
         place = out or Path("runs") / f"{read.name}-compare"
         compared = compare.start(asked, place, attendance, following, draw=figures)
-    _show_compared(compared, as_json)
+    show_compared(compared, as_json)
 
 
 @app.command()
@@ -149,15 +144,15 @@ def resume(
     from polyrank import compare
 
     if compare.is_comparison(folder):
-        with _comparing(allow_inexact) as (attendance, following):
+        with comparing(allow_inexact) as (attendance, following):
             compared = compare.resume(folder, attendance, following)
-        _show_compared(compared, as_json)
+        show_compared(compared, as_json)
         return
-    with _attending(allow_inexact) as attendance:
+    with attending(allow_inexact) as attendance:
         from polyrank import runner
 
         outcome = runner.resume(folder, attendance)
-    _show(outcome, as_json)
+    show(outcome, as_json)
 
 
 @app.command()
@@ -225,48 +220,30 @@ def inspect(folder: RunFolderArgument) -> None:
     console.print(report.spectra(inside.factors, at_result))
 
 
-@contextmanager
-def _attending(allow_inexact: bool = False) -> Iterator[Attendance]:
-    """Show a run on stderr, and turn the first Ctrl-C or SIGTERM into a wish to stop."""
-    console = Console(stderr=True)
-    with _wish_to_stop(console) as stop:
-        from polyrank.runner import Attendance
-        from polyrank.terminal import Terminal
+@app.command()
+def profile(
+    name: Annotated[str, typer.Option(help="Its name in the recipe.")] = "this-machine",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="The rate written: float32 or bfloat16.")] = "float32",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+    up: Annotated[str | None, typer.Option(help='To the server, e.g. "20 Mbit/s".')] = None,
+    down: Annotated[str | None, typer.Option(help='From it, e.g. "100 Mbit/s".')] = None,
+    latency: Annotated[str | None, typer.Option(help='One way, e.g. "30 ms".')] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure this machine, and print it as a device that a recipe takes."""
+    from polyrank.profile import measure
 
-        with Terminal(console) as terminal:
-            yield Attendance(terminal, stop, allow_inexact)
-
-
-@contextmanager
-def _comparing(allow_inexact: bool = False) -> Iterator[tuple[Attendance, Following]]:
-    """Do the same for a comparison."""
-    console = Console(stderr=True)
-    with _wish_to_stop(console) as stop:
-        from polyrank.compare import Following
-        from polyrank.runner import Attendance
-
-        with Following(console) as following:
-            yield Attendance(following, stop, allow_inexact), following
-
-
-@contextmanager
-def _wish_to_stop(console: Console) -> Iterator[Callable[[], bool]]:
-    """Yield whether Ctrl-C or SIGTERM came; the second one ends at once."""
-    wish = threading.Event()
-
-    def note(*_: Any) -> None:
-        if wish.is_set():
-            raise KeyboardInterrupt
-        wish.set()
-        console.print("stopping after this step or batch; once more to end at once", style="yellow")
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield wish.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    measured = measure(
+        name, device=device, dtype=dtype, threads=threads, up=up, down=down, latency=latency
+    )
+    for remark in measured.remarks:
+        typer.echo(remark, err=True)
+    typer.echo(
+        json.dumps(measured.json, indent=2, ensure_ascii=False)
+        if as_json
+        else measured.toml.rstrip()
+    )
 
 
 def _free(path: Path) -> Path:
@@ -284,52 +261,6 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise typer.BadParameter(f"--rates: expected numbers, got {text!r}") from None
-
-
-def _show_compared(compared: Compared, as_json: bool) -> None:
-    """Print a comparison's tables on stdout; exit with 1 if something in it failed."""
-    from polyrank import compare
-
-    results = compared.results
-    if as_json:
-        content = {"folder": str(compared.folder), **results}
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
-    else:
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
-        for sheet in compare.sheets(results):
-            console.print(sheet.rich())
-        console.print(
-            f"{compared.folder}: compare.json, compare.md, a folder a run", soft_wrap=True
-        )
-    if results["failures"]:
-        head = f"{compared.folder}: not all of the comparison came to a result:"
-        raise PolyrankError("\n  ".join([head, *map(compare.failure, results["failures"])]))
-
-
-def _show(outcome: Outcome, as_json: bool) -> None:
-    """Print the result of a run, and of its control, on stdout."""
-    summary, control = outcome.summary, outcome.control
-    if as_json:
-        content = {"folder": str(outcome.folder), **summary}
-        if control is not None:
-            content["control"] = control
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
-        return
-    from polyrank import report
-
-    console = Console(highlight=False)
-    console.print(report.categories(summary["per_category"]))
-    console.print(
-        report.scores(
-            summary["base"],
-            summary["method"],
-            summary["final"],
-            control["final"] if control else None,
-            outcome.forced or "",
-        )
-    )
-    console.print(report.spent(summary))
-    console.print(report.loading(outcome.folder / "adapter"), soft_wrap=True, markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

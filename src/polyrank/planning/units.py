@@ -8,15 +8,20 @@ from collections.abc import Mapping
 
 from polyrank.errors import RecipeError
 
-_DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
-_PREFIXES = _DECIMAL | {"K": 1e3} | _BINARY
 
-_BYTES: Mapping[str, float] = {f"{prefix}B": size for prefix, size in _PREFIXES.items()}
-_FLOPS: Mapping[str, float] = {f"{prefix}FLOPS": size for prefix, size in _DECIMAL.items()}
-_LINKS: Mapping[str, float] = {f"{prefix}B/s": size for prefix, size in _PREFIXES.items()} | {
-    f"{prefix}{bit}": size / 8 for prefix, size in _PREFIXES.items() for bit in ("bit/s", "bps")
+_BYTES: Mapping[str, float] = {
+    f"{prefix}B": size for prefix, size in (_DECIMAL | {"K": 1e3} | _BINARY).items()
 }
+_FLOPS: Mapping[str, float] = {
+    f"{prefix}FLOPS": size for prefix, size in (_DECIMAL | {"P": 1e15}).items()
+}
+_LINKS: Mapping[str, float] = (
+    {f"{prefix}bit/s": size / 8 for prefix, size in _DECIMAL.items()}
+    | {f"{prefix}bps": size / 8 for prefix, size in _DECIMAL.items()}
+    | {f"{prefix}B/s": size for prefix, size in (_DECIMAL | _BINARY).items()}
+)
 _SECONDS: Mapping[str, float] = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)\s*(\D*?)\s*")
@@ -71,8 +76,8 @@ def _amount(
         number, unit = float(match[1]), match[2]
         if unit and unit not in units:
             raise RecipeError(
-                f"{place}: unknown unit {unit!r} in {written!r}; expected one of "
-                f"{', '.join(units)} (upper and lower case matter), as in {expected}"
+                f"{place}: unknown unit {unit!r} in {written!r}; expected {expected}; units are "
+                f"{', '.join(units)}, and upper and lower case matter"
             )
         amount = number * units[unit] if unit else number
     else:
