@@ -39,7 +39,7 @@ def uniform_rank(unit: Mapping[str, int], budget: int, limit: Mapping[str, int])
     low, high = 0, max((limit[site] for site in unit), default=0)
     while low < high:
         middle = (low + high + 1) // 2
-        if sum(cost * min(middle, limit[site]) for site, cost in unit.items()) <= budget:
+        if _everywhere(middle, unit, limit) <= budget:
             low = middle
         else:
             high = middle - 1
@@ -51,17 +51,17 @@ def derived_levels(
 ) -> tuple[int, ...]:
     """Return Q for a fleet whose clients have these bytes for adapters: powers of two [I].
 
-    1, 2, 4, … up to the first that is not below the rank which the richest budget affords at every
-    site (`uniform_rank`), and not above the largest limit.
+    1, 2, 4, … up to the first that would use up the richest budget if every site had it (or what
+    its limit allows), and not above the largest limit.
 
     - Powers of two: each divides the next, so that filling by gain per byte is exact where all
       sites cost alike (`allocate`); log₂ many, so that the ranks of a fleet stay few and its
       clients share work; and a step never more than doubles a site.
     - From 1: the poorest client affords 1 somewhere if it affords any rank at all, so that no
       client is shut out by Q.
-    - Up to about the richest uniform rank: with a smaller top, the richest client could not spend
-      its budget; with a larger one, every client would spend its own on fewer sites, since the
-      objective Σ gain·rank has no diminishing returns of its own. The top of Q is what sets how
+    - Up to about the rank that the richest client affords everywhere: with a smaller top, it could
+      not spend its budget; with a larger one, every client would spend its own on fewer sites,
+      since the objective Σ gain·rank has no diminishing returns. The top of Q is what sets how
       concentrated plans are: poor clients fill few sites to the top. The paper leaves Q open
       (arXiv 2505.02795 [S]), and this is its weak point: give `levels` yourself to decide
       otherwise, e.g. a smaller top for plans that spread wider.
@@ -73,8 +73,12 @@ def derived_levels(
             "plan.levels: cannot be derived without a client and a site; give them, e.g. [1, 2, 4]"
         )
     allowed = max(limit[site] for site in unit)
-    wanted = min(allowed, max(1, uniform_rank(unit, max(budgets), limit)))
     levels = [1]
-    while levels[-1] < wanted and 2 * levels[-1] <= allowed:
+    while _everywhere(levels[-1], unit, limit) < max(budgets) and 2 * levels[-1] <= allowed:
         levels.append(2 * levels[-1])
     return tuple(levels)
+
+
+def _everywhere(rank: int, unit: Mapping[str, int], limit: Mapping[str, int]) -> int:
+    """Bytes of a rank at every site, or of what the site's limit allows."""
+    return sum(cost * min(rank, limit[site]) for site, cost in unit.items())
