@@ -268,10 +268,11 @@ def change(trained: Sequence[Trained], exact: Sequence[Trained]) -> float:
 def test_lossy_wires_differ_and_stay_close(cut: Split) -> None:
     """A number is off by 2⁻⁸ (bf16) or 1/254 of its token's largest (int8), at random signs.
 
-    A loss that depends smoothly on activations of about unit size moves by less than that
-    (hundreds of such errors average out); the bound is 1 %, more than 2⁻⁸ = 0.4 % twice over.
-    Gradients are off by about as much, and AdamW, which divides by their size, turns that into
-    steps that differ most where a gradient is nearly zero: half of the way gone at most.
+    A loss that depends smoothly on activations of about unit size moves by less than that, as many
+    such errors average out: measured 1e-5 (bf16) and 2e-4 (int8), bound 1e-3. Gradients are off by
+    about as much, and AdamW, which divides by their size, turns that into steps that differ most
+    where a gradient is nearly zero: 6 % and up to 16 % of the way gone were measured, the bound is
+    twice that.
     """
     exact, _ = split(EXACT, cut=cut)
     off = {}
@@ -280,12 +281,12 @@ def test_lossy_wires_differ_and_stay_close(cut: Split) -> None:
         off[wire] = change(found, exact)
         for one, other in zip(found, exact, strict=True):
             assert all(bool(torch.isfinite(d.dense()).all()) for d in one.adapter.values())
-            assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-2)
+            assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-3)
             if wire != "float32":
                 assert one.metrics["loss"] != other.metrics["loss"]
     assert 0 < off["float32"] < 1e-3
-    assert off["float32"] < off["bf16"] < 0.5
-    assert off["float32"] < off["int8"] < 0.5
+    assert off["float32"] < off["bf16"] < 0.15
+    assert off["float32"] < off["int8"] < 0.3
 
 
 def test_a_narrower_wire_carries_fewer_bytes() -> None:
