@@ -129,7 +129,7 @@ def test_what_is_trained_is_what_was_dealt(engine, round, monkeypatch):
 class Kept:
     """What training would return that changed nothing."""
 
-    failure, metrics = None, {}
+    failure, metrics, importance = None, {}, {}
 
     def __init__(self, job):
         self.adapter = job.assignment.start

@@ -179,6 +179,8 @@ class Update:
     `adapter` has s folded into B, like the assignment's `start`. `assignment` is the hash of the
     assignment that was trained. `examples` is the number of training examples, `metrics` holds
     numbers such as ``loss`` (mean per token over the local steps), ``tokens`` and ``seconds``.
+    `importance` is how important the base's matrix is to the client, per site of the model, also
+    where it trained nothing; empty if it was not measured.
     """
 
     client: str
@@ -188,6 +190,7 @@ class Update:
     examples: int
     adapter: Adapter[Delta]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    importance: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from polyrank.federation.round import Failure, Task
 from polyrank.federation.work import ClientWork, at_every_site
 from polyrank.model import LoadedModel
 from polyrank.planning import Split
-from polyrank.training import Job, LocalTraining, Trained, train_cohort
+from polyrank.training import Job, LocalTraining, Scoring, Trained, train_cohort
 from polyrank.training.split import Link, SplitJob, SplitSettings, Tail, train_split
 from polyrank.transport import InProcessLinks
 
@@ -28,7 +28,8 @@ class InProcess:
 
     A task with a cut is carried out as both ends of split training, and what passes between them
     goes through a link as bytes. Which clients share a pass depends only on who takes part, so a
-    resumed round forms the same cohorts again and gives the same bytes.
+    resumed round forms the same cohorts again and gives the same bytes. Every `score_every`-th step
+    of a client measures the importance of the weights by `metric`; 0: none does.
     """
 
     def __init__(
@@ -38,9 +39,12 @@ class InProcess:
         local: LocalTraining,
         cohort: int,
         split: SplitSettings | None = None,
+        score_every: int = 0,
+        metric: str = "channel",
     ):
         self.model, self.work, self.local, self.cohort = model, work, local, cohort
         self.split = split or SplitSettings()
+        self.scoring = Scoring(score_every, metric)
 
     def cohorts(self, clients: Sequence[str], cut_of: CutOf = lambda _: None) -> list[list[str]]:
         """Return the clients in groups that are trained together.
@@ -86,6 +90,7 @@ class InProcess:
                 self.work[t.client].rows["train"],
                 self.local,
                 t.seed,
+                self.scoring,
             )
             for t in tasks
         ]
@@ -110,6 +115,7 @@ class InProcess:
                 examples=len(self.work[task.client].rows["train"]),
                 adapter=one.adapter.restrict(task.assignment.start).to(device="cpu"),
                 metrics={**one.metrics, "seconds": seconds},
+                importance=one.importance,
             )
 
     def _train(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -25,11 +25,13 @@ def check_update(
     place: str,
     split: bool,
     max_increment: float | None = None,
+    sites: Collection[str] | None = None,
 ) -> None:
     """Raise UpdateError, beginning with `place`, unless the update answers the assignment.
 
     `expected` is the assignment's hash, `split` whether the client's model is cut; an update with
-    ‖ΔW − what was dealt‖_F over all sites above `max_increment` is refused.
+    ‖ΔW − what was dealt‖_F over all sites above `max_increment` is refused. `sites` are those of
+    the model, which may be scored; None: those that were dealt.
     """
     if update.assignment != expected:
         raise UpdateError(
@@ -50,6 +52,7 @@ def check_update(
                 f"{place}: expected a number of bytes as {name!r}, as the client's model is cut, "
                 f"got {update.metrics.get(name)}"
             )
+    _check_importance(update, assignment.start if sites is None else sites, place)
     missing = sorted(assignment.start.keys() - update.adapter.keys())
     extra = sorted(update.adapter.keys() - assignment.start.keys())
     if missing or extra:
@@ -74,6 +77,21 @@ def counted(metrics: Mapping[str, float], name: str) -> int | None:
     """Return a metric that counts bytes, or None if it is missing or can be no count."""
     value = metrics.get(name)
     return int(value) if value is not None and math.isfinite(value) and value >= 0 else None
+
+
+def _check_importance(update: Update, sites: Collection[str], place: str) -> None:
+    unknown = sorted(update.importance.keys() - set(sites))
+    if unknown:
+        raise UpdateError(
+            f"{place}: importance of {unknown[:5]}, which are no sites of the model; expected "
+            "scores of its sites alone"
+        )
+    for site, score in update.importance.items():
+        if not (math.isfinite(score) and score >= 0):
+            raise UpdateError(
+                f"{place}: expected a finite importance of 0 or more at {site}, got {score}; look "
+                "for a loss that overflowed: a lower learning rate or a float32 base may help"
+            )
 
 
 def _check_kind(place: str, start: Delta, result: Delta, train: str) -> None:

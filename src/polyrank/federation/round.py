@@ -69,6 +69,7 @@ class Receipt:
     examples: int
     nbytes: int
     metrics: Mapping[str, float]
+    importance: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class RoundSettings:
     change; `weights` per client, not yet normalised; `scaling` of LoRA; `max_increment`: an update
     whose ‖ΔW − what was dealt‖_F over all sites is larger is refused. `cut_of` gives a client's cut
     in a round, and `held_by` the sites that the client holds at each cut that may come, of those
-    that anyone trains; without them all clients run the whole model.
+    that anyone trains; without them all clients run the whole model. `sites` are all of the
+    model's, where a client may measure importance; None: those that it trains.
     """
 
     rule: Rule
@@ -91,6 +93,7 @@ class RoundSettings:
     ranks_in: Callable[[int], Mapping[str, Ranks]] | None = None
     cut_of: Callable[[str, int], Split | None] | None = None
     held_by: Mapping[Split, frozenset[str]] = field(default_factory=dict)
+    sites: frozenset[str] | None = None
 
     def cut(self, client: str, round: int) -> Split | None:
         """Return where this client's model is cut in this round; None if it runs all of it."""
@@ -204,7 +207,9 @@ class Round:
             if update.client in self.clients and update.client not in self.accepted:
                 self.rejected[update.client] = str(error)
             raise
-        self.accepted[update.client] = Receipt(update.examples, nbytes, update.metrics)
+        self.accepted[update.client] = Receipt(
+            update.examples, nbytes, update.metrics, update.importance
+        )
         self.rejected.pop(update.client, None)
 
     def _travelled(self, update: Update) -> int:
@@ -255,7 +260,8 @@ class Round:
         place = self._expected(update)
         assignment, expected = self._deal(update.client)
         split = self.settings.cut(update.client, self.number) is not None
-        check_update(update, assignment, expected, place, split, self.settings.max_increment)
+        bound, sites = self.settings.max_increment, self.settings.sites
+        check_update(update, assignment, expected, place, split, bound, sites)
 
     def aggregate(self, read: ReadUpdate) -> tuple[State, dict[str, SiteReport]]:
         """Return the next state and a report per site; RuleError if no update was accepted."""

@@ -56,6 +56,7 @@ def round_settings(
         ranks_in=lru_cache(2)(ranks_in) if fleet.schedule else None,
         cut_of=_cut_of(fleet) if fleet.cuts else None,
         held_by={cut: _held(cut, spec) & trained for cut in fleet.cuts.values()},
+        sites=frozenset(spec.shapes),
     )
 
 

@@ -126,6 +126,7 @@ def write_update(path: Path, update: Update) -> None:
         "assignment": update.assignment,
         "examples": update.examples,
         "metrics": dict(update.metrics),
+        **({"importance": dict(update.importance)} if update.importance else {}),
     }
     metadata = {"update": json.dumps(head), "factors": update.adapter.hash()}
     write_tensors(path, tensors, metadata)

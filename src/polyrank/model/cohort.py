@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
+from polyrank.errors import SiteError
 from polyrank.model.factors import Factors
+from polyrank.model.importance import Meter, check_metric
 from polyrank.model.layer import CohortLayer, Trained
 from polyrank.model.load import LoadedModel
 from polyrank.model.routing import Part, Routing
@@ -44,12 +46,22 @@ class Cohort:
     the same one. The base itself is never written; on leaving the context, also by an error, the
     model is as it was.
 
+    With `scored` it can measure how important W is at each site: in passes whose parts ask for it,
+    all sites are scored, also those where nothing is trained and those below the lowest that is,
+    for which the embedded tokens are made to require a gradient. `scores` has what came of it since
+    `zero_gradients`. Scoring changes no gradient of what is trained.
+
     Raises SiteError if a slot's sites are not exactly the model's, a shape differs or kinds of
     starts are mixed, and RankError if a rank is above what its matrix allows.
     """
 
     def __init__(
-        self, model: LoadedModel, slots: Sequence[Slot], merged: Adapter[Dense] | None = None
+        self,
+        model: LoadedModel,
+        slots: Sequence[Slot],
+        merged: Adapter[Dense] | None = None,
+        *,
+        scored: bool = False,
     ):
         self.model, self.slots = model, tuple(slots)
         shapes = model.spec.shapes
@@ -58,10 +70,18 @@ class Cohort:
         self._swapped, added = self._placed(Adapter({}) if merged is None else merged)
         trained = self._trained()
         like = torch.empty(0, dtype=self.dtype, device=model.device)
+        self._meter: Meter | None = None
+        if scored:
+            modules = {site: model.module.get_submodule(site) for site in sorted(shapes)}
+            heights = {site: shapes[site][0] for site in modules}
+            self._meter = Meter(len(self.slots), modules, heights, like)
+        self._scoring = False
         self._layers: dict[str, CohortLayer] = {}
         for site, term in trained.items():
             frozen = [slot.frozen.get(site) for slot in self.slots]
-            layer = CohortLayer(site, term, frozen, added.get(site), like, shapes[site])
+            layer = CohortLayer(
+                site, term, frozen, added.get(site), like, shapes[site], self._meter
+            )
             self._layers[site] = layer
             for k, slot in enumerate(self.slots):
                 term.load(k, slot.start[site])
@@ -174,9 +194,12 @@ class Cohort:
         with ExitStack() as attached:
             attached.enter_context(with_sums(self.model, self._swapped))
             for site, layer in self._layers.items():
-                if layer.acts:
+                if layer.acts or self._meter is not None:
                     module = self.model.module.get_submodule(site)
                     attached.callback(module.register_forward_hook(layer.hook).remove)
+            if self._meter is not None:
+                embedding = self.model.module.get_input_embeddings()
+                attached.callback(embedding.register_forward_hook(self._embedded).remove)
             self._attached = attached.pop_all()
         return self
 
@@ -192,9 +215,14 @@ class Cohort:
         """Say whose rows the next batches hold: the parts' rows follow each other in this order.
 
         Returns what `reroute` takes, to come back to a batch whose backward pass is yet to be made.
-        Raises SiteError if a part names no slot of this cohort, or one slot twice, or has no row.
+        Raises SiteError if a part names no slot of this cohort, or one slot twice, or has no row,
+        or is to be scored in a cohort that was not made for it.
         """
         routing = Routing(parts, len(self.slots), self.model.device)
+        if routing.scored and self._meter is None:
+            raise SiteError(
+                "Cohort.route: a part is to be scored; expected a cohort made with scored=True"
+            )
         self.reroute(routing)
         return routing
 
@@ -202,6 +230,7 @@ class Cohort:
         """Say that the next pass is over the batch of an earlier `route`."""
         for layer in self._layers.values():
             layer.routing, layer.resting = routing, False
+        self._scoring = routing.scored
 
     def rest(self) -> None:
         """Let nothing of this cohort act until the next `route`, though it is attached.
@@ -211,6 +240,13 @@ class Cohort:
         """
         for layer in self._layers.values():
             layer.resting = True
+        self._scoring = False
+
+    def _embedded(self, _: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Let a gradient reach all sites of a pass that is scored."""
+        if not self._scoring or not torch.is_grad_enabled() or out.requires_grad:
+            return out
+        return out.detach().requires_grad_().clone()  # A copy: the model may write to what it gets.
 
     def parameters(self, k: int) -> list[nn.Parameter]:
         """Return what slot k trains: all its A and all its B, each as one flat vector.
@@ -224,8 +260,26 @@ class Cohort:
         return [self._storage.parameter(k, chosen) for chosen in columns]
 
     def zero_gradients(self, slots: Sequence[int] | None = None) -> None:
-        """Set the gradients of these slots to zero, in place; None: of all."""
+        """Set the gradients and sums of these slots to zero, in place; None: of all."""
         self._storage.zero_gradients(slots)
+        if self._meter is not None:
+            self._meter.zero(slots)
+
+    def scores(self, k: int, metric: str) -> dict[str, float]:
+        """Return how important each site is to slot k, by a metric of `METRICS`.
+
+        Of the loss whose gradients came in scored passes since `zero_gradients`; zero at a site
+        that no gradient reached. SiteError for another metric, or a cohort not made for scoring.
+        """
+        check_metric("Cohort.scores", metric)
+        if self._meter is None:
+            raise SiteError("Cohort.scores: expected a cohort made with scored=True")
+        return self._meter.scores(k, metric)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What scores are made of, as it is kept, to be copied and put back; [] without scoring."""
+        return [] if self._meter is None else [self._meter.sums()]
 
     def add_penalties(self, slots: Sequence[int] | None = None) -> None:
         """Add the gradients of these slots' penalties; None: of all.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polyrank.algebra import Delta, LowRank
 from polyrank.errors import SiteError
+from polyrank.model.importance import Meter
 from polyrank.model.routing import Routing
 
 
@@ -47,7 +48,8 @@ class CohortLayer:
 
     `trained` is what the slots train, `frozen` their terms without training, `merged` an m×n matrix
     for all slots alike (None: there is none, or it is in the weight already). Nothing acts while it
-    is `resting`.
+    is `resting`. With a `meter`, passes that are scored add to its sums; what is scored is the
+    module's own output, with what is merged: the weight in use, whichever way M is added to it.
     """
 
     def __init__(
@@ -58,12 +60,13 @@ class CohortLayer:
         merged: Tensor | None,
         like: Tensor,
         shape: tuple[int, int],
+        meter: Meter | None = None,
     ):
         self.site = site
         self.trained = trained
         self.routing: Routing | None = None
         self.resting = False
-        self._merged, self._dtype = merged, like.dtype
+        self._merged, self._dtype, self._meter = merged, like.dtype, meter
         width = max((delta.rank for delta in frozen if delta is not None), default=0)
         m, n = shape
         self._frozen_a = like.new_zeros(len(frozen), width, n)
@@ -85,21 +88,30 @@ class CohortLayer:
 
     @property
     def acts(self) -> bool:
-        """Whether the hook changes anything."""
+        """Whether the hook changes an output."""
         return self.by_slot or self._merged is not None
 
     def hook(self, _: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """Return y with what is merged, trained and frozen added, rounded to y's dtype once."""
         if self.resting:
             return y
+        routing = self.routing
+        if not self.acts:
+            own = self._metered(y, routing)
+            return y if own is y else own.clone()  # The model may write to what it gets.
         x = args[0].to(self._dtype)
-        out = y.to(x.dtype)
+        own = y
         if self._merged is not None:
-            out = out + nn.functional.linear(x, self._merged)
+            own = y.to(x.dtype) + nn.functional.linear(x, self._merged)
+        out = self._metered(own, routing).to(x.dtype)
         if self.by_slot:
-            routing = self.routing
             out = self._unrouted(x, out) if routing is None else self._routed(x, out, routing)
         return out.to(y.dtype)
+
+    def _metered(self, own: Tensor, routing: Routing | None) -> Tensor:
+        if self._meter is None or routing is None or not routing.scored:
+            return own
+        return self._meter.tap(self.site, own, routing)
 
     def _unrouted(self, x: Tensor, y: Tensor) -> Tensor:
         """One slot, any shape."""

@@ -15,13 +15,15 @@ from polyrank.errors import SiteError
 class Part:
     """One slot's rows in a batch: how many, and the length of the longest in tokens.
 
-    `draw` is (optimizer step, microbatch) where dropout is wanted, None where it is not.
+    `draw` is (optimizer step, microbatch) where dropout is wanted, None where it is not. With
+    `scored` the pass counts for the importance of the sites to this slot.
     """
 
     slot: int
     rows: int
     length: int
     draw: tuple[int, int] | None = None
+    scored: bool = False
 
 
 class Routing:
@@ -45,6 +47,9 @@ class Routing:
         self.length = max(part.length for part in parts)
         self.all_in_order = named == list(range(slots))
         self.index = torch.tensor(named, device=device)
+        scored = [part.slot for part in parts if part.scored]
+        self.scored = bool(scored)
+        self._scored = torch.tensor(scored, dtype=torch.long, device=device)
         tallest = max(part.rows for part in parts)
         self.even = all(part.rows == tallest for part in parts)
         spread, back, first = [], [], 0
@@ -69,6 +74,17 @@ class Routing:
                 "a site of a cohort: exclude it"
             )
         return x.reshape(*batch, x.shape[-1])
+
+    def scored_sums(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the slots that are scored, and per slot the sums of its tokens' m values each."""
+        by_row = values.reshape(self.rows, -1, values.shape[-1])
+        rows = [part.rows for part in self.parts]
+        sums = [
+            block.sum(dim=(0, 1))
+            for part, block in zip(self.parts, by_row.split(rows), strict=True)
+            if part.scored
+        ]
+        return self._scored, torch.stack(sums)
 
     def blocks(self, x: Tensor) -> Tensor:
         """Return B×T×n as one block per part, parts×(rows·T)×n."""

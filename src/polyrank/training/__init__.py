@@ -6,6 +6,7 @@ from polyrank.training.evaluation import token_losses
 from polyrank.training.local import train_cohort
 from polyrank.training.methods import METHODS, LocalMethod, LocalSettings, local_method
 from polyrank.training.recipe import LocalTraining
+from polyrank.training.scoring import Scoring
 
 __all__ = [
     "METHODS",
@@ -13,6 +14,7 @@ __all__ = [
     "LocalMethod",
     "LocalSettings",
     "LocalTraining",
+    "Scoring",
     "Trained",
     "cohort_size",
     "local_method",

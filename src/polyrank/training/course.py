@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter, Delta
@@ -12,17 +12,22 @@ from polyrank.data.types import Encoded
 from polyrank.errors import DataError
 from polyrank.training.batches import step_groups
 from polyrank.training.recipe import LocalTraining
+from polyrank.training.scoring import NEVER, Scored, Scoring
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one client is to train: its assignment, its examples, how, and from which seed."""
+    """What one client is to train: its assignment, its examples, how, and from which seed.
+
+    `scoring` says in which steps the importance of the weights is measured.
+    """
 
     client: str
     assignment: Assignment
     examples: Sequence[Encoded]
     local: LocalTraining
     seed: int
+    scoring: Scoring = NEVER
 
     @property
     def steps(self) -> int:
@@ -40,6 +45,9 @@ class Trained:
     before clipping). Losses are the task's alone, the norm is of all that is descended. Of a split
     client also ``wire_up`` and ``wire_down``, the bytes that its link carried.
 
+    `importance` is the mean score per site over the steps that were scored, of the mean loss of the
+    step without penalties; empty if none was.
+
     `failure` says why the client gave up, at a loss or a gradient that was not finite; the adapter
     is then that before the step, and of the metrics there are at most the bytes of the link.
     """
@@ -47,6 +55,7 @@ class Trained:
     adapter: Adapter[Delta]
     metrics: Mapping[str, float]
     failure: str | None = None
+    importance: Mapping[str, float] = field(default_factory=dict)
 
 
 class Course:
@@ -65,6 +74,7 @@ class Course:
         self._targets: list[int] = []
         self._norms: list[float] = []
         self._tokens = 0
+        self._scored = Scored()
         self.failure: str | None = None
 
     def active(self, step: int) -> bool:
@@ -80,6 +90,14 @@ class Course:
     def weight(self) -> float:
         """One over the target tokens of the step: what makes summed losses its mean."""
         return 1.0 / sum(row.targets for micro in self._group for row in micro)
+
+    def scored(self, step: int) -> bool:
+        """Whether importance is measured in this step."""
+        return self.job.scoring.at(step)
+
+    def note(self, scores: Mapping[str, float]) -> None:
+        """Take in the importance per site of a step that was scored."""
+        self._scored.note(scores)
 
     def advance(self, step: int, loss: float, norm: float) -> bool:
         """Note a step's summed loss and the norm of its gradient, and whether to take the step.
@@ -116,4 +134,5 @@ class Course:
                 "grad_norm": sum(self._norms) / self.steps,
                 **beside,
             },
+            importance=self._scored.mean(),
         )

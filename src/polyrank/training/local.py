@@ -27,6 +27,8 @@ def train_cohort(
     client's result does not depend on the cohort, up to rounding. A client that has finished leaves
     the batch, and so does one whose loss or gradient is not finite. `on_step` is called after every
     optimizer step of every client. The optimizers are dropped on return; the base is not changed.
+    In the steps that a job's scoring asks for, the importance of all sites is measured, which
+    changes nothing of what is trained.
 
     What is descended is the mean loss of the step's target tokens, with the assignment's penalty
     and FedProx's term added, all before clipping. Where A is fixed, neither clipping nor optimizer
@@ -39,7 +41,8 @@ def train_cohort(
     if not courses:
         return []
     slots = [slot_of(job.assignment, job.local, job.seed) for job in jobs]
-    with Cohort(model, slots, merged_of(jobs)) as cohort:
+    scored = any(job.scoring.every for job in jobs)
+    with Cohort(model, slots, merged_of(jobs), scored=scored) as cohort:
         learners = [
             Learner(cohort.parameters(k), job.local, job.steps) for k, job in enumerate(jobs)
         ]
@@ -57,6 +60,8 @@ def train_cohort(
             for i, k in enumerate(active):
                 if courses[k].advance(step, loss=values[i], norm=values[len(active) + i]):
                     learners[k].step(step)
+                    if courses[k].scored(step):
+                        courses[k].note(cohort.scores(k, jobs[k].scoring.metric))
                 if on_step is not None:
                     on_step()
         return [course.result(cohort.adapter(k)) for k, course in enumerate(courses)]
@@ -114,6 +119,7 @@ def _accumulate(
                     rows=len(rows),
                     length=max(len(row.input_ids) for row in rows),
                     draw=(step, micro),
+                    scored=active[k].scored(step),
                 )
                 for k, rows in zip(members, taken, strict=True)
             ]

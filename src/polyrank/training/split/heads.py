@@ -78,7 +78,8 @@ class Heads:
         self._courses = [Course(one.job) for one in jobs]
         slots = [slot_of(one.job.assignment, one.job.local, one.job.seed) for one in jobs]
         merged: Adapter[Dense] = merged_of([one.job for one in jobs])
-        self._cohort = Cohort(client_side(model, self._split), slots, merged)
+        scored = any(one.job.scoring.every for one in jobs)
+        self._cohort = Cohort(client_side(model, self._split), slots, merged, scored=scored)
         self._cohort.rest()
         self._learners = [
             Learner(self._cohort.parameters(k), one.job.local, one.job.steps)
@@ -138,6 +139,8 @@ class Heads:
                 self._links[k].close()
                 continue
             self._factor[k] = _factor(self._jobs[k].job.local.clip, norm)
+            if self._courses[k].scored(step):
+                self._courses[k].note(self._cohort.scores(k, self._jobs[k].job.scoring.metric))
 
     def submit_step(self, step: int) -> None:
         """Tell the server to step."""
@@ -191,7 +194,7 @@ class Heads:
         rows = [row for each in taken for row in each]
         lengths = [[len(row.input_ids) for row in each] for each in taken]
         parts = [
-            Part(k, len(each), max(each), (step, micro))
+            Part(k, len(each), max(each), (step, micro), self._courses[k].scored(step))
             for k, each in zip(members, lengths, strict=True)
         ]
         routing = self._cohort.route(parts)

@@ -116,11 +116,12 @@ def _tail(model: LoadedModel, one: SplitJob) -> TailJob:
         local=job.local,
         seed=job.seed,
         steps=job.steps,
+        scoring=job.scoring,
     )
 
 
 def _whole(trained: Trained, tails: Tails, one: SplitJob) -> Trained:
-    """Return a client's result with what the server trained for it."""
+    """Return a client's result with what the server trained and scored for it."""
     if trained.failure is not None:
         return trained
     adapter = Adapter({**trained.adapter, **tails.adapter(one.job.client)})
@@ -129,4 +130,5 @@ def _whole(trained: Trained, tails: Tails, one: SplitJob) -> Trained:
             f"client {one.job.client!r}: its head and tail have {len(adapter)} sites, it was dealt "
             f"{len(one.job.assignment.start)}"
         )
-    return replace(trained, adapter=adapter)
+    importance = {**trained.importance, **tails.importance(one.job.client)}
+    return replace(trained, adapter=adapter, importance=importance)

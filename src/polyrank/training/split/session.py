@@ -12,6 +12,7 @@ from polyrank.aggregation.types import Assignment
 from polyrank.errors import FrameError
 from polyrank.planning import Split
 from polyrank.training.recipe import LocalTraining
+from polyrank.training.scoring import NEVER, Scoring
 from polyrank.training.split.messages import (
     Activations,
     At,
@@ -28,6 +29,7 @@ class TailJob:
     """What the server trains for one client in one round: `assignment` is of the server's sites.
 
     `seed` is the client's own, for dropout, and `steps` how many optimizer steps there will be.
+    `scoring` says in which of them the importance of the server's sites is measured.
     """
 
     client: str
@@ -38,6 +40,7 @@ class TailJob:
     local: LocalTraining
     seed: int
     steps: int
+    scoring: Scoring = NEVER
 
 
 @dataclass(frozen=True)

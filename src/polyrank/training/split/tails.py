@@ -18,6 +18,7 @@ from polyrank.model.routing import Routing
 from polyrank.planning import Split
 from polyrank.training.learner import Learner
 from polyrank.training.local import slot_of
+from polyrank.training.scoring import Scored
 from polyrank.training.split.messages import (
     Activations,
     Gradients,
@@ -41,14 +42,15 @@ class Tails:
     union batch; cuts may differ then, and a shared site learns from the clients that do not run it
     themselves. The shared set is clipped by its own norm and steps once the `Step` of all clients
     that are still at work is there, and the gradient that a client gets back is that of its own
-    mean loss.
+    mean loss. Of a shared set the union batch's score of a site, by the mean loss of the clients
+    that do not run it themselves, counts for all of them.
 
     `answer` belongs to one thread. Between its calls nothing here acts on the model, though what is
     merged into the weights of its sites stays there.
 
     Raises ModelError if a cut is outside the model or cuts differ without `shared`, SiteError if
     the server has no site to train, or merged sums differ, and RankError if clients of one shared
-    set were not dealt the same.
+    set were not dealt the same, or are not scored in the same steps.
     """
 
     def __init__(self, model: LoadedModel, jobs: Sequence[TailJob], *, shared: bool = False):
@@ -81,7 +83,9 @@ class Tails:
             slots = [slot_of(job.assignment, job.local, job.seed) for job in jobs]
             steps = [(job.local, job.steps) for job in jobs]
             self._slots = {job.client: k for k, job in enumerate(jobs)}
-        self._cohort = Cohort(hosted, slots, merged)
+        scored = any(job.scoring.every for job in jobs)
+        self._cohort = Cohort(hosted, slots, merged, scored=scored)
+        self._importance = {client: Scored() for client in self._sessions}
         self._cohort.rest()
         self._learners = [
             Learner(self._cohort.parameters(k), local, count)
@@ -158,6 +162,10 @@ class Tails:
         whole = self._cohort.adapter(self._slots[client])
         return whole.restrict(self._sites[session.job.cut])
 
+    def importance(self, client: str) -> dict[str, float]:
+        """Return the mean score of the client's sites here, over the steps that were scored."""
+        return self._importance[client].mean()
+
     def _answered(self, request: Request) -> Reply | None:
         """Return the answer that a request had before; None if it is new and due."""
         session = self._sessions.get(request.at.client)
@@ -194,7 +202,8 @@ class Tails:
         lengths = [max(one.lengths) for one in group]
         if self._shared:
             rows, at = sum(len(one.lengths) for one in group), group[0].at
-            return self._cohort.route([Part(0, rows, max(lengths), (at.step, at.micro))])
+            scored = self._scored(group[0])
+            return self._cohort.route([Part(0, rows, max(lengths), (at.step, at.micro), scored)])
         return self._cohort.route(
             [
                 Part(
@@ -202,10 +211,14 @@ class Tails:
                     len(one.lengths),
                     length,
                     (one.at.step, one.at.micro),
+                    self._scored(one),
                 )
                 for one, length in zip(group, lengths, strict=True)
             ]
         )
+
+    def _scored(self, request: Request) -> bool:
+        return self._sessions[request.at.client].job.scoring.at(request.at.step)
 
     def _padded(self, group: Sequence[Activations]) -> tuple[Rows, Tensor]:
         """Return the rows of a batch, and the states in it as a leaf of autograd, B×T×d."""
@@ -217,7 +230,7 @@ class Tails:
     def _forward_and_backward(self, cut: Cut, group: Sequence[Activations]) -> list[Reply]:
         """Run tails with the loss, and back."""
         rows, hidden = self._padded(group)
-        before = [gradient.clone() for gradient in self._gradients()]
+        before = self._before()
         self._route(group)
         labels = torch.cat([one.labels for one in group if one.labels is not None])
         labels = labels.to(self._model.device)
@@ -264,7 +277,7 @@ class Tails:
         return [replies[one.at.client] for one in group]
 
     def _backward_together(self, kept: _Pass, group: Sequence[Gradients]) -> list[Reply]:
-        before = [gradient.clone() for gradient in self._gradients()]
+        before = self._before()
         self._cohort.reroute(kept.routing)
         ends = [kept.waiting.pop(one.at.client) for one in group]
         gradients = [one.states.to(end) for one, end in zip(group, ends, strict=True)]
@@ -314,7 +327,7 @@ class Tails:
             else:
                 bad.append((one, loss))
         if self._shared and bad:
-            for gradient, kept in zip(self._gradients(), before, strict=True):
+            for gradient, kept in zip(self._summed(), before, strict=True):
                 gradient.copy_(kept)
             if len(batch) > 1:
                 return [self._serve([one])[0] for one in batch]
@@ -357,13 +370,23 @@ class Tails:
         """Return the gradients of the shared set; none if there is no such set."""
         return [p.grad for p in self._set if p.grad is not None]
 
+    def _summed(self) -> list[Tensor]:
+        """Return all that the passes of a shared set add to."""
+        return [*self._gradients(), *self._cohort.sums] if self._shared else []
+
+    def _before(self) -> list[Tensor]:
+        return [one.clone() for one in self._summed()]
+
     # --- steps ---
 
     def _step(self, group: Sequence[Step]) -> list[Reply]:
         if self._shared:
             return self._step_together(group)
         for one in group:
-            slot = self._slots[one.at.client]
+            slot, job = self._slots[one.at.client], self._sessions[one.at.client].job
+            if self._scored(one):
+                scores = self._cohort.scores(slot, job.scoring.metric)
+                self._importance[one.at.client].note(scores)
             self._learners[slot].scale(one.factor)
             self._learners[slot].step(one.at.step)
             self._cohort.zero_gradients([slot])
@@ -387,7 +410,7 @@ class Tails:
                 )
                 for one in group
             ]
-        learner = self._learners[0]
+        learner, scores = self._learners[0], self._union_scores(group)
         learner.scale(1.0 / sum(1.0 / weight for weight in self._weights.values()))
         self._cohort.add_penalties([0])
         learner.pull_back()
@@ -398,8 +421,32 @@ class Tails:
                 self._shared_diverged(self._sessions[one.at.client], one, norm) for one in group
             ]
         learner.step(step)
+        for client, of_client in scores.items():
+            self._importance[client].note(of_client)
         self._cohort.zero_gradients()
         return self._stepped(group)
+
+    def _union_scores(self, group: Sequence[Step]) -> dict[str, dict[str, float]]:
+        """Return the scores of a shared set for each client, at the sites of its tail.
+
+        Sums so far are over tokens; at each site they are divided by the tokens of all clients that
+        went through it here.
+        """
+        if not self._scored(group[0]):
+            return {}
+        metric = self._sessions[group[0].at.client].job.scoring.metric
+        sums = self._cohort.scores(0, metric)
+        tokens = dict.fromkeys(sums, 0.0)
+        for client, weight in self._weights.items():
+            for site in self._sites[self._sessions[client].job.cut]:
+                tokens[site] += 1.0 / weight
+        return {
+            one.at.client: {
+                site: sums[site] / tokens[site]
+                for site in sorted(self._sites[self._sessions[one.at.client].job.cut])
+            }
+            for one in group
+        }
 
     def _shared_diverged(self, session: Session, request: Step, norm: float) -> Refused:
         session.gone = True
@@ -449,6 +496,11 @@ def _union(jobs: Sequence[TailJob], sites: Mapping[Split, frozenset[str]]) -> As
     keep: dict[str, int] = {}
     first = jobs[0].assignment
     for job in jobs:
+        if job.scoring != jobs[0].scoring:
+            raise RankError(
+                f"client {job.client!r}: its importance is to be measured otherwise than of the "
+                "clients before; clients of one shared adapter need the same scoring"
+            )
         given = job.assignment
         for site in sorted(sites[job.cut]):
             mine = start.setdefault(site, given.start[site])
