@@ -6,6 +6,7 @@ from polyrank.errors import RankError, RecipeError
 from polyrank.planning.allocate import allocate
 from polyrank.planning.levels import checked_levels, derived_levels, uniform_rank
 from polyrank.planning.spectrum import spectrum
+from polyrank.planning.swaps import Site, repair
 
 AB = {"a": 1, "b": 1}
 
@@ -27,6 +28,27 @@ def test_cost_counts_once():
 def test_a_swap_repairs_what_filling_by_gain_per_byte_spoiled():
     """By gain per byte a comes first (2 > 1.9) and leaves no room for b, which is worth more."""
     assert allocate({"a": 2.0, "b": 19.0}, {"a": 1, "b": 10}, 10, [1], _up(1)) == {"a": 0, "b": 1}
+
+
+def test_a_swap_lowers_one_site_for_another_where_that_gains():
+    """Of 9 bytes a takes 8 and b 1, worth 4.6; a at 2 leaves 5 for b, worth 2 + 3."""
+    sites = [Site("a", 1.0, 2, (0, 2, 4)), Site("b", 0.6, 1, (0, 1, 5))]
+    ranks = [4, 1]
+    repair(sites, ranks, 9)
+    assert ranks == [2, 5]
+
+
+def test_a_swap_never_lowers_what_it_raises():
+    sites = [Site("a", 1.0, 1, (0, 1, 4))]
+    ranks = [1]
+    repair(sites, ranks, 4)
+    assert ranks == [4]
+
+
+def test_of_equal_sites_the_earlier_get_the_larger_ranks():
+    """Serving the valuable d first leaves a later one of a, b, c with more than an earlier one."""
+    gain, unit = {"b": 1.0, "a": 1.0}, {"a": 1, "b": 1}
+    assert list(allocate(gain, unit, 5, [1, 4], _up(4)).items()) == [("b", 4), ("a", 1)]
 
 
 def test_a_large_site_is_not_shut_out_by_several_small_ones():
