@@ -3,6 +3,7 @@
 from polyrank.training.capacity import cohort_size, slot_bytes
 from polyrank.training.course import Job, Trained
 from polyrank.training.evaluation import token_losses
+from polyrank.training.interval import scoring_cost, scoring_interval
 from polyrank.training.local import train_cohort
 from polyrank.training.methods import METHODS, LocalMethod, LocalSettings, local_method
 from polyrank.training.recipe import LocalTraining
@@ -18,6 +19,8 @@ __all__ = [
     "Trained",
     "cohort_size",
     "local_method",
+    "scoring_cost",
+    "scoring_interval",
     "slot_bytes",
     "token_losses",
     "train_cohort",
