@@ -45,10 +45,16 @@ def test_a_swap_never_lowers_what_it_raises():
     assert ranks == [4]
 
 
+def test_filling_is_followed_by_swaps():
+    """Filling gives b 8 ranks and leaves 6 of 22 bytes; b at 5 lets a have 4, 9 in all."""
+    gain, unit = {"a": 2.0, "b": 2.0}, {"a": 3, "b": 2}
+    assert allocate(gain, unit, 22, [4, 5, 8], _up(8)) == {"a": 4, "b": 5}
+
+
 def test_of_equal_sites_the_earlier_get_the_larger_ranks():
-    """Serving the valuable d first leaves a later one of a, b, c with more than an earlier one."""
-    gain, unit = {"b": 1.0, "a": 1.0}, {"a": 1, "b": 1}
-    assert list(allocate(gain, unit, 5, [1, 4], _up(4)).items()) == [("b", 4), ("a", 1)]
+    """A swap ends with a at 4 and c, its equal, at 5."""
+    gain, unit = {"a": 3.0, "b": 2.0, "c": 3.0, "d": 2.0}, {"a": 1, "b": 3, "c": 1, "d": 1}
+    assert allocate(gain, unit, 9, [4, 5, 8], _up(8)) == {"a": 5, "b": 0, "c": 4, "d": 0}
 
 
 def test_a_large_site_is_not_shut_out_by_several_small_ones():
