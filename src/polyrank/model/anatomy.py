@@ -12,7 +12,9 @@ v, the output and one float32 per query and head are kept. Eager attention is re
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,9 +22,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from polyrank.errors import ModelError
 from polyrank.model.absent import outside
-from polyrank.model.load import DTYPES, UNREADABLE, LoadedModel, read_config
+from polyrank.model.load import (
+    DTYPES,
+    UNREADABLE,
+    LoadedModel,
+    read_config,
+    read_tokenizer,
+    wrap_model,
+)
 from polyrank.model.recording import Recorded, record
-from polyrank.model.sites import Blocks, find_blocks
+from polyrank.model.sites import ALL_LINEAR, Blocks, find_blocks
 from polyrank.planning.anatomy import Anatomy, Block, Kept, Kind, Node, Section, Size, Storage
 
 _ROWS = 2
@@ -58,6 +67,34 @@ def meta_model(
             f"({' '.join(str(error).split())[:300]}); correct config.json, or choose another model"
         ) from error
     return module.eval().requires_grad_(False)
+
+
+def load_bare(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    sites: Sequence[str] | str = ALL_LINEAR,
+    exclude: Sequence[str] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+    checkpointing: bool = False,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Return a model without weights, with its tokenizer: to plan for, not to run.
+
+    Takes and raises what `load_model` does. Of a hub id configuration and tokenizer are fetched.
+    """
+    name, _ = read_config(source, revision)
+    return replace(
+        wrap_model(
+            meta_model(source, dtype, revision=revision),
+            read_tokenizer(name, revision),
+            sites=sites,
+            exclude=exclude,
+            groups=groups,
+            source=name,
+        ),
+        checkpointing=checkpointing,
+    )
 
 
 def anatomy_of(
@@ -214,6 +251,8 @@ def _section(recorded: list[Recorded], lengths: list[int]) -> Section:
                 backward=node.backward,
                 attention=node.attention,
                 site=node.site,
+                nbytes=_fit([one.nodes[i].nbytes for one in recorded], lengths),
+                passes=node.passes,
             )
         )
     storages = tuple(

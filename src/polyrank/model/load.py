@@ -91,12 +91,11 @@ def load_model(
         raise ModelError("model.dtype: mps has no float64; use float32, or device cpu")
     name, config = read_config(source, revision)
 
-    def fetch(what: str, read: Callable[..., Any], **options: Any) -> Any:
-        return _fetch(what, name, read, revision=revision, **options)
-
-    tokenizer = fetch("tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=False)
+    tokenizer = read_tokenizer(name, revision)
     read = _read_whole if spans is None else _reader_of(spans)
-    module, missing = fetch("weights", read, config=config, dtype=DTYPES[dtype], device=where)
+    module, missing = fetch(
+        "weights", name, read, revision=revision, config=config, dtype=DTYPES[dtype], device=where
+    )
     if missing:
         raise ModelError(
             f"model {name}: the weights lack {len(missing)} tensors that "
@@ -122,7 +121,7 @@ def read_config(source: str | Path, revision: str | None = None) -> tuple[str, P
     name = str(Path(source).expanduser()) if _is_path(source) else str(source)
     if _is_path(source) and not Path(name).is_dir():
         raise ModelError(f"model: expected a folder with a model in it, {name} is not one")
-    config = _fetch(
+    config = fetch(
         "configuration",
         name,
         AutoConfig.from_pretrained,
@@ -133,7 +132,14 @@ def read_config(source: str | Path, revision: str | None = None) -> tuple[str, P
     return name, config
 
 
-def _fetch(what: str, name: str, read: Callable[..., Any], **options: Any) -> Any:
+def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model; ModelError if it cannot be had."""
+    read = AutoTokenizer.from_pretrained
+    return fetch("tokenizer", name, read, revision=revision, trust_remote_code=False)
+
+
+def fetch(what: str, name: str, read: Callable[..., Any], **options: Any) -> Any:
+    """Return what `read` gives of a model; ModelError, saying what was read, if it fails."""
     try:
         return read(name, **options)
     except UNREADABLE as error:
@@ -181,7 +187,8 @@ def wrap_model(
     """Return a model that is in memory already, frozen and described.
 
     The module is put into evaluation mode and its parameters stop requiring gradients. Blocks on
-    the meta device count as held elsewhere, and have no sites here. A tokenizer
+    the meta device count as held elsewhere, and have no sites here; where all are, the model can
+    be planned for and not run. A tokenizer
     without a padding token gets the end-of-sequence token for one. `checkpointing` wraps the blocks
     of this module for good.
 
@@ -191,7 +198,7 @@ def wrap_model(
     spec = describe(module, sites=sites, exclude=exclude, groups=groups)
     blocks = find_blocks(module).modules
     hosted = frozenset(i for i, block in enumerate(blocks) if not _is_absent(block))
-    spec = sites_within(spec, hosted)
+    spec = sites_within(spec, hosted) if hosted else spec
     _complete_tokenizer(tokenizer, module, source or type(module).__name__)
     module.eval().requires_grad_(False)
     if checkpointing:

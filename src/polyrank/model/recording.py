@@ -43,6 +43,24 @@ _FACTORS: Mapping[str, tuple[str, str]] = {
 }
 """The names under which products keep their factors."""
 
+_PASSING = frozenset(
+    f"{name}Backward0"
+    for name in (
+        "Add",
+        "Alias",
+        "Clone",
+        "Permute",
+        "ReshapeAlias",
+        "Squeeze",
+        "T",
+        "Transpose",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    )
+) | {"_MarkBackward"}
+"""Nodes whose gradient passes through in the memory in which it came."""
+
 _FUSED_BACKWARD = 2.5
 """Five products in the fused kernel's backward pass, for two forward: it forms q·k again."""
 
@@ -66,6 +84,8 @@ class RecordedNode:
     backward: float | None
     attention: bool
     site: str | None
+    nbytes: int
+    passes: bool
 
 
 @dataclass(frozen=True)
@@ -307,7 +327,7 @@ class _Graph:
         shared: Mapping[int, str],
     ):
         self._leaf, self._inputs, self._fixed, self._shared = leaf, inputs, fixed, shared
-        self._order = list(_topological(out.grad_fn))
+        self._order = _in_order(out.grad_fn)
         self._place = {node: i for i, node in enumerate(self._order)}
         self._storages: dict[int, RecordedStorage] = {}
 
@@ -316,7 +336,8 @@ class _Graph:
         if result is not None:
             kept = ((self._storage(result), None),)
             inputs = (len(nodes) - 1,)
-            nodes.append(RecordedNode("result", inputs, kept, 0, None, False, None))
+            nbytes = result.untyped_storage().nbytes()
+            nodes.append(RecordedNode("result", inputs, kept, 0, None, False, None, nbytes, True))
         inputs_of = tuple((name, self._storage(x)) for name, x in self._inputs.items())
         entry = self._storage(self._leaf)
         return Recorded(tuple(nodes), tuple(self._storages.values()), inputs_of, entry)
@@ -349,7 +370,18 @@ class _Graph:
             site = node.site
         elif product:
             attention = len(inputs) > 1
-        return RecordedNode(name, tuple(inputs), tuple(kept), product, backward, attention, site)
+        about = node._input_metadata[0]
+        return RecordedNode(
+            name=name,
+            inputs=tuple(inputs),
+            kept=tuple(kept),
+            product=product,
+            backward=backward,
+            attention=attention,
+            site=site,
+            nbytes=torch.Size(about.shape).numel() * about.dtype.itemsize,
+            passes=name in _PASSING,
+        )
 
 
 def _product(node: Any, name: str) -> int:
@@ -372,20 +404,20 @@ def _saved(node: Any) -> Iterator[tuple[str, Tensor]]:
                     yield what.removeprefix("_saved_"), one
 
 
-def _topological(root: Any) -> Iterator[Any]:
-    """Yield the nodes, each after its inputs; leaves are left out."""
-    done: set[Any] = set()
-    waiting = [(root, False)]
+def _in_order(root: Any) -> list[Any]:
+    """Return the nodes as the forward pass made them, without leaves.
+
+    The backward pass takes them in the reverse order.
+    """
+    found: dict[Any, None] = {}
+    waiting = [root]
     while waiting:
-        node, is_open = waiting.pop()
-        if is_open:
-            yield node
+        node = waiting.pop()
+        if node is None or node in found or node.name() == "torch::autograd::AccumulateGrad":
             continue
-        if node is None or node in done or node.name() == "torch::autograd::AccumulateGrad":
-            continue
-        done.add(node)
-        waiting.append((node, True))
-        waiting += [(before, False) for before, _ in node.next_functions]
+        found[node] = None
+        waiting += [before for before, _ in node.next_functions]
+    return sorted(found, key=lambda node: node._sequence_nr())
 
 
 def _key(tensor: Tensor) -> int:

@@ -58,7 +58,8 @@ class Node:
     `inputs` are indices of nodes before it, or `ENTRY`; constants are not among them. `product` is
     the forward operations of a matrix product here; its backward takes as many for each input that
     needs a gradient, or `backward` times as many where one kernel does all. `site` is the linear
-    module, by its path in the block, whose output this is.
+    module, by its path in the block, whose output this is. `nbytes` are those of its result, and of
+    the gradient of that; a node that `passes` gives its inputs this very gradient.
     """
 
     inputs: tuple[int, ...]
@@ -67,6 +68,8 @@ class Node:
     backward: float | None = None
     attention: bool = False
     site: str | None = None
+    nbytes: Size = Size()
+    passes: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,21 @@ class Section:
 
     def kept(self, entered: bool, adapted: Set[str]) -> frozenset[int]:
         """Return the storages that the frozen model's own operations keep."""
+        return frozenset[int]().union(*self.kept_by_node(entered, adapted))
+
+    def kept_by_node(self, entered: bool, adapted: Set[str]) -> list[set[int]]:
+        """Return the storages that each node keeps; none where nothing goes back through it."""
         found = list(self.alive(entered, adapted))
-        return frozenset(
-            kept.storage
-            for i, node in enumerate(self.nodes)
-            if any(self._lives(j, entered, found) for j in node.inputs)
-            for kept in node.kept
-            if kept.needs is None or self._lives(self.nodes[i].inputs[kept.needs], entered, found)
-        )
+        return [
+            {
+                kept.storage
+                for kept in node.kept
+                if kept.needs is None or self._lives(node.inputs[kept.needs], entered, found)
+            }
+            if any(self._lives(i, entered, found) for i in node.inputs)
+            else set()
+            for node in self.nodes
+        ]
 
     def reached(self, entered: bool, adapted: Set[str]) -> frozenset[str]:
         """Return the linear modules whose input needs a gradient."""
