@@ -255,9 +255,11 @@ def test_an_adapter_that_one_client_a_round_shares_with_nobody_is_its_own(rule: 
     """But for the clip norm, which is then that of each side.
 
     A shared set sums over tokens and divides later, and Llama's norms and softmax round to float32
-    whatever the weights are in, so that the two orders differ: by up to 2e-7 here.
+    whatever the weights are in, so that the two orders differ: by 4e-7 here, with SGD; AdamW makes
+    more of it where gradients are next to nothing.
     """
-    local, cuts = replace(LOCAL, clip=None), {**CUTS["mixed"], "d": Split(1, 2)}
+    local = replace(LOCAL, clip=None, optimizer="sgd", momentum=0.9, lr=0.2)
+    cuts = {**CUTS["split"], "c": Split(1, 3)}
     alone = {"ranks": EQUAL, "local": local, "number": 1}
     shared = carried_out(RULES[rule], cuts, split=SHARED, **alone)
     assert_same(shared, carried_out(RULES[rule], {}, **alone), tolerance=2e-6)
