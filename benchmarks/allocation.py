@@ -4,8 +4,8 @@ Random cases of up to six sites are compared with every allocation there is; mod
 Llama 2 7B and 70B (32 and 80 blocks, seven sites each) with the relaxed problem, whose ranks need
 not be levels and whose optimum is not below the real one.
 
-    python benchmarks/allocation.py            # about two minutes
-    python benchmarks/allocation.py --quick    # a few seconds
+    python benchmarks/allocation.py            # about ten seconds
+    python benchmarks/allocation.py --quick    # one second
 
 Printed are tables in Markdown.
 """
