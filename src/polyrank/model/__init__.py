@@ -1,5 +1,6 @@
 """The only importer of transformers and peft: loading, sites, LoRA layers, PEFT folders."""
 
+from polyrank.model.anatomy import anatomy_of, load_bare
 from polyrank.model.cohort import Cohort, Part, Slot, applied
 from polyrank.model.cut import Cut, side
 from polyrank.model.describe import describe
@@ -19,12 +20,14 @@ __all__ = [
     "Part",
     "Slot",
     "Span",
+    "anatomy_of",
     "applied",
     "choose_sites",
     "describe",
     "find_blocks",
     "generate",
     "load_adapter",
+    "load_bare",
     "load_model",
     "logits_at",
     "losses_then_gradient",

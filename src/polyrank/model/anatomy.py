@@ -114,17 +114,11 @@ def anatomy_of(
     if isinstance(source, LoadedModel):
         source = source.module
     if isinstance(source, PreTrainedModel):
-        module = source
-        if dtype is not None or not _is_bare(module):
-            held = next(name for name, kind in DTYPES.items() if kind == module.dtype)
-            module = meta_model(module.config, dtype or held)
+        held = next(name for name, kind in DTYPES.items() if kind == source.dtype)
+        module = meta_model(source.config, dtype or held)
     else:
         module = meta_model(source, dtype or "float32", revision=revision)
     return _anatomy(module)
-
-
-def _is_bare(module: PreTrainedModel) -> bool:
-    return all(parameter.is_meta for parameter in module.parameters())
 
 
 def _anatomy(module: PreTrainedModel) -> Anatomy:

@@ -1,23 +1,42 @@
 """What a model costs and which ranks each client affords. Pure."""
 
+from polyrank.planning.cost import CostModel
+from polyrank.planning.devices import DEVICES, DeviceProfile, device
 from polyrank.planning.fleet import DISTRIBUTIONS, TYPES, Fleet, LoRAType, shares_of
+from polyrank.planning.importance import Scores, averaged, moved, smoothed
+from polyrank.planning.plan import Plan, PlanSettings, planned_fleet
+from polyrank.planning.planner import Planner
 from polyrank.planning.scaling import Scaling
 from polyrank.planning.schedule import EVERYONE, Redraw, Schedule, Trace
 from polyrank.planning.spec import ModelSpec, Site
 from polyrank.planning.split import Split
+from polyrank.planning.workload import Workload
 
 __all__ = [
+    "DEVICES",
     "DISTRIBUTIONS",
     "EVERYONE",
     "TYPES",
+    "CostModel",
+    "DeviceProfile",
     "Fleet",
     "LoRAType",
     "ModelSpec",
+    "Plan",
+    "PlanSettings",
+    "Planner",
     "Redraw",
     "Scaling",
     "Schedule",
+    "Scores",
     "Site",
     "Split",
     "Trace",
+    "Workload",
+    "averaged",
+    "device",
+    "moved",
+    "planned_fleet",
     "shares_of",
+    "smoothed",
 ]

@@ -1,0 +1,163 @@
+"""Plans in a run: who trains what, and when that is decided anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from polyrank.aggregation import FleetSpec
+from polyrank.data import sizes
+from polyrank.federation.settings import Conduct
+from polyrank.federation.work import ClientWork
+from polyrank.model import LoadedModel, anatomy_of
+from polyrank.planning import (
+    CostModel,
+    DeviceProfile,
+    Fleet,
+    ModelSpec,
+    Plan,
+    Planner,
+    PlanSettings,
+    Scores,
+    Workload,
+    averaged,
+    moved,
+    planned_fleet,
+    smoothed,
+)
+from polyrank.training import LocalTraining
+
+Metric = Literal["channel", "paper"]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What a run knows of the sites' importance.
+
+    `scores` are smoothed over the rounds, `planned` those that the present plan was made with; both
+    are empty before the first scores.
+    """
+
+    scores: Mapping[str, float] = field(default_factory=dict)
+    planned: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Planning:
+    """A fleet of devices, whose ranks and cuts a planner decides, at first and after rounds.
+
+    `fleet` has devices for types. With `metric` importance is scored at every `every`-th optimizer
+    step of a client (None: never, and ranks are spread evenly), smoothed over `rounds` rounds, and
+    once more than `threshold` of it lies at other sites than when the plan was made (`moved`),
+    plans are made anew. `force` gives every client the plan of one device, or of the ``weakest``,
+    which has the least memory.
+    """
+
+    planner: Planner
+    devices: Mapping[str, DeviceProfile]
+    fleet: Fleet
+    rounds: int
+    metric: Metric | None = "channel"
+    every: int | Literal["auto"] = "auto"
+    threshold: float = 0.1
+    force: str | None = None
+
+    def described(self) -> dict[str, Any]:
+        """Return what plans depend on beside model, data and local training, as JSON."""
+        settings, server = self.planner.settings, self.planner.server
+        return {
+            "settings": asdict(settings),
+            "devices": {name: one.written for name, one in sorted(self.devices.items())},
+            "server": server.written,
+            "metric": self.metric,
+            "threshold": self.threshold,
+            "force": self.force,
+        }
+
+    def plans(self, known: Importance) -> dict[str, Plan]:
+        """Return every device's plan, by what was known when it was made."""
+        return self.planner.plans(self.devices, known.planned)
+
+    def planned(self, known: Importance) -> Fleet:
+        """Return the fleet with its plans; RecipeError if a client's device cannot take part."""
+        fleet = planned_fleet(self.fleet, self.plans(known))
+        if self.force is None:
+            return fleet
+        smallest = min(fleet.possible, key=lambda name: self.devices[name].memory_bytes)
+        name = smallest if self.force == "weakest" else self.force
+        return fleet.forced(name, self.planner.spec)
+
+    def after(
+        self,
+        known: Importance,
+        scores: Mapping[str, Scores],
+        weights: Mapping[str, float],
+        round: int,
+    ) -> Importance:
+        """Return what is known after a round, from its clients' scores."""
+        if self.metric is None or not any(scores.values()):
+            return known
+        now = smoothed(
+            known.scores or None,
+            averaged(scores, weights),
+            min(round, self.rounds),
+            self.rounds,
+        )
+        before = known.planned or dict.fromkeys(now, 1.0)
+        anew = moved(before, now) > self.threshold
+        return Importance(now, now if anew else known.planned)
+
+    def most(self, spec: FleetSpec) -> FleetSpec:
+        """Return what a rule is told of a fleet of which any site may come to have any level."""
+        levels = self.planner.levels(list(self.devices.values()))
+        model = self.planner.spec
+        largest = {site.name: min(levels[-1], *site.shape) for site in model.sites}
+        return replace(
+            spec,
+            shapes=dict(model.shapes),
+            ranks={**spec.ranks, "any that may be planned": largest},
+            server_rank={
+                site: max(rank, spec.server_rank.get(site, 0)) for site, rank in largest.items()
+            },
+        )
+
+
+def planner_of(
+    model: LoadedModel,
+    work: Mapping[str, ClientWork],
+    local: LocalTraining,
+    conduct: Conduct,
+    settings: PlanSettings,
+    server: DeviceProfile,
+) -> Planner:
+    """Return the planner of a run; the model may be one without weights.
+
+    A client's step is taken to be a microbatch of the longest rows of all clients, with the most
+    targets, and a round as long as that of the client that takes most steps.
+    """
+    seen = [client for client in work.values() if client.seen]
+    rows = [size for client in seen for size in sizes(client.rows["train"])]
+    workload = Workload(
+        batch=local.batch,
+        length=max(size.tokens for size in rows),
+        targets=max(size.targets for size in rows),
+        accumulation=local.accumulation,
+        moments=local.moments,
+        proximal=local.proximal > 0,
+        itemsize=model.dtype.itemsize,
+        factor_itemsize=max(4, model.dtype.itemsize),
+        wire=conduct.split.wire,
+        in_flight=conduct.split.in_flight,
+        checkpointing=model.checkpointing,
+        dropout=local.dropout > 0,
+    )
+    spec: ModelSpec = model.spec
+    return Planner(
+        spec,
+        CostModel(anatomy_of(model), spec, workload),
+        settings,
+        server,
+        steps=max(local.steps_for(len(client.rows["train"])) for client in seen),
+        at_once=conduct.sampling.count(len(seen)),
+    )

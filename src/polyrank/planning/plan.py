@@ -1,0 +1,91 @@
+"""Plans: for every device the ranks per site and the cut that its budgets afford."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+from polyrank.errors import RecipeError
+from polyrank.planning.cost import Memory, Operations, Seconds, Wire
+from polyrank.planning.devices import DeviceProfile
+from polyrank.planning.fleet import Fleet, LoRAType
+from polyrank.planning.levels import checked_levels
+from polyrank.planning.split import Split
+
+Cuts = Literal["best", "needed", "none"]
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What may be planned.
+
+    `levels` are the ranks to choose from, Q (None: derived from the budgets). `cuts`: ``best``
+    takes the cut with the most weighted rank, ``needed`` cuts only devices that cannot train the
+    whole model at all, ``none`` cuts nobody. `lowest_cut` is the fewest blocks that a client runs,
+    `u_shape` gives the last block, head and labels to split clients. `seconds` bounds a round on
+    the modelled clock.
+
+    Raises RecipeError for values that cannot be.
+    """
+
+    levels: tuple[int, ...] | None = None
+    cuts: Cuts = "best"
+    lowest_cut: int = 1
+    u_shape: bool = False
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.levels is not None:
+            checked_levels(self.levels)
+        if self.cuts not in get_args(Cuts):
+            raise RecipeError(f"plan.cuts: expected one of {get_args(Cuts)}, got {self.cuts!r}")
+        if self.lowest_cut < 1:
+            raise RecipeError(f"plan.lowest_cut: expected at least 1, got {self.lowest_cut}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise RecipeError(f"plan.seconds: expected more than 0, got {self.seconds}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one device is to train, what that is predicted to cost, and why.
+
+    `memory`, `seconds`, `operations`, `wire` (a step's) and `adapters` (a round's) are predictions;
+    where the plan is not feasible they are those of the least that a client could do. `reason` says
+    why it is cut, or which budget fails and by how much; `change` is then the smallest that would
+    let it in: new values of ``memory`` (bytes) and ``seconds`` (of a round).
+    """
+
+    device: DeviceProfile
+    ranks: Mapping[str, int]
+    cut: Split | None
+    memory: Memory
+    operations: Operations
+    wire: Wire
+    adapters: Wire
+    seconds: Seconds
+    feasible: bool
+    reason: str
+    change: Mapping[str, float] = field(default_factory=dict)
+
+
+def planned_fleet(fleet: Fleet, plans: Mapping[str, Plan]) -> Fleet:
+    """Return the fleet whose types are devices, with the ranks and cuts of their plans.
+
+    Raises RecipeError, with the reasons, if a device that a client has cannot take part.
+    """
+    refused = {name: plan for name, plan in plans.items() if not plan.feasible}
+    if any(name in refused for name in fleet.possible):
+        listed = "\n  ".join(f"{name}: {plan.reason}" for name, plan in sorted(refused.items()))
+        raise RecipeError(f"plan: devices that cannot take part:\n  {listed}")
+    kept = {name: plan for name, plan in plans.items() if plan.feasible}
+    return replace(
+        fleet,
+        types={name: LoRAType(name, plan.ranks) for name, plan in kept.items()},
+        cuts={name: plan.cut for name, plan in kept.items() if plan.cut is not None},
+    )
+
+
+def mebibytes(count: int) -> str:
+    """Return bytes as text, e.g. ``512.0 MiB``."""
+    return f"{count / 2**20:.1f} MiB"
