@@ -2,9 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,132 +10,28 @@ import torch
 
 from federations import QUIET, SITES, clients, federation
 from models import tiny_loaded
-from polyrank.aggregation import RULES, Rule, SLoRA, Update
+from polyrank.aggregation import RULES, SLoRA
 from polyrank.algebra import Adapter, Delta, LowRank, distance
-from polyrank.errors import RankError, RuleError
-from polyrank.federation import Conduct, RoundRecord, Sampling
-from polyrank.federation.engine import InProcess
-from polyrank.federation.round import Task
-from polyrank.model import LoadedModel
+from polyrank.federation import Conduct, RoundRecord
 from polyrank.planning import Fleet, LoRAType, Split
 from polyrank.planning.schedule import Trace
 from polyrank.training import LocalTraining
 from polyrank.training.split import SplitSettings
 from runs import lines_with, polyrank
-
-BLOCKS, ROUNDS = 4, 3
-DATA = clients(seen=5, unseen=0)
-LOCAL = LocalTraining(lr=0.02, batch=2, accumulation=2, epochs=1, dropout=0.1, clip=0.5)
-UNEQUAL = {"a": 1, "b": 2, "c": 4, "d": 3}
-EQUAL = dict.fromkeys("abcd", 2)
-CUTS: Mapping[str, Mapping[str, Split]] = {
-    "whole": {},
-    "split": dict.fromkeys("abcd", Split(2)),
-    "mixed": {"a": Split(1), "b": Split(3), "c": Split(1, 3)},
-}
-"""Types by where they are cut; of the mixed ones d runs the whole model."""
-
-
-EXACT = SplitSettings(wire="float64")
-SHARED = SplitSettings(wire="float64", adapters="shared")
-
-
-@cache
-def model(dtype: torch.dtype = torch.float64, **changes: object) -> LoadedModel:
-    return tiny_loaded("llama", num_hidden_layers=BLOCKS, dtype=dtype, sites=SITES, **changes)
-
-
-def fleet(ranks: Mapping[str, int], cuts: Mapping[str, Split]) -> Fleet:
-    """Return the types a, b, c, d, a for the clients c0…c4."""
-    types = {name: LoRAType(name, {"all": rank}) for name, rank in ranks.items()}
-    who = {id: "abcd"[i % 4] for i, id in enumerate(sorted(DATA))}
-    return Fleet.table(who, types=types, cuts=cuts)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What came of a run."""
-
-    adapter: Adapter[Delta]
-    records: list[RoundRecord]
-    tasks: list[Task]
-    updates: list[Update]
-
-
-def carried_out(
-    rule: Rule,
-    cuts: Mapping[str, Split] | Fleet,
-    *,
-    ranks: Mapping[str, int] | None = None,
-    local: LocalTraining = LOCAL,
-    dtype: torch.dtype = torch.float64,
-    split: SplitSettings = EXACT,
-    cohort: int = 2,
-    seed: int = 0,
-    number: int = 3,
-    out: Path | None = None,
-) -> Run:
-    """Return a run of three rounds, with `number` of the five clients in each."""
-    ranks = ranks or (UNEQUAL if rule.mixed_ranks else EQUAL)
-    conduct = Conduct(
-        seed=seed, sampling=Sampling(number=number), evaluation=QUIET, cohort=cohort, split=split
-    )
-    made = federation(
-        out,
-        model=model(dtype),
-        data=DATA,
-        fleet=cuts if isinstance(cuts, Fleet) else fleet(ranks, cuts),
-        rule=rule,
-        local=local,
-        conduct=conduct,
-    )
-    with made as run:
-        tasks, updates = watched(run.engine)
-        records = list(run.rounds(ROUNDS))
-        return Run(run.adapter.factors, records, tasks, updates)
-
-
-def watched(engine: InProcess) -> tuple[list[Task], list[Update]]:
-    """Return lists that fill with what the engine is asked and answers."""
-    real, asked, given = engine.execute, [], []
-
-    def execute(tasks, on_step=None):
-        asked.extend(tasks)
-        for answer in real(tasks, on_step):
-            given.append(answer)
-            yield answer
-
-    engine.execute = execute  # type: ignore[method-assign]
-    return asked, given
-
-
-@cache
-def whole(rule: Rule, local: LocalTraining = LOCAL, dtype: torch.dtype = torch.float64) -> Run:
-    """Return the run in which every client has the whole model; its cohort is another one."""
-    return carried_out(rule, {}, local=local, dtype=dtype, cohort=3)
-
-
-def assert_same(one: Run, other: Run, tolerance: float = 1e-8) -> None:
-    """Fail unless adapters and losses agree and everyone's update was accepted.
-
-    In float64 the two ways differ by the order of sums alone: up to 2e-13 here, most where a rule
-    subtracts nearly equal aggregates. A wire of float32 in their place would show: 2e-7.
-    """
-    assert [record.rejected for record in (*one.records, *other.records)] == [{}] * (
-        len(one.records) + len(other.records)
-    )
-    assert [r.clients for r in one.records] == [r.clients for r in other.records]
-    assert one.adapter.keys() == other.adapter.keys()
-    for site, delta in one.adapter.items():
-        assert distance(delta, other.adapter[site]) <= tolerance * max(1.0, delta.norm()), site
-    for mine, its in zip(one.records, other.records, strict=True):
-        assert mine.loss == pytest.approx(its.loss, rel=tolerance)
-        assert (mine.tokens, mine.ranks) == (its.tokens, its.ranks)
-
-
-def size(adapter: Adapter[Delta]) -> float:
-    return sum(delta.norm() ** 2 for delta in adapter.values()) ** 0.5
-
+from splits import (
+    BLOCKS,
+    CUTS,
+    EXACT,
+    LOCAL,
+    UNEQUAL,
+    assert_same,
+    carried_out,
+    fleet,
+    model,
+    size,
+    watched,
+    whole,
+)
 
 # --- every rule ---
 
@@ -224,95 +118,6 @@ def test_in_float32_every_cut_gives_the_losses_of_the_run_without_one(
             for site, delta in other.adapter.items()
         )
         assert adapters[0] <= far <= adapters[1], f"{cut}: a lossy wire differs, within bounds"
-
-
-# --- one adapter for all at the server ---
-
-REFUSED = {"hetlora", "flora:keep"}
-"""The rules that cannot have one adapter for all clients behind the cut."""
-
-
-@pytest.mark.parametrize("cuts", ["split", "mixed"])
-@pytest.mark.parametrize("rule", sorted(RULES.keys() - REFUSED))
-def test_a_shared_adapter_works_under_every_rule_but_those_listed(rule: str, cuts: str) -> None:
-    run = carried_out(RULES[rule], CUTS[cuts], ranks=EQUAL, split=SHARED, number=4)
-    assert [record.rejected for record in run.records] == [{}] * ROUNDS
-    assert all(delta.is_finite() for delta in run.adapter.values())
-    assert size(run.adapter) > 0.1
-    for number in range(1, ROUNDS + 1):
-        given = {one.client: one.adapter for one in run.updates if one.round == number}
-        tasks = {task.client: task for task in run.tasks if task.round == number}
-        assert len(given) == 4
-        for site in run.adapter:
-            hosts = [c for c in given if site in at_server(tasks[c])]
-            others = given.keys() - hosts
-            assert len({Adapter({site: given[c][site]}).hash() for c in hosts}) <= 1, "one set"
-            assert len({Adapter({site: given[c][site]}).hash() for c in others}) == len(others)
-
-
-@pytest.mark.parametrize("rule", ["flexlora:delta", "flora", "full"])
-def test_an_adapter_that_one_client_a_round_shares_with_nobody_is_its_own(rule: str) -> None:
-    """But for the clip norm, which is then that of each side.
-
-    A shared set sums over tokens and divides later, and Llama's norms and softmax round to float32
-    whatever the weights are in, so that the two orders differ: by 4e-7 here, with SGD; AdamW makes
-    more of it where gradients are next to nothing.
-    """
-    local = replace(LOCAL, clip=None, optimizer="sgd", momentum=0.9, lr=0.2)
-    cuts = {**CUTS["split"], "c": Split(1, 3)}
-    alone = {"ranks": EQUAL, "local": local, "number": 1}
-    shared = carried_out(RULES[rule], cuts, split=SHARED, **alone)
-    assert_same(shared, carried_out(RULES[rule], {}, **alone), tolerance=2e-6)
-
-
-def at_server(task: Task) -> set[str]:
-    """Return the sites that the server trains for the client of a task."""
-    blocks = frozenset[int]() if task.cut is None else task.cut.at_server(BLOCKS)
-    return {site.name for site in model().spec.sites if site.block in blocks}
-
-
-@pytest.mark.parametrize("rule", ["flexlora:delta", "segment"])
-def test_a_shared_adapter_works_through_sparse_rounds_too(rule: str) -> None:
-    run = carried_out(SLoRA(RULES[rule], 2), CUTS["mixed"], ranks=EQUAL, split=SHARED)
-    assert [record.rejected for record in run.records] == [{}] * ROUNDS
-    assert size(run.adapter) > 0.1
-
-
-def test_the_rules_that_cannot_share_are_refused_with_their_reason_before_anything_is_begun(
-    tmp_path: Path,
-) -> None:
-    refused = {}
-    for name, rule in RULES.items():
-        for one in [rule] if "slora" in rule.excludes else [rule, SLoRA(rule, 1)]:
-            reason = refusal(one, tmp_path / one.name)
-            assert (tmp_path / one.name).exists() == (reason is None), "nothing is begun"
-            refused.setdefault(name, reason)
-            assert (reason is None) == (name not in REFUSED)
-    for name in REFUSED:
-        assert RULES[name].excludes["shared"] in (refused[name] or "")
-        assert "set split.adapters = 'own'" in (refused[name] or "")
-
-
-def refusal(rule: Rule, out: Path) -> str | None:
-    """Return why a run with one shared adapter is not begun; None if it is."""
-    conduct = Conduct(evaluation=QUIET, split=SHARED)
-    given = fleet(EQUAL, CUTS["split"])
-    try:
-        made = federation(out, model=model(), data=DATA, fleet=given, rule=rule, conduct=conduct)
-    except RuleError as error:
-        return str(error)
-    made.close()
-    return None
-
-
-def test_a_shared_adapter_needs_equal_ranks_behind_the_cuts_only(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"type a has rank 1,\s+type b rank 2"):
-        carried_out(RULES["flora"], CUTS["split"], split=SHARED, out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-    first = {name: {"all": 2, "model.layers.0.*": rank} for name, rank in UNEQUAL.items()}
-    types = {name: LoRAType(name, ranks) for name, ranks in first.items()}
-    given = replace(fleet(EQUAL, CUTS["split"]), types=types)
-    assert size(carried_out(RULES["flora"], given, split=SHARED).adapter) > 0.1
 
 
 # --- rounds ---
