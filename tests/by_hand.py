@@ -1,12 +1,12 @@
 """Split clients driven by hand: what they send is random, and made before anything is answered."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from jobs import job
 from models import VOCABULARY, tiny_loaded
+from polyrank.aggregation.types import Penalty
 from polyrank.algebra import Adapter, distance
 from polyrank.model import LoadedModel
 from polyrank.planning import Split
@@ -25,7 +25,9 @@ from polyrank.training.split import (
 )
 
 STRAIGHT, BENT = Split(1), Split(1, 2)
-LOCAL = LocalTraining(epochs=None, steps=2, lr=1e-2, weight_decay=0.1)
+LOCAL = LocalTraining(
+    epochs=None, steps=2, lr=1e-2, weight_decay=0.1, proximal=0.3, schedule="linear", dropout=0.2
+)
 MICROBATCHES = 2
 ROUND = 3
 
@@ -49,8 +51,9 @@ def tail_job(
     server = cut.at_server(model.spec.blocks)
     sites = frozenset(site.name for site in model.spec.sites if site.block in server)
     whole = job(model, client, ranks=rank, seed=seed, frozen=frozen, local=local).assignment
+    penalised = replace(whole, penalty=Penalty(0.3, dict.fromkeys(whole.start, 1)))
     steps = local.steps or 0
-    return TailJob(client, ROUND, 0, cut, whole.only(sites), local, seed, steps)
+    return TailJob(client, ROUND, 0, cut, penalised.only(sites), local, seed, steps)
 
 
 def requests_of(model: LoadedModel, one: TailJob) -> list[Request]:
@@ -121,10 +124,3 @@ def assert_same_reply(one: Reply, other: Reply, tolerance: float = 0.0) -> None:
             assert (mine is None) == (its is None)
             if mine is not None and its is not None:
                 assert abs(mine - its) <= tolerance * abs(its)
-
-
-def weighted(requests: Sequence[Request], index: int, weight: float) -> Request:
-    """Return a request of activations with another weight."""
-    request = requests[index]
-    assert isinstance(request, Activations)
-    return replace(request, weight=weight)
