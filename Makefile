@@ -31,6 +31,7 @@ bench: $(READY)  ## the benchmarks at a size that fits a coffee break; docs/benc
 	$(BIN)/python benchmarks/scale.py --quick
 	$(BIN)/python benchmarks/split_step.py --quick
 	$(BIN)/python benchmarks/split_memory.py --quick
+	$(BIN)/python benchmarks/importance.py --quick
 
 # torch first: as a dependency of another package it may come in another build than asked for.
 $(READY): pyproject.toml constraints.txt

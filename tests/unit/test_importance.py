@@ -18,9 +18,11 @@ from polyrank.training import (
     Scoring,
     scoring_cost,
     scoring_interval,
+    slot_bytes,
     train_cohort,
 )
 from polyrank.training.batches import assemble
+from polyrank.training.capacity import MARGIN
 from polyrank.training.interval import interval
 from polyrank.training.local import slot_of
 from scoring import (
@@ -305,6 +307,14 @@ def test_the_cost_is_the_median_ratio_by_the_clock() -> None:
     assert (sum(passes), len(passes)) == (6, 12)
     assert passes[2:6] in ([False, True, True, False], [True, False, False, True])
     assert scoring_interval(model, "paper", ranks={}, passes=5, clock=Clocked()) == 6
+
+
+def test_a_pass_that_is_scored_counts_the_outputs_that_it_keeps() -> None:
+    model = f64()
+    ranks, outputs = dict.fromkeys(model.spec.shapes, 2), sum(s.m for s in model.spec.sites)
+    plain, scored = (slot_bytes(model, ranks, LOCAL, 40, 1, scored=on) for on in (False, True))
+    grown = (scored - plain) / MARGIN / (LOCAL.batch * 40 * 8)
+    assert 0.9 * outputs <= grown <= 1.5 * outputs
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

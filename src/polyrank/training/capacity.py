@@ -36,14 +36,19 @@ def cohort_size(
     targets: int,
     available_bytes: int,
     dealt: Sequence[Assignment] = (),
+    *,
+    scored: bool = False,
 ) -> int:
     """Return how many clients of these ranks fit into `available_bytes`, at most `MOST`; may be 0.
 
     `ranks` are those of the largest client, since shorter ones are padded to them, `longest` the
-    tokens of the longest example and `targets` the most tokens with loss in one example. On a CPU a
-    pass of more than one client is also bounded by `CPU_TOKENS`.
+    tokens of the longest example and `targets` the most tokens with loss in one example. With
+    `scored` some steps measure importance. On a CPU a pass of more than one client is also bounded
+    by `CPU_TOKENS`.
     """
-    size = available_bytes // slot_bytes(model, ranks, local, longest, targets, dealt)
+    size = available_bytes // slot_bytes(
+        model, ranks, local, longest, targets, dealt, scored=scored
+    )
     if model.device.type == "cpu":
         size = min(size, max(1, CPU_TOKENS // (local.batch * longest)))
     return min(MOST, size)
@@ -56,6 +61,8 @@ def slot_bytes(
     longest: int,
     targets: int,
     dealt: Sequence[Assignment] = (),
+    *,
+    scored: bool = False,
 ) -> int:
     """Return an estimate of the bytes that one client adds to a pass.
 
@@ -68,14 +75,14 @@ def slot_bytes(
     `dealt` are assignments of the kind that will come: their largest frozen term counts, of a
     sparse start the whole matrix that is made of it, at one site at a time, and dense starts in the
     place of factors. What is merged into the base is not counted: it is there once, not for each
-    client.
+    client. With `scored` the pass measures importance, which keeps the outputs of all sites.
     """
     of_factors = sum(rank * sum(model.spec.shapes[site]) for site, rank in ranks.items())
     entries = max([of_factors, *map(_dense_entries, dealt)])
     itemsize = max(4, model.dtype.itemsize)
     factors = (_COPIES + local.moments + (local.proximal > 0)) * entries * itemsize
-    measured = {length: _kept(model, ranks, local, length, targets=1) for length in _LENGTHS}
-    per_target = _kept(model, ranks, local, _LENGTHS[0], targets=2) - measured[_LENGTHS[0]]
+    measured = {length: _kept(model, ranks, local, length, 1, scored) for length in _LENGTHS}
+    per_target = _kept(model, ranks, local, _LENGTHS[0], 2, scored) - measured[_LENGTHS[0]]
     row = _extrapolate(measured, longest) + targets * per_target
     if model.checkpointing:
         row += longest * itemsize * _checkpointed(model)
@@ -125,7 +132,12 @@ def _checkpointed(model: LoadedModel) -> int:
 
 
 def _kept(
-    model: LoadedModel, ranks: Mapping[str, int], local: LocalTraining, length: int, targets: int
+    model: LoadedModel,
+    ranks: Mapping[str, int],
+    local: LocalTraining,
+    length: int,
+    targets: int,
+    scored: bool = False,
 ) -> int:
     """Return the bytes that autograd keeps for one row, each storage once, and of its logits."""
     start = Adapter(
@@ -144,8 +156,8 @@ def _kept(
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
     positions = torch.arange(targets, device=model.device)
     slot = Slot(start, dict.fromkeys(start, 1.0), dropout=local.dropout)
-    with Cohort(model, [slot]) as cohort:
-        cohort.route([Part(0, 1, length, (0, 0))])
+    with Cohort(model, [slot], scored=scored) as cohort:
+        cohort.route([Part(0, 1, length, (0, 0), scored)])
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             note(logits_at(model, ids, positions))
         fixed = [*model.module.parameters(), *model.module.buffers(), *cohort.parameters(0)]
