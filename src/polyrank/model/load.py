@@ -36,7 +36,16 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """The number formats of a base; adapters are float32, or float64 on a float64 base."""
 
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    ImportError,
+    TypeError,
+    ArithmeticError,
+    SafetensorError,
+)
 """What reading or making a model raises where its files are not as they should be."""
 
 

@@ -126,7 +126,7 @@ def record(
             logits = module(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).logits
-    except (*UNREADABLE, TypeError, IndexError) as error:
+    except (*UNREADABLE, IndexError) as error:
         raise ModelError(
             f"{type(module).__name__}: it cannot be run without weights "
             f"({' '.join(str(error).split())[:300]}), so its costs are not known; give every "

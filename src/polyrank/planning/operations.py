@@ -85,13 +85,22 @@ class Arithmetic:
         load = self._workload
         total = attention = 0.0
         lives = section.alive(entered, adapted)
-        back = entered or bool(adapted)
-        for node, is_alive in zip(section.nodes, lives, strict=True):
+        back = again and load.checkpointing and (entered or bool(adapted))
+        # The second forward pass ends with what a block keeps last, before that is computed.
+        end = max(
+            (
+                i
+                for i, node in enumerate(section.nodes)
+                if node.kept or node.product or node.site in adapted
+            ),
+            default=0,
+        )
+        for i, (node, is_alive) in enumerate(zip(section.nodes, lives, strict=True)):
             if node.product is None:
                 continue
             one = node.product.at(load.batch, load.length, load.batch * load.targets)
-            forward = one * (1 + (again and load.checkpointing and back))
-            inputs = sum(entered if i < 0 else lives[i] for i in node.inputs)
+            forward = one * (1 + (back and i < end))
+            inputs = sum(entered if j < 0 else lives[j] for j in node.inputs)
             per_pass = inputs if node.backward is None else node.backward
             spent = forward + (one * per_pass if is_alive else 0)
             total += spent
