@@ -40,6 +40,7 @@ def test_activations_are_what_a_real_pass_keeps(architecture, dtype):
         dict.fromkeys(sites, 3),
         some_ranks(model, 1),
         some_ranks(model, 2),
+        {sites[1]: 4},  # all blocks above it keep what they have, without a site of their own
         dict.fromkeys(top, 7),
         {top[0]: 2},
         {top[-1]: 1},

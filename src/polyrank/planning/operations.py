@@ -29,7 +29,7 @@ class Arithmetic:
 
     def __init__(self, anatomy: Anatomy, places: Places, workload: Workload):
         self._anatomy, self._places, self._workload = anatomy, places, workload
-        self._spent_of: dict[tuple[int, bool, frozenset[str]], tuple[int, int]] = {}
+        self._spent_of: dict[tuple[int, bool, frozenset[str]], tuple[int, int, frozenset[str]]] = {}
         self._tokens = workload.batch * workload.length
         self._end = anatomy.end.section(workload.length)
 
@@ -66,9 +66,9 @@ class Arithmetic:
             adapted = frozenset(active)
             key = (kind, entered, adapted)
             if key not in self._spent_of:
-                self._spent_of[key] = self._section_cost(section, entered, adapted, again=True)
-            spent, inside = self._spent_of[key]
-            reached = section.reached(entered, adapted) if active else frozenset[str]()
+                cost = self._section_cost(section, entered, adapted, again=True)
+                self._spent_of[key] = (*cost, section.reached(entered, adapted))
+            spent, inside, reached = self._spent_of[key]
             for place, site in self._places.of(block):
                 rank = active.get(place, 0)
                 forward = 2 * rank * (site.m + site.n)
