@@ -14,7 +14,7 @@ from rich.console import Console
 
 from polyrank.attending import attending, comparing
 from polyrank.errors import FolderExistsError, InterruptedRunError, PolyrankError
-from polyrank.showing import show, show_compared
+from polyrank.showing import show, show_compared, show_prospect
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop (128 + SIGINT)."""
@@ -74,6 +74,27 @@ def run(
         read = config.read(recipe, [*(overrides or []), *forced])
         outcome = runner.start(read, out or _free(Path("runs") / read.name), attendance)
     show(outcome, as_json)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML.", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to it, e.g. plan.seconds=60."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a list of clients as JSON on stdout.")
+    ] = False,
+) -> None:
+    """Tell what each device would train, what that costs, and who cannot take part."""
+    from polyrank import config
+    from polyrank.plans import prospect
+
+    found = prospect(config.read(recipe, overrides or []))
+    show_prospect(found, as_json)
+    if not found.feasible:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -20,6 +20,12 @@ from polyrank.training.split import SplitSettings
 
 _SCORES = (("loss", "loss", 4), ("exact_match", "exact match", 3), ("rouge_l", "ROUGE-L", 3))
 _GROUPS = ("seen", "unseen")
+_BENCHMARK = (
+    ("validation", "perplexity", "perplexity", 3, "examples"),
+    ("test", "bleu", "BLEU", 2, "generated"),
+    ("", "nist", "NIST", 3, ""),
+    ("", "rouge_l", "ROUGE-L", 3, ""),
+)
 
 
 def number(value: float | None, digits: int, sign: str = "") -> str:
@@ -27,7 +33,8 @@ def number(value: float | None, digits: int, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}.{digits}f}"
 
 
-def _table(title: str) -> Table:
+def table(title: str) -> Table:
+    """Return an empty table in the house style."""
     return Table(
         title=title,
         title_justify="left",
@@ -48,16 +55,16 @@ def scores(
 
     The last column is the run's score minus the control's, `forced` the type of the control.
     """
-    table = _table("scores on the test parts")
-    table.add_column("clients")
-    table.add_column("score")
+    made = table("scores on the test parts")
+    made.add_column("clients")
+    made.add_column("score")
     columns = {"before": base, method: final}
     if control is not None:
         columns[f"all {forced}"] = control
     for name in columns:
-        table.add_column(name, justify="right")
+        made.add_column(name, justify="right")
     if control is not None:
-        table.add_column("difference", justify="right")
+        made.add_column("difference", justify="right")
     for who in _GROUPS:
         for key, label, digits in _SCORES:
             values = [column[who][key] for column in columns.values()]
@@ -67,25 +74,55 @@ def scores(
             if control is not None:
                 known = None not in values[1:]
                 cells.append(number(values[1] - values[2] if known else None, digits, "+"))
-            table.add_row(f"{who} ({final[who]['clients']})", label, *cells)
-    return table
+            made.add_row(f"{who} ({final[who]['clients']})", label, *cells)
+    return made
+
+
+def benchmark(
+    base: Mapping[str, Any],
+    method: str,
+    final: Mapping[str, Any],
+    control: Mapping[str, Any] | None = None,
+    forced: str = "",
+) -> Table:
+    """Return the scores on held-out sources before and after, and beside the control's."""
+    columns = {"before": base, method: final}
+    if control is not None:
+        columns[f"all {forced}"] = control
+    made = table("benchmark, of no client")
+    for name in ("source", "score"):
+        made.add_column(name)
+    for name in columns:
+        made.add_column(name, justify="right")
+    for source, key, label, digits, counted in _BENCHMARK:
+        if key in final:
+            where = f"{source} ({final[counted]})" if source else ""
+            made.add_row(where, label, *(number(one[key], digits) for one in columns.values()))
+    return made
+
+
+def perplexity(record: RoundRecord) -> str | None:
+    """Return the perplexity on the benchmark after a round, if it was measured."""
+    if record.benchmark is None:
+        return None
+    return f"perplexity {number(record.benchmark['perplexity'], 3)} on the benchmark"
 
 
 def categories(per_category: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     """Return the final loss and exact match per category."""
-    table = _table("by category, after the last round")
-    table.add_column("category")
+    made = table("by category, after the last round")
+    made.add_column("category")
     for who in _GROUPS:
         for label in ("clients", "loss", "exact\nmatch"):
-            table.add_column(f"{who}\n{label}", justify="right")
+            made.add_column(f"{who}\n{label}", justify="right")
     for category, groups in per_category.items():
         cells: list[str] = []
         for who in _GROUPS:
             group = groups[who]
             cells.append(str(group["clients"]))
             cells += [number(group["loss"], 3), number(group["exact_match"], 2)]
-        table.add_row(category, *cells)
-    return table
+        made.add_row(category, *cells)
+    return made
 
 
 def ranks(
@@ -98,18 +135,18 @@ def ranks(
 
     Where there are `cuts`, it also says which of the model's `blocks` the clients run themselves.
     """
-    table = _table("ranks dealt")
-    table.add_column("type")
-    table.add_column("clients", justify="right")
-    table.add_column("ranks")
+    made = table("ranks dealt")
+    made.add_column("type")
+    made.add_column("clients", justify="right")
+    made.add_column("ranks")
     if cuts:
-        table.add_column("runs itself")
+        made.add_column("runs itself")
     for name, count in counts.items():
         values = list(by_type[name].values())
         spread = (f"{rank} at {values.count(rank)} matrices" for rank in sorted(set(values)))
         where = [hosted(cuts.get(name), blocks)] if cuts else []
-        table.add_row(name, str(count), ", ".join(spread), *where)
-    return table
+        made.add_row(name, str(count), ", ".join(spread), *where)
+    return made
 
 
 def hosted(cut: Split | None, blocks: int) -> str:
@@ -207,6 +244,17 @@ def spent(summary: Mapping[str, Any]) -> str:
             f" The target loss {target['loss']:g} was reached after {target['rounds']} rounds, "
             f"{target['bytes'] / 2**20:.1f} MiB and {duration(target['seconds'])}."
         )
+    target = summary.get("to_target_perplexity")
+    if target and target["rounds"] is None:
+        text += f" The target perplexity {target['perplexity']:g} was not reached."
+    elif target:
+        modelled = target["modelled_seconds"]
+        also = "" if modelled is None else f" ({duration(modelled)} by the cost model)"
+        text += (
+            f" The target perplexity {target['perplexity']:g} was reached after "
+            f"{count(target['rounds'], 'round')}, {target['bytes'] / 2**20:.1f} MiB and "
+            f"{duration(target['seconds'])}{also}."
+        )
     return text
 
 
@@ -234,17 +282,17 @@ def spectra(adapter: Adapter, last: RoundRecord | None) -> Table:
     the energy ‖D‖²; "lost" what the last cut to the server's rank discarded.
     """
     prefix = _common([*adapter])
-    table = _table(f"global adapter, matrices under {prefix}" if prefix else "global adapter")
-    table.add_column("matrix", overflow="fold")
+    made = table(f"global adapter, matrices under {prefix}" if prefix else "global adapter")
+    made.add_column("matrix", overflow="fold")
     for name in ("rank", "of", "‖D‖", "σ₁", "σ½", "σᵣ", "90%", "lost"):
-        table.add_column(name, justify="right")
+        made.add_column(name, justify="right")
     for site, delta in adapter.items():
         s = factored(delta, delta.rank).s.double()
         energy = (s**2).cumsum(0)
         total = float(energy.amax()) if len(s) else 0.0  # A matrix that nobody moved has none.
         ninety = int((energy < 0.9 * total).sum()) + 1 if total else 0
         before, lost = last.energy.get(site, [0.0, 0.0]) if last else (0.0, 0.0)
-        table.add_row(
+        made.add_row(
             site.removeprefix(prefix),
             str(delta.rank),
             str(min(delta.shape)),
@@ -253,7 +301,7 @@ def spectra(adapter: Adapter, last: RoundRecord | None) -> Table:
             str(ninety),
             f"{lost / before:.2%}" if before else "–",
         )
-    return table
+    return made
 
 
 def _common(names: Sequence[str]) -> str:

@@ -15,10 +15,19 @@ import torch
 from polyrank.config import Recipe
 from polyrank.data import Clients, Skipped
 from polyrank.errors import FolderExistsError, InterruptedRunError
-from polyrank.federation import ClientWork, Federation, RoundRecord, prepare, storage
+from polyrank.federation import (
+    Benchmark,
+    ClientWork,
+    Federation,
+    RoundRecord,
+    prepare,
+    storage,
+)
+from polyrank.federation.planning import Importance
 from polyrank.inside import FLEET, RECIPE, recipe_of
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
+from polyrank.plans import planning_of
 
 CONTROL = "control"
 BASE = "base.json"
@@ -111,6 +120,11 @@ class Parts:
         clients, model = self.clients, self.model
         self._attendance.listener.loading("token ids")
         return prepare(clients, model, self._recipe.data.encoding())
+
+    @cached_property
+    def benchmark(self) -> Benchmark | None:
+        """The held-out sources, if the recipe names some."""
+        return self._recipe.benchmark_of(self.model)
 
 
 def start(recipe: Recipe, out: Path, attendance: Attendance) -> Outcome:
@@ -205,7 +219,11 @@ def _build(
     fleet, model = parts.fleet, parts.model
     if not recipe.fleet.cuts:  # The parts may be shared with methods that have some.
         fleet = replace(fleet, cuts={})
-    if recipe.fleet.force:
+    planning = None
+    if recipe.plan is not None:
+        planning = planning_of(recipe, model, fleet, parts.prepared[0])
+        fleet = planning.planned(Importance()).fleet
+    elif recipe.fleet.force:
         fleet = fleet.forced(recipe.fleet.force, model.spec)
     fleet.check_cuts(model.spec)
     recipe.check_fleet(fleet)
@@ -225,6 +243,8 @@ def _build(
         allow_inexact=attendance.allow_inexact,
         attachments=attachments,
         prepared=parts.prepared,
+        benchmark=parts.benchmark,
+        planning=planning,
         progress=attendance.listener.progress,
         stop=attendance.stop,
     )

@@ -13,6 +13,7 @@ from polyrank.errors import PolyrankError
 
 if TYPE_CHECKING:
     from polyrank.compare import Compared
+    from polyrank.plans import Prospect
     from polyrank.runner import Outcome
 
 
@@ -34,6 +35,19 @@ def show_compared(compared: Compared, as_json: bool) -> None:
     if results["failures"]:
         head = f"{compared.folder}: not all of the comparison came to a result:"
         raise PolyrankError("\n  ".join([head, *map(compare.failure, results["failures"])]))
+
+
+def show_prospect(prospect: Prospect, as_json: bool) -> None:
+    """Print what is planned for devices on stdout."""
+    if as_json:
+        typer.echo(json.dumps(prospect.to_json(), indent=2, ensure_ascii=False))
+        return
+    from polyrank import prospects
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(prospects.table(prospect))
+    for line in prospects.remarks(prospect):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def show(outcome: Outcome, as_json: bool) -> None:
@@ -58,5 +72,17 @@ def show(outcome: Outcome, as_json: bool) -> None:
             outcome.forced or "",
         )
     )
+    if summary.get("benchmark"):  # Runs of before had none.
+        beside = control["benchmark"]["final"] if control else None
+        held_out = summary["benchmark"]
+        console.print(
+            report.benchmark(
+                held_out["base"],
+                summary["method"],
+                held_out["final"],
+                beside,
+                outcome.forced or "",
+            )
+        )
     console.print(report.spent(summary))
     console.print(report.loading(outcome.folder / "adapter"), soft_wrap=True, markup=False)

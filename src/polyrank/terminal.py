@@ -34,6 +34,7 @@ class Terminal:
         )
         self._task = self._bar.add_task("", visible=False, round="")
         self._finished, self._total = 0, 0
+        self._federation: Federation | None = None
         self._wire = False
 
     def __enter__(self) -> Terminal:
@@ -64,16 +65,13 @@ class Terminal:
         if federation.skipped.count:
             reasons = ", ".join(f"{len(r)} {why}" for why, r in federation.skipped.rows.items())
             say(f"not used: {reasons} (named in skipped.json)", markup=False, highlight=False)
-        by_type = {federation.fleet.assigned[id]: federation.ranks[id] for id in federation.seen}
-        types = [federation.fleet.assigned[id] for id in federation.seen]
-        counts = {name: types.count(name) for name in sorted(set(types))}
-        fleet, spec = federation.fleet, federation.model.spec
-        cuts = {name: fleet.cuts[name] for name in fleet.possible if name in fleet.cuts}
-        say(report.ranks(counts, by_type, cuts, spec.blocks))
-        told = report.leaks(cuts.values(), federation.conduct.split)
+        self._say_ranks(federation)
+        fleet = federation.fleet
+        cuts = [fleet.cuts[name] for name in fleet.possible if name in fleet.cuts]
+        told = report.leaks(cuts, federation.conduct.split)
         if told is not None:
             say(told, style="yellow", markup=False, highlight=False)
-        self._wire = bool(cuts)
+        self._wire, self._federation = bool(cuts), federation
         for note in federation.folder.notes:
             say(note, style="yellow", markup=False)
         if federation.round:
@@ -90,6 +88,15 @@ class Terminal:
             round=self._place(),
         )
 
+    def _say_ranks(self, federation: Federation) -> None:
+        """Print who has which ranks, and runs which blocks."""
+        fleet, spec = federation.fleet, federation.model.spec
+        by_type = {fleet.assigned[id]: federation.ranks[id] for id in federation.seen}
+        types = [fleet.assigned[id] for id in federation.seen]
+        counts = {name: types.count(name) for name in sorted(set(types))}
+        cuts = {name: fleet.cuts[name] for name in fleet.possible if name in fleet.cuts}
+        self.console.print(report.ranks(counts, by_type, cuts, spec.blocks))
+
     def progress(self, phase: str, done: int, total: int) -> None:
         """Move the bar within a round."""
         name = _NAMES.get(phase, phase)
@@ -105,8 +112,14 @@ class Terminal:
     def round(self, record: RoundRecord) -> None:
         """Print a round's line."""
         self.console.print(report.round_line(record, self._wire), highlight=False)
+        measured = report.perplexity(record)
+        if measured is not None:
+            self.console.print(f"  {measured}", highlight=False)
         for client, why in record.rejected.items():
             self.console.print(f"  refused {client}: {why}", style="yellow", markup=False)
+        if record.planned_anew and self._federation is not None:
+            self.console.print("  importance has moved: planned anew", highlight=False)
+            self._say_ranks(self._federation)
         self._finished = record.round
         self._bar.update(self._task, completed=record.round, round=self._place())
 

@@ -17,6 +17,8 @@ from polyrank.runner import SUMMARY
 SCHEMA = 1
 GROUPS = ("seen", "unseen")
 SCORES = ("loss", "exact_match", "rouge_l")
+BENCHMARK = ("perplexity", "bleu", "nist", "rouge_l")
+TO_TARGET = ("rounds", "bytes", "seconds", "modelled_seconds")
 COSTS = ("bytes_up", "bytes_down", "seconds", "discarded")
 
 
@@ -26,7 +28,8 @@ def collect(request: Request, folder: Path, courses: Sequence[Course]) -> dict[s
     ``complete`` says whether every run that was asked for is finished. Differences are those to the
     first method, on the same clients and seeds.
     """
-    first = courses[0]
+    first, asked = courses[0], request.recipe
+    held_out = None if asked.benchmark is None else {"target": asked.target_perplexity}
     wanted = len(courses) * request.seeds
     finished = sum(run.finished for course in courses for run in course.runs)
     return {
@@ -38,6 +41,7 @@ def collect(request: Request, folder: Path, courses: Sequence[Course]) -> dict[s
         "rates": [*request.rates],
         "first": first.method.label,
         "complete": finished == wanted,
+        "benchmark": held_out,
         "base": _base(courses),
         "methods": [_method(request, folder, course, first) for course in courses],
         "agreement": [_agreement(seed, courses) for seed in request.seed_values],
@@ -59,9 +63,10 @@ def _base(courses: Sequence[Course]) -> dict[str, Any]:
     found: dict[int, Any] = {}
     for run in (run for course in courses for run in course.runs if run.finished):
         if run.seed not in found:
-            found[run.seed] = storage.read_json(run.folder / SUMMARY)["base"]
+            summary = storage.read_json(run.folder / SUMMARY)
+            found[run.seed] = {**summary["base"], "benchmark": _held_out(summary, "base")}
     each = [{"seed": seed, **scores} for seed, scores in sorted(found.items())]
-    return {"per_seed": each, **_over_seeds(each)}
+    return {"per_seed": each, **_over_seeds(each), "benchmark": _benchmark(each)}
 
 
 def _method(request: Request, folder: Path, course: Course, first: Course) -> dict[str, Any]:
@@ -78,6 +83,7 @@ def _method(request: Request, folder: Path, course: Course, first: Course) -> di
         "tuning": _tuning(request, course) if request.tune else None,
         "runs": runs,
         **_over_seeds(done),
+        "benchmark": _benchmark(done),
         "costs": {
             cost: {
                 "mean": statistics.mean([run[cost] for run in done]),
@@ -102,6 +108,32 @@ def _over_seeds(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"mean": of(statistics.mean), "spread": of(statistics.spread)}
 
 
+def _held_out(summary: Mapping[str, Any], when: str) -> dict[str, Any] | None:
+    """A run's scores on its benchmark; None if it has none."""
+    return summary["benchmark"][when] if "benchmark" in summary else None
+
+
+def _benchmark(each: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Mean and spread over seeds on the benchmark, and of what it took to reach the target.
+
+    The latter are over the ``reached`` runs alone. None where there is no benchmark.
+    """
+    found = [one["benchmark"] for one in each if one["benchmark"] is not None]
+    if not found:
+        return None
+    targets = [one["to_target_perplexity"] for one in each if one.get("to_target_perplexity")]
+
+    def of(calculate: Any, keys: Sequence[str], values: Sequence[Mapping[str, Any]]) -> Any:
+        return {key: calculate([one.get(key) for one in values]) for key in keys}
+
+    return {
+        "mean": of(statistics.mean, BENCHMARK, found),
+        "spread": of(statistics.spread, BENCHMARK, found),
+        "to_target": of(statistics.mean, TO_TARGET, targets) if targets else None,
+        "reached": sum(target["rounds"] is not None for target in targets),
+    }
+
+
 def _run(folder: Path, run: Run) -> dict[str, Any]:
     place = str(run.folder.relative_to(folder))
     if not run.finished:
@@ -117,6 +149,8 @@ def _run(folder: Path, run: Run) -> dict[str, Any]:
         "validation_loss": evaluated[-1] if evaluated else None,
         **{who: summary["final"][who] for who in GROUPS},
         **{cost: summary[cost] for cost in ("bytes_up", "bytes_down", "seconds")},
+        "benchmark": _held_out(summary, "final"),
+        "to_target_perplexity": summary.get("to_target_perplexity"),
         "discarded": statistics.mean([record.discarded for record in records]),
         "rejected": sum(len(record.rejected) for record in records),
         "abandoned_attempts": sum(len(record.abandoned) for record in records),

@@ -62,8 +62,13 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def sheets(results: Mapping[str, Any]) -> list[Sheet]:
-    """Return the tables of compare.json: losses, other scores and costs, and rates if tuned."""
+    """Return the tables of compare.json: losses, other scores and costs, and rates if tuned.
+
+    Where the recipe has a benchmark, its scores are a table too.
+    """
     found = [_losses(results), _rest(results)]
+    if results.get("benchmark"):  # Comparisons of before had none.
+        found.append(_benchmark(results))
     if results["tuned"]:
         found.append(_rates(results))
     return found
@@ -115,9 +120,9 @@ def _difference(difference: Mapping[str, Any] | None, who: str) -> str:
     return _pm(middle, spread, "+")
 
 
-def _pm(middle: float | None, spread: float | None, sign: str = "") -> str:
-    text = report.number(middle, 3, sign).replace("-", "−")
-    return text if spread is None else f"{text} ± {spread:.3f}"
+def _pm(middle: float | None, spread: float | None, sign: str = "", digits: int = 3) -> str:
+    text = report.number(middle, digits, sign).replace("-", "−")
+    return text if spread is None else f"{text} ± {spread:.{digits}f}"
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
@@ -172,6 +177,50 @@ def _texts(scores: Mapping[str, Any]) -> list[str]:
         report.number(scores["mean"][who][score], 3)
         for score in ("exact_match", "rouge_l")
         for who in ("seen", "unseen")
+    ]
+
+
+def _benchmark(results: Mapping[str, Any]) -> Sheet:
+    """Scores on held-out sources, and what it took to the target perplexity, if there is one."""
+    seeds, target = len(results["seeds"]), results["benchmark"]["target"]
+    ends = [] if target is None else ["rounds to\ntarget", "MiB to\ntarget", "time to\ntarget"]
+    nobody = {"label": "base, untrained", "benchmark": results["base"]["benchmark"], "runs": []}
+    rows = []
+    for one in [nobody, *results["methods"]]:
+        label = _label(one, seeds) if one is not nobody else one["label"]
+        found = one["benchmark"]
+        if found is None:
+            rows.append([label, *["–"] * (4 + len(ends))])
+            continue
+        cells = [
+            _pm(found["mean"][key], found["spread"][key], digits=digits)
+            for key, digits in (("perplexity", 2), ("bleu", 2), ("nist", 3), ("rouge_l", 3))
+        ]
+        spent = found["to_target"]
+        if target is not None and one is not nobody:
+            cells += _to_target(spent, found["reached"], len(one["runs"]))
+        rows.append([label, *cells, *[""] * (4 + len(ends) - len(cells))])
+    notes = ["perplexity: lower is better; BLEU, NIST, ROUGE-L: higher; ±: the spread over seeds"]
+    if target is not None:
+        notes.append(
+            f"to target: until a perplexity of {target:g} between the rounds, the mean of the runs "
+            "that reached it (how many of them, where not all); the time is the cost model's where "
+            "it has one, otherwise this machine's"
+        )
+    names = ["method", "perplexity", "BLEU", "NIST", "ROUGE-L", *ends]
+    return Sheet("benchmark, sources of no client, after the last round", names, rows, notes)
+
+
+def _to_target(spent: Mapping[str, Any] | None, reached: int, runs: int) -> list[str]:
+    if not spent or not reached:
+        return ["–", "–", "–"]
+    some = "" if reached == runs else f" ({reached}/{runs})"
+    seconds = spent["modelled_seconds"]
+    modelled = spent["seconds"] if seconds is None else seconds
+    return [
+        f"{spent['rounds']:.1f}{some}",
+        f"{spent['bytes'] / 2**20:.1f}",
+        report.duration(modelled),
     ]
 
 

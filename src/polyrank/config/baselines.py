@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Name = Literal["splitlora", "cenlora", "ft", "hetlora", "fedlora"]
+Name = Literal[
+    "splitlora",
+    "cenlora",
+    "ft",
+    "hetlora",
+    "fedlora",
+    "hsplitlora",
+    "hsplitlora:no-importance",
+    "hsplitlora:no-adaptation",
+    "hsplitlora:no-exact-sum",
+]
 
 
 @dataclass(frozen=True)
@@ -14,13 +24,15 @@ class Baseline:
     """A method that papers compare with, under their name for it: keys of a recipe.
 
     `fixed` gives values by key, None: the key must not be given. What is in `default` holds where
-    the recipe says nothing. With `cut` every client that trains must have a cut.
+    the recipe says nothing. With `cut` every client that trains must have a cut, and with `plan`
+    the recipe must have a [plan].
     """
 
     name: str
     fixed: Mapping[str, Any]
     default: Mapping[str, Any] = field(default_factory=dict)
     cut: bool = False
+    plan: bool = False
 
     @property
     def rule(self) -> str:
@@ -47,6 +59,7 @@ def _central(rule: str) -> dict[str, Any]:
 
 
 _WEAKEST = {"fleet.force": "weakest"}
+_HSPLITLORA = _federated("flora")
 
 BASELINES: Mapping[str, Baseline] = {
     one.name: one
@@ -56,10 +69,25 @@ BASELINES: Mapping[str, Baseline] = {
         Baseline("ft", _central("full")),
         Baseline("hetlora", _federated("hetlora")),
         Baseline("fedlora", {**_federated("fedit"), "fleet.cuts": None}, _WEAKEST),
+        Baseline("hsplitlora", _HSPLITLORA, plan=True),
+        Baseline(
+            "hsplitlora:no-importance", {**_HSPLITLORA, "plan.importance": "none"}, plan=True
+        ),
+        Baseline("hsplitlora:no-adaptation", _HSPLITLORA, _WEAKEST, plan=True),
+        Baseline(
+            "hsplitlora:no-exact-sum",
+            {**_federated("hetlora"), "aggregation.gamma": 1.0},
+            plan=True,
+        ),
     )
 }
 """What HSplitLoRA (arXiv 2505.02795) and SplitLoRA (arXiv 2407.00952) are compared with: SplitLoRA
-itself, centralised LoRA, full fine-tuning, HetLoRA, and federated LoRA of one rank."""
+itself, centralised LoRA, full fine-tuning, HetLoRA, and federated LoRA of one rank.
+
+HSplitLoRA is planned ranks and cuts by importance, split training, and noise-free aggregation; its
+ablations leave out one part each: importance (ranks are spread evenly), adaptation (all clients
+have the plan of the weakest), or the exact sum (factors padded with zeros and averaged, HetLoRA
+without pruning [I])."""
 
 
 def with_baseline(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -6,16 +6,17 @@ The text below a key is its entry in docs/recipes.md, which is made from here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from polyrank.config.section import Expected, Section
 from polyrank.config.trace import read_trace
-from polyrank.data import Clients, load_tasks, partition
+from polyrank.data import Clients, Tasks, load_tasks, partition
 from polyrank.errors import ModelError, RecipeError
 from polyrank.federation import Encoding
-from polyrank.model import LoadedModel, load_model
+from polyrank.model import LoadedModel, load_bare, load_model
 from polyrank.planning import Fleet, LoRAType, Redraw, Schedule, Split, Trace, shares_of
 from polyrank.sample import MODEL, TASKS
 
@@ -69,16 +70,16 @@ class ModelSection(Section):
 
     def load(self) -> LoadedModel:
         """Load the model."""
-        return load_model(
-            MODEL if self.source == SAMPLE else self.source,
-            revision=self.revision,
-            device=self.device,
-            dtype=self.dtype,
-            sites=self.sites,
-            exclude=self.exclude,
-            groups=self.groups,
-            checkpointing=self.checkpointing,
-        )
+        return load_model(device=self.device, **self._options())
+
+    def load_bare(self) -> LoadedModel:
+        """Load configuration and tokenizer alone: a model that can be planned for, not run."""
+        return load_bare(**self._options())
+
+    def _options(self) -> dict[str, Any]:
+        kept = ("revision", "dtype", "sites", "exclude", "groups", "checkpointing")
+        source = MODEL if self.source == SAMPLE else self.source
+        return {"source": source, **{key: getattr(self, key) for key in kept}}
 
 
 class DataSection(Section):
@@ -135,19 +136,8 @@ class DataSection(Section):
 
     def load(self, seed: int) -> Clients:
         """Load the tasks and deal them to clients."""
-        tasks = load_tasks(
-            TASKS if self.source == SAMPLE else self.source,
-            split=self.split,
-            subset=self.subset,
-            revision=self.revision,
-            format=self.format,
-            prompt=self.prompt,
-            input=self.input,
-            completion=self.completion,
-            separator=self.separator,
-        )
         return partition(
-            tasks,
+            self.tasks(TASKS if self.source == SAMPLE else self.source, self.split),
             by=self.by,
             clients=self.clients,
             alpha=self.alpha,
@@ -157,6 +147,20 @@ class DataSection(Section):
             limit=self.limit,
             min_examples=self.min_examples,
             seed=seed,
+        )
+
+    def tasks(self, source: str | Path, split: str | None) -> Tasks:
+        """Load the tasks of a source that is read as this one is."""
+        return load_tasks(
+            source,
+            split=split,
+            subset=self.subset,
+            revision=self.revision,
+            format=self.format,
+            prompt=self.prompt,
+            input=self.input,
+            completion=self.completion,
+            separator=self.separator,
         )
 
     def encoding(self) -> Encoding:
@@ -191,6 +195,32 @@ class FleetSection(Section):
     """Split training: how many blocks clients of a type run themselves, from the first on, while
     the server runs the rest; `[2, 6]`: the first 2, and those from block 6 on (counted from 0) with
     labels and loss, a U-shape. Types that are not named run the whole model."""
+
+    def of_devices(self) -> FleetSection:
+        """Return the same section with devices as types, their ranks not yet planned.
+
+        Raises RecipeError if it gives types or cuts of its own, or names no devices.
+        """
+        given = [key for key in ("types", "cuts") if key in self.model_fields_set]
+        given = [key for key in given if getattr(self, key) not in (None, "paper")]
+        if given:
+            raise RecipeError(
+                f"fleet.{given[0]}: with [plan], ranks and cuts are planned; leave it out"
+            )
+        if isinstance(self.distribution, str):
+            raise RecipeError(
+                "fleet.distribution: with [plan], expected a table of shares per device, e.g. "
+                f"{{phone = 0.8, laptop = 0.2}}, got {self.distribution!r}"
+            )
+        return self.model_copy(update={"types": dict.fromkeys(self.device_names, 1)})
+
+    @property
+    def device_names(self) -> list[str]:
+        """The devices that clients may have, where types are devices."""
+        named = self.distribution if isinstance(self.distribution, dict) else {}
+        schedule = self._schedule(seed=0)
+        clients = set((self.clients or {}).values())
+        return sorted({*named, *clients, *(schedule.types if schedule else ())})
 
     def build(self, clients: Iterable[str], seed: int) -> Fleet:
         """Return the fleet of these clients, not yet forced to one type."""

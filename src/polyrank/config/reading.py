@@ -22,7 +22,13 @@ PAIRS = (
 )
 """Keys of which a recipe gives one: an override of one takes the other back."""
 
-SOURCES = (("model", "source"), ("data", "source"), ("fleet", "trace"))
+SOURCES = (
+    ("model", "source"),
+    ("data", "source"),
+    ("fleet", "trace"),
+    ("benchmark", "validation"),
+    ("benchmark", "test"),
+)
 """Keys that may hold a path."""
 
 _OTHER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from polyrank.aggregation import Rule, SLoRA
 from polyrank.config.baselines import BASELINES, Name
+from polyrank.config.benchmark import BenchmarkSection
 from polyrank.config.conduct import (
     AggregationSection,
     EngineSection,
@@ -24,12 +25,18 @@ from polyrank.config.conduct import (
     StoppingSection,
 )
 from polyrank.config.inputs import DataSection, FleetSection, ModelSection
+from polyrank.config.plan import Devices, PlanSection, own_devices
 from polyrank.config.section import Section
 from polyrank.data import Clients
 from polyrank.errors import RecipeError
-from polyrank.federation import Conduct
-from polyrank.planning import Fleet
+from polyrank.federation import Benchmark, Conduct
+from polyrank.model import LoadedModel
+from polyrank.planning import DeviceProfile, Fleet, device
 from polyrank.seeds import derive
+
+SERVER = "server"
+UNLIMITED = DeviceProfile(SERVER, 2**62)
+"""A server that no plan has to consider."""
 
 
 class Recipe(Section):
@@ -45,18 +52,26 @@ class Recipe(Section):
     """Also run the homogeneous control, all clients of one type: `weakest`, or a type."""
     baseline: Name | None = None
     """A method by the name under which papers compare with it, which sets some keys below:
-    `splitlora`, `cenlora`, `ft`, `hetlora`, `fedlora`; see [methods](methods.md#baselines)."""
+    `splitlora`, `cenlora`, `ft`, `hetlora`, `fedlora`, and with `[plan]` `hsplitlora` and its
+    ablations; see [methods](methods.md#baselines)."""
     target_loss: float | None = None
     """A validation loss; the summary tells the rounds, bytes and seconds until it was reached."""
+    target_perplexity: float | None = None
+    """The same for a perplexity on `benchmark.validation`."""
+    devices: Devices = None
+    """What kinds of devices offer, beside those of [devices](devices.md): `memory` that training
+    may use, and `flops`, `up`, `down`, `latency` where a plan is to consider them."""
     model: ModelSection
     data: DataSection
     fleet: FleetSection
+    plan: PlanSection | None = None
     lora: LoRASection = LoRASection()
     aggregation: AggregationSection = AggregationSection()
     local: LocalSection = LocalSection()
     split: SplitSection = SplitSection()
     sampling: SamplingSection = SamplingSection()
     evaluation: EvaluationSection = EvaluationSection()
+    benchmark: BenchmarkSection | None = None
     early_stopping: StoppingSection | None = None
     faults: FaultsSection = FaultsSection()
     engine: EngineSection = EngineSection()
@@ -80,8 +95,41 @@ class Recipe(Section):
         return self.data.load(derive(self.seed, "data"))
 
     def fleet_of(self, clients: Clients) -> Fleet:
-        """Return the fleet of the seen clients, not yet forced to one type."""
-        return self.fleet.build(clients.seen, derive(self.seed, "fleet"))
+        """Return the fleet of the seen clients, not yet forced to one type.
+
+        With a plan its types are devices, of which the ranks are yet to be planned.
+        """
+        return self._fleet().build(clients.seen, derive(self.seed, "fleet"))
+
+    def _fleet(self) -> FleetSection:
+        return self.fleet if self.plan is None else self.fleet.of_devices()
+
+    def profiles(self) -> dict[str, DeviceProfile]:
+        """Return the devices that the fleet names, and as ``server`` that of the tails.
+
+        Raises RecipeError for names that are known nowhere, and figures that cannot be.
+        """
+        own = own_devices(self.devices)
+        dtype = self.model.dtype
+        found = {name: device(name, own, dtype) for name in self._fleet().device_names}
+        named = None if self.plan is None else self.plan.server
+        found[SERVER] = UNLIMITED if named is None else device(named, own, dtype)
+        return found
+
+    def benchmark_of(self, model: LoadedModel) -> Benchmark | None:
+        """Load the held-out sources, if the recipe names some, as token ids of the model."""
+        named = self.benchmark
+        if named is None:
+            return None
+        read, validation, test = self.data.tasks, named.validation, named.test
+        return Benchmark.of(
+            model,
+            named.build(),
+            self.data.encoding(),
+            validation=None if validation is None else read(validation, named.validation_split),
+            test=None if test is None else read(test, named.test_split),
+            seed=derive(self.seed, "benchmark"),
+        )
 
     def conduct(self) -> Conduct:
         """Return how the run is conducted."""
@@ -97,6 +145,7 @@ class Recipe(Section):
             server_rank=self.aggregation.server_rank,
             cohort=self.engine.clients_in_one_pass(),
             target_loss=self.target_loss,
+            target_perplexity=self.target_perplexity,
             split=self.split.build(),
             pooled=self.data.pooled,
         )
@@ -111,8 +160,22 @@ class Recipe(Section):
                 "leaves none for LoRA; raise rounds, or lower local.sparse_rounds"
             )
         self.conduct()
+        if self.benchmark is not None:
+            self.benchmark.build()
+        elif self.target_perplexity is not None:
+            raise RecipeError("target_perplexity: needs [benchmark] with a validation source")
         self.local.build()
-        self.fleet.check((self.fleet.force, self.control))
+        self._fleet().check((self.fleet.force, self.control))
+        own_devices(self.devices)
+        if self.plan is not None:
+            self.plan.build()
+            self.profiles()
+            return
+        if self.baseline is not None and BASELINES[self.baseline].plan:
+            raise RecipeError(
+                f"baseline = {self.baseline!r} plans ranks and cuts from devices; describe them: "
+                "a section [plan], and devices in fleet.distribution or fleet.clients"
+            )
         if self.baseline is not None and BASELINES[self.baseline].cut and not self.fleet.cuts:
             raise RecipeError(
                 f"baseline = {self.baseline!r} cuts every client's model at the same block; give "
@@ -127,7 +190,8 @@ class Recipe(Section):
         if whole:
             raise RecipeError(
                 f"baseline = {self.baseline!r} cuts every client's model, and clients of type "
-                f"{whole[0]} have no cut; give one in [fleet.cuts], e.g. {whole[0]} = 2"
+                f"{whole[0]} have no cut; give one in [fleet.cuts], e.g. {whole[0]} = 2 (or, with "
+                "[plan], budgets that need one)"
             )
 
     def resolved(self) -> Recipe:

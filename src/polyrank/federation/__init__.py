@@ -1,8 +1,10 @@
 """Rounds, run folders and engines."""
 
+from polyrank.federation.benchmark import Benchmark, BenchmarkSettings
 from polyrank.federation.checkpoint import Checkpoint
 from polyrank.federation.federation import Federation
 from polyrank.federation.folder import RunFolder
+from polyrank.federation.planning import Planning, planner_of
 from polyrank.federation.records import RoundRecord
 from polyrank.federation.result import GlobalAdapter
 from polyrank.federation.round import Failure, Round, RoundSettings, Task
@@ -18,6 +20,8 @@ from polyrank.federation.settings import (
 from polyrank.federation.work import ClientWork, prepare
 
 __all__ = [
+    "Benchmark",
+    "BenchmarkSettings",
     "Checkpoint",
     "ClientWork",
     "Conduct",
@@ -28,6 +32,7 @@ __all__ = [
     "Faults",
     "Federation",
     "GlobalAdapter",
+    "Planning",
     "Round",
     "RoundRecord",
     "RoundSettings",
@@ -35,5 +40,6 @@ __all__ = [
     "Sampling",
     "Task",
     "Weighting",
+    "planner_of",
     "prepare",
 ]

@@ -1,7 +1,8 @@
 """Checkpoints: everything from which a run goes on, in folders that are whole or absent.
 
 round-N/ holds state.safetensors and state.json (the rule's state), best.* (the same of the best
-evaluation, with early stopping), progress.json, and manifest.json with the SHA-256 of each.
+evaluation, with early stopping), progress.json, importance.json (in runs that plan, once there are
+scores), and manifest.json with the SHA-256 of each.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from polyrank.aggregation import State
 from polyrank.errors import CheckpointError
 from polyrank.federation import storage
 from polyrank.federation.patience import Patience
+from polyrank.federation.planning import Importance
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before to fall back to."""
@@ -32,6 +34,7 @@ class Checkpoint:
     state: State
     progress: Patience = field(default_factory=Patience)
     best: State | None = None
+    importance: Importance = field(default_factory=Importance)
 
 
 def save(root: Path, checkpoint: Checkpoint) -> None:
@@ -45,6 +48,9 @@ def save(root: Path, checkpoint: Checkpoint) -> None:
         if checkpoint.best is not None:
             storage.write_state(partial, "best", checkpoint.best)
         storage.write_json(partial / "progress.json", dataclasses.asdict(checkpoint.progress))
+        if checkpoint.importance.scores:
+            known = dataclasses.asdict(checkpoint.importance)
+            storage.write_json(partial / "importance.json", known)
         hashes = {file.name: storage.sha256(file) for file in sorted(partial.iterdir())}
         storage.write_json(partial / "manifest.json", hashes)
         storage.sync(partial)
@@ -95,4 +101,8 @@ def _read(number: int, path: Path) -> Checkpoint:
             raise ValueError(f"{name} does not match its hash")
     progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     best = storage.read_state(path, "best") if "best.json" in hashes else None
-    return Checkpoint(number, storage.read_state(path, "state"), Patience(**progress), best)
+    known = Importance()
+    if "importance.json" in hashes:
+        known = Importance(**json.loads((path / "importance.json").read_text(encoding="utf-8")))
+    state = storage.read_state(path, "state")
+    return Checkpoint(number, state, Patience(**progress), best, known)

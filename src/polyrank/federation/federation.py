@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,10 +15,12 @@ from polyrank.aggregation import rule as rule_called
 from polyrank.data import ClientData, Skipped
 from polyrank.errors import InterruptedRunError, RoundFailedError, UpdateError
 from polyrank.federation import memory, preflight, setup, storage, surroundings
+from polyrank.federation.benchmark import Benchmark
 from polyrank.federation.checkpoint import Checkpoint
 from polyrank.federation.engine import InProcess
 from polyrank.federation.evaluate import Scores
 from polyrank.federation.folder import RUN, SUMMARY, RunFolder
+from polyrank.federation.planning import Importance, Planned, Planning
 from polyrank.federation.population import population
 from polyrank.federation.records import RoundRecord, summary
 from polyrank.federation.result import GlobalAdapter
@@ -28,6 +31,7 @@ from polyrank.federation.work import ClientWork, fingerprint, prepare
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
 from polyrank.training import LocalTraining
+from polyrank.training.interval import scoring_interval
 
 
 class Federation:
@@ -40,6 +44,8 @@ class Federation:
     encoding, where several federations share it. `stop` is asked at every optimizer step and batch
     of an evaluation; once it says yes, the run ends with InterruptedRunError, all saved but the
     clients that were in training.
+
+    `benchmark` are held-out sources that are measured beside the clients.
 
     `work` are the clients that are measured; `seen`, `fleet` and `local` are of those that train,
     which is one of its own where the run is pooled.
@@ -62,6 +68,8 @@ class Federation:
         allow_inexact: bool = False,
         attachments: Mapping[str, str] | None = None,
         prepared: tuple[Mapping[str, ClientWork], Skipped] | None = None,
+        planning: Planning | None = None,
+        benchmark: Benchmark | None = None,
         progress: Progress | None = None,
         stop: Callable[[], bool] | None = None,
     ):
@@ -71,31 +79,32 @@ class Federation:
         self._progress: Progress = progress or (lambda *_: None)
         self._stop: Callable[[], bool] = stop or (lambda: False)
 
+        self.planning = planning
+        self._planned = None if planning is None else planning.planned(Importance())
+        if self._planned is not None:
+            fleet = self._planned.fleet
+        self._benchmark = benchmark
         setup.check_names(fleet, clients)
         self.work, self.skipped = prepared or prepare(clients, model, self.conduct.encoding)
+        if benchmark is not None:
+            self.skipped += benchmark.skipped
         who = population(self.work, fleet, local or LocalTraining(), self.conduct, model.spec)
-        self.fleet, self.local, self.seen = who.fleet, who.local, who.clients
-        preflight.check_measures(self.conduct, model, self.work)
-        preflight.check_cuts(model, self.fleet, self.rule, self.conduct.split)
-        self._settings = setup.round_settings(
-            self.rule, self.fleet, model.spec, who.work, self.conduct
-        )
+        self.local, self.seen, self._who = who.local, who.clients, who
+        preflight.check_measures(self.conduct, model, self.work, benchmark)
+        self._use(who.fleet, fleet)
+        self._first_fleet = who.fleet
         spec = setup.fleet_spec(self._settings, self.fleet, model.spec, self.conduct.server_rank)
+        if planning is not None and not self.conduct.pooled:
+            spec = planning.most(spec)
         self._server_rank = spec.server_rank
         first = Checkpoint(0, self.rule.init(spec))
         dealt = setup.heaviest_assignments(self._settings, spec, first.state)
         cohort = preflight.resolve_cohort(
             self.conduct.cohort, model, spec, self.local, who.work, dealt
         )
-        self.engine = InProcess(model, who.work, self.local, cohort, self.conduct.split)
-        self._scorer = Scorer(
-            model,
-            self.work,
-            fleet,
-            self._settings,
-            who.evaluation,
-            self._progress,
-            self._check_stop,
+        every, metric = self._scoring()
+        self.engine = InProcess(
+            model, who.work, self.local, cohort, self.conduct.split, every, metric
         )
 
         with ExitStack() as held:
@@ -112,12 +121,47 @@ class Federation:
                 self._at = first
             self._held = held.pop_all()
 
+    def _use(self, fleet: Fleet, measured: Fleet) -> None:
+        """Deal by the ranks and cuts of this fleet from now on; `measured` are who is scored."""
+        preflight.check_cuts(self.model, fleet, self.rule, self.conduct.split)
+        self.fleet = fleet
+        self._settings = setup.round_settings(
+            self.rule, fleet, self.model.spec, self._who.work, self.conduct
+        )
+        self._scorer = Scorer(
+            self.model,
+            self.work,
+            measured,
+            self._settings,
+            self._who.evaluation,
+            self._progress,
+            self._check_stop,
+            self._benchmark,
+        )
+
+    def _scoring(self) -> tuple[int, str]:
+        """Return how often importance is scored (0: never), and by which metric."""
+        planning = self.planning
+        if planning is None or planning.metric is None or self.conduct.pooled:
+            return 0, "channel"
+        every = planning.every
+        if every == "auto":
+            every = scoring_interval(self.model, planning.metric)
+        return every, planning.metric
+
     # --- before the first round ---
 
     def _surroundings(self) -> dict[str, Any]:
         settings = setup.described(
-            self.rule, self.fleet, self.local, self.conduct, self.engine.cohort
+            self.rule, self._first_fleet, self.local, self.conduct, self.engine.cohort
         )
+        if self.planning is not None:
+            settings["plan"] = {
+                **self.planning.described(),
+                "score_every": self.engine.scoring.every,
+            }
+        if self._benchmark is not None:
+            settings["benchmark"] = self._benchmark.described()
         return surroundings.describe(self.model, fingerprint(self.work), settings)
 
     def _begun(self, attachments: Mapping[str, str]) -> dict[str, str]:
@@ -132,6 +176,14 @@ class Federation:
         surroundings.check_schema(before, self.folder.path / RUN)
         if self.conduct.cohort == "auto":  # Resolved once, stored with the run.
             self.engine.cohort = before["settings"]["cohort"]
+        if (
+            self.planning is not None
+            and self.planning.every == "auto"
+            and "plan" in before["settings"]
+        ):
+            self.engine.scoring = replace(
+                self.engine.scoring, every=before["settings"]["plan"]["score_every"]
+            )
         saved = self.folder.load_checkpoint()
         now = surroundings.carried_over(
             before, self._surroundings(), round=saved.round, allow_inexact=allow_inexact
@@ -140,6 +192,9 @@ class Federation:
             storage.write_json(self.folder.path / RUN, now)
         self.folder.keep_records(saved.round)
         self.folder.clear_updates(last=saved.round)
+        if saved.importance.planned and self.planning is not None:
+            self._planned = self.planning.planned(saved.importance)
+            self._use(self._planned.fleet, self._planned.fleet)
         return saved
 
     def _round_size(self) -> int:
@@ -185,6 +240,7 @@ class Federation:
         merged = time.perf_counter()
         self._progress("merge", 1, 1)
         scores = self._scorer.of_round(state, round.number)
+        held_out = self._scorer.benchmark_of_round(state, round.number)
         ended = time.perf_counter()
         seconds = {
             "train": trained - started,
@@ -192,14 +248,42 @@ class Federation:
             "evaluate": ended - merged,
             "total": ended - started,
         }
-        record = RoundRecord.of(attempts, self.fleet.at(round.number), reports, scores, seconds)
+        known = self._learnt(round)
+        before = self._planned
+        if known.planned != self._at.importance.planned and self.planning is not None:
+            self._planned = self.planning.planned(known)
+        types = self.fleet.at(round.number)
+        record = RoundRecord.of(
+            attempts,
+            types,
+            reports,
+            scores,
+            seconds,
+            benchmark=held_out,
+            modelled_seconds=None if before is None else self._modelled(before, round),
+            planned_anew=self._planned != before,
+        )
         self.folder.append_record(record.to_json())
-        after = self._checkpoint(state, record)
+        after = replace(self._checkpoint(state, record), importance=known)
         self.folder.save_checkpoint(after)
         self._at = after
         self.folder.clear_updates(last=round.number)
+        if self._planned is not None and self._planned != before:
+            self._use(self._planned.fleet, self._planned.fleet)
         memory.give_back()
         return record
+
+    def _modelled(self, planned: Planned, round: Round) -> float | None:
+        """Return how long a round took by the cost model."""
+        return None if self.conduct.pooled else planned.seconds(round.clients, round.number)
+
+    def _learnt(self, round: Round) -> Importance:
+        """Return what is known of importance after a round."""
+        known = self._at.importance
+        if self.planning is None or self.conduct.pooled:
+            return known
+        scores = {client: receipt.importance for client, receipt in round.accepted.items()}
+        return self.planning.after(known, scores, self._settings.weights, round.number)
 
     def _attempts(self) -> list[Round]:
         """Return the attempts at the next round, the last of which has enough updates.
@@ -309,6 +393,7 @@ class Federation:
             base=self.base(),
             final=final,
             target=self.conduct.target_loss,
+            target_perplexity=self.conduct.target_perplexity,
             stopped=self.stopped,
             result_round=self._at.progress.best_round if restored else self._at.round,
             adapter_lost=lost,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -44,6 +44,25 @@ class Importance:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """A fleet with the plans that its ranks and cuts are from, by device."""
+
+    plans: Mapping[str, Plan]
+    fleet: Fleet
+
+    def seconds(self, clients: Iterable[str], round: int) -> float | None:
+        """Return how long a round of these clients takes by the cost model: the slowest's time.
+
+        None if the arithmetic or the links of one of them are not known.
+        """
+        types = self.fleet.at(round)
+        found = [self.plans[types[client]].seconds for client in clients]
+        if any(what.startswith("device.") for one in found for what in one.ignored):
+            return None
+        return max(one.round for one in found)
+
+
+@dataclass(frozen=True)
 class Planning:
     """A fleet of devices, whose ranks and cuts a planner decides, at first and after rounds.
 
@@ -79,14 +98,15 @@ class Planning:
         """Return every device's plan, by what was known when it was made."""
         return self.planner.plans(self.devices, known.planned)
 
-    def planned(self, known: Importance) -> Fleet:
+    def planned(self, known: Importance) -> Planned:
         """Return the fleet with its plans; RecipeError if a client's device cannot take part."""
-        fleet = planned_fleet(self.fleet, self.plans(known))
+        plans = self.plans(known)
+        fleet = planned_fleet(self.fleet, plans)
         if self.force is None:
-            return fleet
+            return Planned(plans, fleet)
         smallest = min(fleet.possible, key=lambda name: self.devices[name].memory_bytes)
         name = smallest if self.force == "weakest" else self.force
-        return fleet.forced(name, self.planner.spec)
+        return Planned(plans, fleet.forced(name, self.planner.spec))
 
     def after(
         self,

@@ -14,6 +14,7 @@ from polyrank.aggregation import Assignment, FleetSpec, Rule, State
 from polyrank.data import sizes
 from polyrank.errors import DataError, RankError, RecipeError, ResourceError, RuleError
 from polyrank.federation import storage
+from polyrank.federation.benchmark import Benchmark
 from polyrank.federation.checkpoint import KEEP
 from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork
@@ -59,7 +60,12 @@ def resolve_cohort(
     return max(1, min(fits, len(spec.ranks)))
 
 
-def check_measures(conduct: Conduct, model: LoadedModel, work: Mapping[str, ClientWork]) -> None:
+def check_measures(
+    conduct: Conduct,
+    model: LoadedModel,
+    work: Mapping[str, ClientWork],
+    benchmark: Benchmark | None = None,
+) -> None:
     """Raise RecipeError or DataError if something is asked for that could never be measured."""
     measured, context = conduct.evaluation, model.spec.context
     if measured.generate:
@@ -68,6 +74,13 @@ def check_measures(conduct: Conduct, model: LoadedModel, work: Mapping[str, Clie
         raise RecipeError(
             f"evaluation.max_new_tokens: {measured.max_new_tokens} leave no room for a prompt in "
             f"the context of {model.source}, {context} tokens; lower it"
+        )
+    if conduct.target_perplexity is not None and (
+        benchmark is None or not benchmark.between or not benchmark.settings.every
+    ):
+        raise RecipeError(
+            "target_perplexity: needs the perplexity between the rounds; give benchmark.validation "
+            "and benchmark.every"
         )
     wishes = {"early_stopping": conduct.stopping, "target_loss": conduct.target_loss}
     for name in (name for name, wish in wishes.items() if wish is not None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,10 @@ class RoundRecord:
     attempt before, which had too few; tokens and bytes count those attempts too. `cuts` says how
     many of the round's clients run their whole model, or the blocks below which cut (``2–6``: a
     U-shape); `wire_up` and `wire_down` are the bytes of activations and gradients within
-    `bytes_up` and `bytes_down`. Only `seconds` may differ between a run and its repetition.
+    `bytes_up` and `bytes_down`. `benchmark` gives the loss and perplexity on a held-out source,
+    where they were taken; `modelled_seconds` how long the round takes by the cost model, where
+    there is one, and `planned_anew` that ranks and cuts were planned again after it. Only `seconds`
+    may differ between a run and its repetition.
     """
 
     schema: int
@@ -46,6 +49,9 @@ class RoundRecord:
     cuts: dict[str, int] = field(default_factory=dict)
     wire_up: int = 0
     wire_down: int = 0
+    benchmark: dict[str, Any] | None = None
+    modelled_seconds: float | None = None
+    planned_anew: bool = False
 
     @staticmethod
     def of(
@@ -54,6 +60,10 @@ class RoundRecord:
         reports: Mapping[str, SiteReport],
         evaluation: dict[str, Any] | None,
         seconds: dict[str, float],
+        *,
+        benchmark: dict[str, Any] | None = None,
+        modelled_seconds: float | None = None,
+        planned_anew: bool = False,
     ) -> RoundRecord:
         """Return the record of a round, given its attempts; the last is the one that succeeded."""
         round = attempts[-1]
@@ -78,6 +88,9 @@ class RoundRecord:
             cuts=round.cuts,
             wire_up=sum(attempt.wire_up for attempt in attempts),
             wire_down=sum(attempt.wire_down for attempt in attempts),
+            benchmark=benchmark,
+            modelled_seconds=modelled_seconds,
+            planned_anew=planned_anew,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -105,9 +118,16 @@ class RoundRecord:
         """The global adapter's loss on the seen clients' validation parts, if evaluated."""
         return self.evaluation["server"]["seen"]["loss"] if self.evaluation else None
 
+    @property
+    def perplexity(self) -> float | None:
+        """The global adapter's perplexity on the benchmark, if it was taken."""
+        return self.benchmark["perplexity"] if self.benchmark else None
+
     def __str__(self) -> str:
         validation = self.validation_loss
         evaluated = "" if validation is None else f"  validation {validation:.4f}"
+        if self.perplexity is not None:
+            evaluated += f"  perplexity {self.perplexity:.3f}"
         carried = self.wire_up + self.wire_down
         wire = f" (wire {mebibytes(carried)})" if carried else ""
         return (
@@ -130,6 +150,7 @@ def summary(
     base: Mapping[str, Any],
     final: Mapping[str, Any],
     target: float | None,
+    target_perplexity: float | None = None,
     stopped: str | None,
     result_round: int,
     adapter_lost: float,
@@ -137,12 +158,20 @@ def summary(
     """Return summary.json's content; `base` and `final` are evaluations on the test parts.
 
     `adapter_lost` is the share of energy that the adapter folder lacks of what `final` evaluates.
+    Where there is a benchmark, its scores are there too, without the texts.
     """
     keys = ("loss", "loss_se", "exact_match", "rouge_l", "clients")
 
     def short(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         return {who: {k: evaluation[who][k] for k in keys} for who in ("seen", "unseen")}
 
+    def held_out(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in evaluation["benchmark"].items() if k != "texts"}
+
+    benchmark: dict[str, Any] = {}
+    if "benchmark" in final:
+        benchmark["benchmark"] = {"base": held_out(base), "final": held_out(final)}
+        benchmark["to_target_perplexity"] = to_target_perplexity(records, target_perplexity)
     return {
         "schema": SCHEMA,
         "method": method,
@@ -159,6 +188,7 @@ def summary(
         "to_target": to_target(records, target),
         "base": short(base),
         "final": short(final),
+        **benchmark,
         "per_category": final["per_category"],
     }
 
@@ -168,14 +198,46 @@ def to_target(records: Sequence[Mapping[str, Any]], loss: float | None) -> dict[
 
     None if no target was given; values of None if it was not reached.
     """
+
+    def measured(record: Mapping[str, Any]) -> float | None:
+        evaluation = record["evaluation"]
+        return evaluation["server"]["seen"]["loss"] if evaluation else None
+
     if loss is None:
         return None
-    spent_bytes, seconds = 0, 0.0
-    for record in records:
-        spent_bytes += record["bytes_up"] + record["bytes_down"]
-        seconds += record["seconds"]["total"]
-        reached = record["evaluation"] and record["evaluation"]["server"]["seen"]["loss"]
-        if reached is not None and reached <= loss:
-            found = {"rounds": record["round"], "bytes": spent_bytes, "seconds": seconds}
-            return {"loss": loss, **found}
-    return {"loss": loss, "rounds": None, "bytes": None, "seconds": None}
+    spent = _until(records, loss, measured)
+    return {"loss": loss, **{key: spent[key] for key in ("rounds", "bytes", "seconds")}}
+
+
+def to_target_perplexity(
+    records: Sequence[Mapping[str, Any]], perplexity: float | None
+) -> dict[str, Any] | None:
+    """Return the same for the perplexity on the benchmark, and the seconds by the cost model."""
+
+    def measured(record: Mapping[str, Any]) -> float | None:
+        found = record.get("benchmark")
+        return found["perplexity"] if found else None
+
+    if perplexity is None:
+        return None
+    return {"perplexity": perplexity, **_until(records, perplexity, measured)}
+
+
+def _until(
+    records: Sequence[Mapping[str, Any]],
+    target: float,
+    measured: Callable[[Mapping[str, Any]], float | None],
+) -> dict[str, Any]:
+    """What all rounds took together up to the first that measured the target or less."""
+    for count, record in enumerate(records, start=1):
+        reached = measured(record)
+        if reached is not None and reached <= target:
+            done = records[:count]
+            modelled = [one.get("modelled_seconds") for one in done]
+            return {
+                "rounds": record["round"],
+                "bytes": sum(one["bytes_up"] + one["bytes_down"] for one in done),
+                "seconds": sum(one["seconds"]["total"] for one in done),
+                "modelled_seconds": None if None in modelled else sum(modelled),
+            }
+    return dict.fromkeys(("rounds", "bytes", "seconds", "modelled_seconds"))

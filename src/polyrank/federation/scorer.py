@@ -7,6 +7,7 @@ from typing import Any
 
 from polyrank.aggregation import State
 from polyrank.algebra import Adapter
+from polyrank.federation.benchmark import Benchmark, Measured
 from polyrank.federation.evaluate import Scores, client_losses, evaluate, loss_only
 from polyrank.federation.panel import panel
 from polyrank.federation.round import Round, RoundSettings
@@ -31,17 +32,25 @@ class Scorer:
         settings: Evaluation,
         progress: Progress,
         check_stop: Callable[[], None],
+        benchmark: Benchmark | None = None,
     ):
         self._model, self._fleet = model, fleet
         self._round_settings, self._settings, self._progress = round_settings, settings, progress
-        self._check_stop = check_stop
+        self._check_stop, self._benchmark = check_stop, benchmark
         types, seed = fleet.assigned, round_settings.seed
         self._panel = panel(work, "validation", types, settings.clients, seed)
         self._final_panel = panel(work, "test", types, settings.final_clients, seed)
 
     def of(self, adapter: Adapter | None, part: Part, *, texts: bool) -> Scores:
-        """Return the scores of an adapter, or of the bare base, as before and after the rounds."""
-        return self._of(adapter, self._final_panel, part, texts)
+        """Return the scores of an adapter, or of the bare base, as before and after the rounds.
+
+        With a benchmark, what it says of them is among them, as ``benchmark``.
+        """
+        scores = self._of(adapter, self._final_panel, part, texts)
+        if self._benchmark is not None:
+            found = self._benchmark.whole(self._model, adapter, self._check_stop)
+            scores["benchmark"] = found
+        return scores
 
     def _of(
         self, adapter: Adapter | None, work: Mapping[str, ClientWork], part: Part, texts: bool
@@ -73,6 +82,13 @@ class Scorer:
         scores = self._of(adapter, self._panel, "validation", texts)
         own = self._own_rank(state, number) if settings.own_rank else None
         return {"server": scores, "own_rank": own}
+
+    def benchmark_of_round(self, state: State, number: int) -> Measured | None:
+        """Return what a benchmark says of the global adapter, if it is due after round `number`."""
+        if self._benchmark is None:
+            return None
+        adapter = self._round_settings.rule.adapter(state)
+        return self._benchmark.of_round(self._model, adapter, number, self._check_stop)
 
     def _own_rank(self, state: State, number: int) -> Scores:
         dealt = Round(self._round_settings, state, number + 1, 0, list(self._round_settings.ranks))

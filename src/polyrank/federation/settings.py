@@ -159,7 +159,8 @@ class Conduct:
     `server_rank` is the rank at which the server keeps the aggregate (default: per site, the
     fleet's largest); `cohort` how many clients train in one pass (``auto``: as memory
     allows, on a CPU up to 2,048 tokens);
-    `target_loss` a validation loss whose reaching the summary reports; `split` how clients whose
+    `target_loss` a validation loss, and `target_perplexity` one on the benchmark, whose reaching
+    the summary reports; `split` how clients whose
     type is cut talk to the server; `pooled`: all training examples are trained on in one place
     (`polyrank.federation.population`).
     """
@@ -177,6 +178,7 @@ class Conduct:
     target_loss: float | None = None
     split: SplitSettings = field(default=SplitSettings(), metadata={"later": True})
     pooled: bool = field(default=False, metadata={"later": True})
+    target_perplexity: float | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         if self.server_rank is not None and self.server_rank < 1:
@@ -187,3 +189,7 @@ class Conduct:
             raise RecipeError(f"engine.cohort: expected auto or at least 1, got {self.cohort}")
         if self.target_loss is not None and not math.isfinite(self.target_loss):
             raise RecipeError(f"target_loss: expected a finite number, got {self.target_loss}")
+        if self.target_perplexity is not None and not 1 <= self.target_perplexity < math.inf:
+            raise RecipeError(
+                f"target_perplexity: expected a number from 1 on, got {self.target_perplexity}"
+            )
