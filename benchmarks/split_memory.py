@@ -38,7 +38,7 @@ from polyrank.data.types import Encoded
 from polyrank.model import LoadedModel, Span, load_model
 from polyrank.planning import Split
 from polyrank.training import Job, LocalTraining, train_cohort
-from polyrank.training.split import Heads, SplitJob, SplitSettings, TailJob, Tails
+from polyrank.training.split import SplitJob, SplitSettings, Tails, train_head
 from polyrank.transport import Limits, PipeLink, codec, serve_pipe
 
 NAME = "weakest"
@@ -255,12 +255,7 @@ def client(work: Path, plan: Plan, numbers: Sequence[int]) -> Outcome:
     )
     settings = SplitSettings(wire=plan.wire)  # type: ignore[arg-type]  # checked there
     one = SplitJob(job_of(model, plan), Split(plan.cut), round=1)
-    with Heads(model, [one], [link], settings) as heads:
-        for step in range(heads.steps):
-            heads.gradients(step)
-            heads.submit_step(step)
-            heads.complete(step)
-        (trained,) = heads.results()
+    trained = train_head(model, one, link, settings)
     if trained.failure is not None:
         raise RuntimeError(trained.failure)
     return model, trained.adapter, trained.metrics
@@ -269,9 +264,8 @@ def client(work: Path, plan: Plan, numbers: Sequence[int]) -> Outcome:
 def server(work: Path, plan: Plan, numbers: Sequence[int]) -> Outcome:
     (end,) = numbers
     model = load_model(work / "base", device=plan.device, dtype=plan.dtype, spans=[Span(plan.cut)])
-    job = job_of(model, plan)
-    own = TailJob(NAME, 1, 0, Split(plan.cut), job.assignment, job.local, job.seed, job.steps)
-    with Tails(model, [own]) as tails:
+    own = SplitJob(job_of(model, plan), Split(plan.cut), round=1)
+    with Tails(model, [own.at_server(model)]) as tails:
         serve_pipe(tails, {NAME: Connection(end)}, limits_of(plan))
         return model, tails.adapter(NAME), {}
 

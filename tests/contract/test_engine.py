@@ -24,7 +24,7 @@ from polyrank.federation.settings import Encoding
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet, LoRAType, Split
 from polyrank.training import Job
-from polyrank.training.split import Heads, SplitJob, SplitSettings, TailJob, Tails
+from polyrank.training.split import SplitJob, SplitSettings, Tails, train_head
 from polyrank.transport import InProcessLinks, Limits, PipeLink, codec, serve_pipe
 
 DATA = clients(seen=5)
@@ -403,34 +403,18 @@ def over_pipes(engine, task) -> tuple[Adapter, tuple[float, float]]:
     """Return what one client and its server train on two copies of the base, over a pipe."""
     at_client, at_server = four_blocks(), four_blocks()
     full = engine._at_every_site(task.assignment)
-    held = task.cut.at_client(BLOCKS)
-    own = {site.name for site in at_client.spec.sites if site.block in held}
     rows = engine.work[task.client].rows["train"]
-    job = Job(task.client, full.only(own), rows, engine.local, task.seed)
-    tail = TailJob(
-        task.client,
-        task.round,
-        task.attempt,
-        task.cut,
-        full.only(full.start.keys() - own),
-        engine.local,
-        task.seed,
-        job.steps,
-    )
+    job = Job(task.client, full, rows, engine.local, task.seed)
+    asked = SplitJob(job, task.cut, task.round, task.attempt)
     mine, its = Pipe()
     limits = Limits(1000, at_client.spec.hidden, codec(engine.split.wire))
     with ExitStack() as attached:
-        tails = attached.enter_context(Tails(at_server, [tail]))
+        tails = attached.enter_context(Tails(at_server, [asked.at_server(at_server)]))
         serving = threading.Thread(target=serve_pipe, args=(tails, {task.client: its}, limits))
         serving.start()
         link = PipeLink(mine, task.client, limits)
-        asked = SplitJob(job, task.cut, task.round, task.attempt)
-        with Heads(at_client, [asked], [link], engine.split) as heads:
-            for step in range(heads.steps):
-                heads.gradients(step)
-                heads.submit_step(step)
-                assert heads.complete(step) == [task.client]
-            (trained,) = heads.results()
+        trained = train_head(at_client, asked, link, engine.split)
+        assert trained.failure is None
         serving.join(60)
         assert not serving.is_alive()
         adapter = Adapter({**trained.adapter, **tails.adapter(task.client)})

@@ -1,7 +1,6 @@
 """Each end of split training needs the weights of its own blocks only."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,19 @@ import pytest
 from jobs import job
 from models import write_tiny
 from polyrank.algebra import distance
-from polyrank.errors import ModelError
-from polyrank.model import LoadedModel, Span, load_model
+from polyrank.errors import FrameError, ModelError
+from polyrank.model import Span, load_model
 from polyrank.planning import Split
-from polyrank.training import Job, LocalTraining, train_cohort
-from polyrank.training.split import Heads, SplitJob, SplitSettings, TailJob, Tails
+from polyrank.training import LocalTraining, train_cohort
+from polyrank.training.split import (
+    At,
+    Heads,
+    SplitJob,
+    SplitSettings,
+    Step,
+    Tails,
+    train_head,
+)
 from polyrank.transport import InProcessLinks
 
 BLOCKS = 4
@@ -23,11 +30,6 @@ SIDES: Mapping[Split, tuple[list[Span], list[Span]]] = {
     Split(3): ([Span(0, 3)], [Span(3)]),
     Split(1, 3): ([Span(0, 1), Span(3)], [Span(1, 3)]),
 }
-
-
-def own(one: Job, model: LoadedModel) -> Job:
-    """Return a job of the sites that a model holds."""
-    return replace(one, assignment=one.assignment.only(set(model.spec.shapes)))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "opt", "phi3"])
@@ -50,28 +52,24 @@ def test_ends_that_hold_their_blocks_alone_train_what_the_whole_model_does(
         load_model(folder, device="cpu", dtype="float64", spans=spans) for spans in SIDES[cut]
     )
     assert (mine.hosted | theirs.hosted, mine.hosted & theirs.hosted) == (set(range(BLOCKS)), set())
-    tail_jobs = []
-    for one in jobs:
-        part = own(one, theirs)
-        tail_jobs.append(
-            TailJob(one.client, 1, 0, cut, part.assignment, LOCAL, one.seed, one.steps)
-        )
-    with Tails(theirs, tail_jobs) as tails:
+    asked_for = [SplitJob(one, cut, 1) for one in jobs]
+    with Tails(theirs, [one.at_server(theirs) for one in asked_for]) as tails:
         links = InProcessLinks(tails, "float64", whole.spec.hidden, 4096)
-        with Heads(
-            mine,
-            [SplitJob(own(one, mine), cut, 1) for one in jobs],
-            [links.link(one.client) for one in jobs],
-            SplitSettings(wire="float64"),
-        ) as heads:
-            for step in range(heads.steps):
-                heads.gradients(step)
-                heads.submit_step(step)
-                heads.complete(step)
-            trained = heads.results()
-        for one, other, asked in zip(expected, trained, jobs, strict=True):
+        for one, asked in zip(expected, asked_for, strict=True):
+            steps: list[None] = []
+            link = links.link(asked.job.client)
+            other = train_head(
+                mine,
+                asked,
+                link,
+                SplitSettings(wire="float64"),
+                on_step=lambda taken=steps: taken.append(None),
+            )
             assert other.failure is None
-            parts = {**other.adapter, **tails.adapter(asked.client)}
+            assert len(steps) == asked.job.steps
+            with pytest.raises(FrameError, match="the link is closed"):
+                link.submit(Step(At("a", 1, 0, 0), 1.0))
+            parts = {**other.adapter, **tails.adapter(asked.job.client)}
             assert parts.keys() == one.adapter.keys()
             for site, delta in one.adapter.items():
                 assert distance(delta, parts[site]) <= 1e-11 * max(1.0, delta.norm()), site
@@ -83,10 +81,9 @@ def test_an_end_refuses_to_begin_without_one_of_its_blocks(tmp_path: Path) -> No
     whole = load_model(folder, device="cpu")
     one, cut = job(whole, "a"), Split(2)
     first = load_model(folder, device="cpu", spans=[Span(0, 1)])
-    part = own(one, first)
+    asked = SplitJob(one, cut, 1)
     with pytest.raises(ModelError, match=r"blocks \[1\] are needed, this model holds \[0\]"):
-        Heads(first, [SplitJob(part, cut, 1)], [], SplitSettings())
+        Heads(first, [asked.at_client(first)], [], SplitSettings())
     last = load_model(folder, device="cpu", spans=[Span(3)])
-    tail_job = TailJob("a", 1, 0, cut, own(one, last).assignment, one.local, one.seed, one.steps)
     with pytest.raises(ModelError, match=r"blocks \[2\] are needed, this model holds \[3\]"):
-        Tails(last, [tail_job])
+        Tails(last, [asked.at_server(last)])

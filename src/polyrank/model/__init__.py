@@ -1,7 +1,7 @@
 """The only importer of transformers and peft: loading, sites, LoRA layers, PEFT folders."""
 
 from polyrank.model.anatomy import anatomy_of, load_bare
-from polyrank.model.cohort import Cohort, Part, Slot, applied
+from polyrank.model.cohort import Cohort, Part, Share, Slot, applied
 from polyrank.model.cut import Cut, side
 from polyrank.model.describe import describe
 from polyrank.model.forward import logits_at
@@ -18,6 +18,7 @@ __all__ = [
     "Cut",
     "LoadedModel",
     "Part",
+    "Share",
     "Slot",
     "Span",
     "anatomy_of",

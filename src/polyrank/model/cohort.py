@@ -15,14 +15,14 @@ from polyrank.model.factors import Factors
 from polyrank.model.importance import Meter, check_metric
 from polyrank.model.layer import CohortLayer, Trained
 from polyrank.model.load import LoadedModel
-from polyrank.model.routing import Part, Routing
+from polyrank.model.routing import Part, Routing, Share
 from polyrank.model.slot import Slot, check_delta, check_slots
 from polyrank.model.storage import SlotStorage
 from polyrank.model.swap import with_sums
 from polyrank.model.values import Values
 from polyrank.model.whole import Whole
 
-__all__ = ["Cohort", "Part", "Slot", "applied"]
+__all__ = ["Cohort", "Part", "Share", "Slot", "applied"]
 
 
 class Cohort:

@@ -59,13 +59,14 @@ class Factors:
         mask = torch.zeros_like(x)
         first = 0
         for (p, seed), part in zip(drops, routing.parts, strict=True):
-            block = mask[first : first + part.rows, : part.length]
-            first += part.rows
-            if p and part.draw:
-                shape = (part.rows, part.length, x.shape[-1])
-                block.copy_(keep_mask(seed, part.draw, self._site, shape, p, x))
-            else:
-                block.fill_(1.0)
+            for share in part.shared(seed):
+                block = mask[first : first + share.rows, : share.length]
+                first += share.rows
+                if p and part.draw:
+                    shape = (share.rows, share.length, x.shape[-1])
+                    block.copy_(keep_mask(share.seed, part.draw, self._site, shape, p, x))
+                else:
+                    block.fill_(1.0)
         return x * mask
 
     def added(self, ys: Tensor, xs: Tensor, select: Callable[[Tensor], Tensor]) -> Tensor:

@@ -12,11 +12,21 @@ from polyrank.errors import SiteError
 
 
 @dataclass(frozen=True)
+class Share:
+    """Rows of one of several clients that train a slot together: their dropout has its seed."""
+
+    rows: int
+    length: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Part:
     """One slot's rows in a batch: how many, and the length of the longest in tokens.
 
     `draw` is (optimizer step, microbatch) where dropout is wanted, None where it is not. With
-    `scored` the pass counts for the importance of the sites to this slot.
+    `scored` the pass counts for the importance of the sites to this slot. `shares` say whose rows
+    they are, one after the other, if not all of the slot's own client.
     """
 
     slot: int
@@ -24,6 +34,11 @@ class Part:
     length: int
     draw: tuple[int, int] | None = None
     scored: bool = False
+    shares: tuple[Share, ...] = ()
+
+    def shared(self, seed: int) -> tuple[Share, ...]:
+        """Return whose rows these are, `seed` being that of the slot."""
+        return self.shares or (Share(self.rows, self.length, seed),)
 
 
 class Routing:

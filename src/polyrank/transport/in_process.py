@@ -47,12 +47,14 @@ class InProcessLinks:
 
     def drain(self) -> None:
         """Have all requests answered that wait, the oldest of every client in one call."""
-        while tickets := {
-            client: link.waiting.popleft() for client, link in self._open.items() if link.waiting
-        }:
-            frames = {client: ticket.take() for client, ticket in tickets.items()}
-            for client, reply in self._serving.answer(frames).items():
-                tickets[client].deliver(reply)
+        while True:
+            frames = {
+                client: link.hand_over() for client, link in self._open.items() if link.waiting
+            }
+            for client, reply in self._serving.answer(frames):
+                self._open[client].handed_over.popleft().deliver(reply)
+            if not frames:
+                return
 
 
 class InProcessLink:
@@ -66,6 +68,7 @@ class InProcessLink:
         self.limits = limits
         self.links = links
         self.waiting: deque[Ticket] = deque()
+        self.handed_over: deque[Ticket] = deque()
         self.closed = False
         self._up = 0
         self._down = 0
@@ -86,6 +89,11 @@ class InProcessLink:
         """The bytes of all requests that were submitted and all replies that came."""
         return Traffic(self._up, self._down)
 
+    def hand_over(self) -> bytes:
+        """Return the oldest request that waits, whose answer is then awaited."""
+        self.handed_over.append(self.waiting.popleft())
+        return self.handed_over[-1].take()
+
     def received(self, count: int) -> None:
         """Count the bytes of a reply."""
         self._down += count
@@ -95,6 +103,7 @@ class InProcessLink:
         if not self.closed:
             self.closed = True
             self.waiting.clear()
+            self.handed_over.clear()
             self.links.leave(self)
 
 
@@ -125,8 +134,8 @@ class Ticket:
                 self._link.links.drain()
             if self._reply is None:
                 raise FrameError(
-                    f"{self._awaited.at}: no answer came, and none will: the link was closed, or "
-                    "the tail failed, before it was answered"
+                    f"{self._awaited.at}: no answer came: the link was closed or the tail failed "
+                    "before it was answered, or it waits for clients that have not asked yet"
                 )
             self._answer = self._awaited.read(self._reply, self._link.limits)
             self._reply = b""

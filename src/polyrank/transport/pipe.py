@@ -27,11 +27,11 @@ from polyrank.transport.serving import Serving
 def serve_pipe(tail: Tail, connections: Mapping[str, Connection], limits: Limits) -> None:
     """Answer the requests of all clients until every connection is closed.
 
-    Requests that are there together go to the tail in one call, one of each client; nothing waits
-    for others. A client whose connection breaks leaves, and the others go on. A malformed frame is
-    refused, and its connection goes on; one that is longer than `limits` allow is refused too, but
-    ends its connection, for what follows it cannot be read. The connections are closed at the end,
-    also when the tail raises.
+    Requests that are there together go to the tail in one call, one of each client; none waits for
+    others unless the tail says so. A client whose connection breaks leaves, and the others go on. A
+    malformed frame is refused, and its connection goes on; one that is longer than `limits` allow
+    is refused too, but ends its connection, for what follows it cannot be read. The connections are
+    closed at the end, also when the tail raises.
     """
     serving = Serving(tail, limits)
     clients: dict[object, str] = {connection: client for client, connection in connections.items()}
@@ -45,13 +45,16 @@ def serve_pipe(tail: Tail, connections: Mapping[str, Connection], limits: Limits
                 except (EOFError, OSError):
                     _end(serving, client, connections[client], limits)
                     del clients[ready]
-            for client, reply in serving.answer(frames).items():
-                connection = connections[client]
-                try:
-                    connection.send_bytes(reply)
-                except OSError:  # it has gone while its answer was made
-                    _end(serving, client, connection, limits)
-                    del clients[connection]
+            while replies := serving.answer(frames):
+                frames = {}
+                for client, reply in replies:
+                    connection = connections[client]
+                    try:
+                        connection.send_bytes(reply)
+                    except OSError:  # it has gone while its answer was made
+                        if connection in clients:
+                            _end(serving, client, connection, limits)
+                            del clients[connection]
     finally:
         for connection in connections.values():
             connection.close()

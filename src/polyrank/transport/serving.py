@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 
 from polyrank.errors import FrameError
@@ -23,15 +24,35 @@ class Serving:
     """Frames in, frames out: reads requests, has the tail answer them, and writes the replies.
 
     A frame is known to come from one client, that of its connection; it is refused if it says
-    otherwise, if it is malformed, or if it is no request. Not thread-safe.
+    otherwise, if it is malformed, or if it is no request. A request that the tail lets wait for
+    other clients is kept, and so are the frames of its client that come after it. Not thread-safe.
     """
 
     def __init__(self, tail: Tail, limits: Limits) -> None:
         self._tail = tail
         self._limits = limits
+        self._waiting: dict[str, deque[bytes]] = {}
 
-    def answer(self, frames: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Return the reply to each client's frame, by client; the tail is asked once for all."""
+    def answer(self, frames: Mapping[str, bytes]) -> list[tuple[str, bytes]]:
+        """Take in one frame of each of some clients; return the replies that are due, by client.
+
+        Those of a client come in the order of its frames. After a client has left, call it without
+        frames too: others may have waited for that one.
+        """
+        for client, frame in frames.items():
+            self._waiting.setdefault(client, deque()).append(frame)
+        replies: list[tuple[str, bytes]] = []
+        while found := self._oldest_answered():
+            replies += found.items()
+        return replies
+
+    def _oldest_answered(self) -> dict[str, bytes]:
+        """Return the replies to the oldest frame of every client; the tail is asked once for all.
+
+        What waits stays the oldest of its client.
+        """
+        frames = {client: queue.popleft() for client, queue in self._waiting.items()}
+        self._waiting = {client: queue for client, queue in self._waiting.items() if queue}
         requests: dict[str, Request] = {}
         replies: dict[str, bytes] = {}
         for client, frame in frames.items():
@@ -39,11 +60,15 @@ class Serving:
                 requests[client] = self._read(client, frame)
             except FrameError as error:
                 replies[client] = self.refuse(client, str(error))
-        if requests:
-            answers = self._tail.answer(tuple(requests.values()))
-            if len(answers) != len(requests):
-                raise FrameError(f"the tail: expected {len(requests)} answers; {len(answers)} came")
-            for (client, request), reply in zip(requests.items(), answers, strict=True):
+        if not requests:
+            return replies
+        answers = self._tail.answer(tuple(requests.values()))
+        if len(answers) != len(requests):
+            raise FrameError(f"the tail: expected {len(requests)} answers; {len(answers)} came")
+        for (client, request), reply in zip(requests.items(), answers, strict=True):
+            if reply is None:
+                self._waiting.setdefault(client, deque()).appendleft(frames[client])
+            else:
                 replies[client] = self._write(request, reply)
         return replies
 
@@ -53,6 +78,7 @@ class Serving:
 
     def leave(self, client: str) -> None:
         """Tell the tail that a client's connection is closed; finished work stays there."""
+        self._waiting.pop(client, None)
         self._tail.leave(client)
 
     def _read(self, client: str, frame: bytes) -> Request:

@@ -1,6 +1,7 @@
 """Split training: a client's first blocks at the client, the others at the server."""
 
-from polyrank.training.split.heads import Heads, SplitJob
+from polyrank.training.split.heads import Heads
+from polyrank.training.split.job import SplitJob, TailJob
 from polyrank.training.split.link import Link, Pending, Tail, Traffic
 from polyrank.training.split.messages import (
     Activations,
@@ -13,8 +14,7 @@ from polyrank.training.split.messages import (
     Step,
     Stepped,
 )
-from polyrank.training.split.run import train_split
-from polyrank.training.split.session import TailJob
+from polyrank.training.split.run import train_head, train_split
 from polyrank.training.split.settings import SplitSettings
 from polyrank.training.split.tails import Tails
 
@@ -37,5 +37,6 @@ __all__ = [
     "TailJob",
     "Tails",
     "Traffic",
+    "train_head",
     "train_split",
 ]

@@ -52,10 +52,12 @@ class Link(Protocol):
 class Tail(Protocol):
     """The server's end, as links see it: see `polyrank.training.split.tails.Tails`."""
 
-    def answer(self, requests: Sequence[Request]) -> Sequence[Reply]:
+    def answer(self, requests: Sequence[Request]) -> Sequence[Reply | None]:
         """Return the answers in the order of the requests, at most one of each client.
 
-        What cannot be served is `Refused`, and the other requests are answered all the same.
+        What cannot be served is `Refused`, and the other requests are answered all the same. None
+        is no answer yet: the request waits for other clients, nothing of it was done, and it is to
+        be asked again with later ones, and when a client has left.
         """
         ...
 

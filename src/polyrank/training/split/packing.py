@@ -29,3 +29,9 @@ class Rows:
         width = packed.shape[1]
         whole = packed.new_zeros(len(self.lengths) * self.longest, width)
         return whole.index_copy(0, self.index, packed).view(-1, self.longest, width)
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """Return the gradient that has reached a leaf, which forgets it; zeros if none has."""
+    gradient, leaf.grad = leaf.grad, None
+    return torch.zeros_like(leaf) if gradient is None else gradient

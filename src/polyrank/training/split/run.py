@@ -1,4 +1,4 @@
-"""Split clients of one process, from their jobs to whole adapters."""
+"""Split clients from their jobs to what they learned: in one process, or one on its own machine."""
 
 from __future__ import annotations
 
@@ -6,21 +6,43 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter
 from polyrank.errors import ModelError
 from polyrank.model import LoadedModel, applied
 from polyrank.planning import Split
-from polyrank.training.course import Job, Trained
+from polyrank.training.course import Trained
 from polyrank.training.local import merged_of
-from polyrank.training.split.heads import Heads, SplitJob
+from polyrank.training.split.heads import Heads
+from polyrank.training.split.job import SplitJob
 from polyrank.training.split.link import Link, Tail
-from polyrank.training.split.session import TailJob
 from polyrank.training.split.settings import SplitSettings
 from polyrank.training.split.tails import Tails
 
 Connect = Callable[[Tail], Callable[[str], Link]]
 """Given the server's end, how a client of this name reaches it."""
+
+
+def train_head(
+    model: LoadedModel,
+    job: SplitJob,
+    link: Link,
+    settings: SplitSettings,
+    *,
+    on_step: Callable[[], None] | None = None,
+) -> Trained:
+    """Train one client's own blocks against the server at the other end of the link.
+
+    `model` may hold these blocks alone; of the job's assignment the client's sites are taken. The
+    result is of the client's sites: the server has the others. A client whose link or numbers fail
+    says so in its result. `on_step` is called after every optimizer step. The link is closed at the
+    end.
+
+    Raises what `Heads` raises.
+    """
+    with Heads(model, [job.at_client(model)], [link], settings) as heads:
+        _drive([heads], on_step)
+        (trained,) = heads.results()
+        return trained
 
 
 def train_split(
@@ -48,9 +70,9 @@ def train_split(
     with ExitStack() as attached:
         if shared:
             attached.enter_context(applied(model, merged_of([one.job for one in jobs])))
-            jobs = [_changed(one, replace(one.job.assignment, merged=Adapter({}))) for one in jobs]
+            jobs = [one.changed(replace(one.job.assignment, merged=Adapter({}))) for one in jobs]
         tails = attached.enter_context(
-            Tails(model, [_tail(model, one) for one in jobs], shared=shared)
+            Tails(model, [one.at_server(model) for one in jobs], shared=shared)
         )
         link = connect(tails)
         groups = _groups(jobs, cohort)
@@ -58,25 +80,30 @@ def train_split(
             attached.enter_context(
                 Heads(
                     model,
-                    [_head(model, jobs[i]) for i in group],
+                    [jobs[i].at_client(model) for i in group],
                     [link(jobs[i].job.client) for i in group],
                     settings,
                 )
             )
             for group in groups
         ]
-        for step in range(max(one.steps for one in heads)):
-            for one in heads:
-                one.gradients(step)
-            for one in heads:
-                one.submit_step(step)
-            for _ in [client for one in heads for client in one.complete(step)]:
-                if on_step is not None:
-                    on_step()
+        _drive(heads, on_step)
         found: dict[int, Trained] = {}
         for group, one in zip(groups, heads, strict=True):
             found |= zip(group, one.results(), strict=True)
         return [_whole(found[i], tails, jobs[i]) for i in range(len(jobs))]
+
+
+def _drive(heads: Sequence[Heads], on_step: Callable[[], None] | None) -> None:
+    """Take all optimizer steps, those of all groups together."""
+    for step in range(max(one.steps for one in heads)):
+        for one in heads:
+            one.gradients(step)
+        for one in heads:
+            one.submit_step(step)
+        for _ in [client for one in heads for client in one.complete(step)]:
+            if on_step is not None:
+                on_step()
 
 
 def _groups(jobs: Sequence[SplitJob], cohort: int) -> list[list[int]]:
@@ -89,35 +116,6 @@ def _groups(jobs: Sequence[SplitJob], cohort: int) -> list[list[int]]:
         for indices in by_cut.values()
         for i in range(0, len(indices), cohort)
     ]
-
-
-def _changed(one: SplitJob, assignment: Assignment) -> SplitJob:
-    return replace(one, job=replace(one.job, assignment=assignment))
-
-
-def _sites(model: LoadedModel, blocks: frozenset[int]) -> frozenset[str]:
-    return frozenset(site.name for site in model.spec.sites if site.block in blocks)
-
-
-def _head(model: LoadedModel, one: SplitJob) -> SplitJob:
-    sites = _sites(model, one.cut.at_client(model.spec.blocks))
-    return _changed(one, one.job.assignment.only(sites))
-
-
-def _tail(model: LoadedModel, one: SplitJob) -> TailJob:
-    job: Job = one.job
-    sites = _sites(model, one.cut.at_server(model.spec.blocks))
-    return TailJob(
-        client=job.client,
-        round=one.round,
-        attempt=one.attempt,
-        cut=one.cut,
-        assignment=job.assignment.only(sites),
-        local=job.local,
-        seed=job.seed,
-        steps=job.steps,
-        scoring=job.scoring,
-    )
 
 
 def _whole(trained: Trained, tails: Tails, one: SplitJob) -> Trained:

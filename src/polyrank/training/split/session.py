@@ -8,11 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from polyrank.aggregation.types import Assignment
 from polyrank.errors import FrameError
-from polyrank.planning import Split
-from polyrank.training.recipe import LocalTraining
-from polyrank.training.scoring import NEVER, Scoring
+from polyrank.training.split.job import TailJob
 from polyrank.training.split.messages import (
     Activations,
     At,
@@ -22,25 +19,6 @@ from polyrank.training.split.messages import (
     Step,
     Stepped,
 )
-
-
-@dataclass(frozen=True)
-class TailJob:
-    """What the server trains for one client in one round: `assignment` is of the server's sites.
-
-    `seed` is the client's own, for dropout, and `steps` how many optimizer steps there will be.
-    `scoring` says in which of them the importance of the server's sites is measured.
-    """
-
-    client: str
-    round: int
-    attempt: int
-    cut: Split
-    assignment: Assignment
-    local: LocalTraining
-    seed: int
-    steps: int
-    scoring: Scoring = NEVER
 
 
 @dataclass(frozen=True)
@@ -72,6 +50,20 @@ class Session:
         self._sent: list[Activations] = []
         self._answered: dict[tuple[type, int], Reply] = {}
         self._returned = 0
+        self._labelled = 0
+
+    @property
+    def targets(self) -> float:
+        """The step's target tokens whose gradients are here.
+
+        They are counted where labels come. In a U-shape they are what the client's weight says, and
+        no more than the tokens that have come back: a client can claim neither what it did not send
+        nor, if it leaves, what it had yet to send.
+        """
+        if self.job.cut.upper is None:
+            return float(self._labelled)
+        back = sum(sum(sent.lengths) for sent in self._sent[: self._returned])
+        return min(1.0 / self.weight, float(back)) if back else 0.0
 
     @property
     def sealed(self) -> bool:
@@ -131,6 +123,8 @@ class Session:
             return
         if isinstance(request, Activations):
             # Its states are not kept: a repetition is known by its number and its measures.
+            if request.labels is not None:
+                self._labelled += int((request.labels != IGNORED).sum())
             self._sent.append(replace(request, states=request.states[:0].clone(), labels=None))
             self.weight = request.weight
         else:
@@ -164,12 +158,20 @@ class Session:
             raise FrameError(
                 f"{at}: expected the step's loss weight {self.weight}, got {request.weight}"
             )
-        lengths = request.lengths
+        lengths, most = request.lengths, self.job.local.batch
+        if len(lengths) > most:  # Padding is what a few long rows among many short ones cost.
+            raise FrameError(f"{at}: expected at most {most} rows, got {len(lengths)}")
         if not lengths or min(lengths) < 1 or max(lengths) > bounds.context:
             raise FrameError(
                 f"{at}: expected rows of 1…{bounds.context} tokens, got {list(lengths)[:8]}"
             )
         _check_states(at, "activations", request.states, sum(lengths), bounds.width)
+        tokens = sum(lengths) + sum(sum(sent.lengths) for sent in self._sent)
+        if request.last and request.weight * tokens < 1.0:
+            raise FrameError(
+                f"{at}: expected a loss weight of one over the step's target tokens, of which "
+                f"{tokens} tokens cannot hold as many as {request.weight} says"
+            )
         self._check_labels(request)
 
     def _check_labels(self, request: Activations) -> None:

@@ -1,0 +1,67 @@
+"""What each end of a split client's work is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from polyrank.aggregation.types import Assignment
+from polyrank.model import LoadedModel
+from polyrank.planning import Split
+from polyrank.training.course import Job
+from polyrank.training.recipe import LocalTraining
+from polyrank.training.scoring import NEVER, Scoring
+
+
+@dataclass(frozen=True)
+class SplitJob:
+    """A job of a round and attempt whose client runs only some blocks, those that `cut` says."""
+
+    job: Job
+    cut: Split
+    round: int
+    attempt: int = 0
+
+    def at_client(self, model: LoadedModel) -> SplitJob:
+        """Return the job with the assignment of the client's own sites."""
+        return self.changed(self._of(model, self.cut.at_client(model.spec.blocks)))
+
+    def at_server(self, model: LoadedModel) -> TailJob:
+        """Return what the server is to train for it."""
+        return TailJob(
+            client=self.job.client,
+            round=self.round,
+            attempt=self.attempt,
+            cut=self.cut,
+            assignment=self._of(model, self.cut.at_server(model.spec.blocks)),
+            local=self.job.local,
+            seed=self.job.seed,
+            steps=self.job.steps,
+            scoring=self.job.scoring,
+        )
+
+    def changed(self, assignment: Assignment) -> SplitJob:
+        """Return the job with another assignment."""
+        return replace(self, job=replace(self.job, assignment=assignment))
+
+    def _of(self, model: LoadedModel, blocks: frozenset[int]) -> Assignment:
+        sites = frozenset(site.name for site in model.spec.sites if site.block in blocks)
+        return self.job.assignment.only(sites)
+
+
+@dataclass(frozen=True)
+class TailJob:
+    """What the server trains for one client in one round: `assignment` is of the server's sites.
+
+    `seed` is the client's own, for dropout, and `steps` how many optimizer steps there will be.
+    `scoring` says in which of them the importance of the server's sites is measured.
+    """
+
+    client: str
+    round: int
+    attempt: int
+    cut: Split
+    assignment: Assignment
+    local: LocalTraining
+    seed: int
+    steps: int
+    scoring: Scoring = NEVER
