@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from by_hand import (
     BENT,
+    STRAIGHT,
     assert_equal,
     model_of_three,
     refusal,
@@ -255,7 +256,7 @@ def test_with_one_client_shared_is_own_but_for_the_clip(cut: Split) -> None:
         return [split(MODEL, jobs, [cut], how)[0].adapter for how in (SHARED, OWN)]
 
     assert_equal(*both(LOCAL))
-    assert_equal(*both(replace(LOCAL, proximal=0.5)))
+    assert_equal(*both(replace(LOCAL, proximal=0.5, dropout=0.3)))
     with pytest.raises(AssertionError):  # two norms are clipped, not their common one
         assert_equal(*both(replace(LOCAL, clip=0.05)), 1e-6)
 
@@ -271,7 +272,7 @@ def test_shared_sites_are_the_same_for_all_and_heads_are_not() -> None:
 
 @pytest.mark.parametrize("cuts", [[Split(2)] * 4, [*MIXED, Split(2)]], ids=["equal", "mixed"])
 def test_the_cohort_does_not_matter(cuts: Sequence[Split]) -> None:
-    jobs = fleet({"a": 5, "b": 2, "c": 7, "d": 4}, replace(LOCAL, clip=0.05))
+    jobs = fleet({"a": 5, "b": 2, "c": 7, "d": 4}, replace(LOCAL, clip=0.05, dropout=0.3))
     together = split(MODEL, jobs, cuts, cohort=8)
     for cohort in (1, 3):
         for one, other in zip(together, split(MODEL, jobs, cuts, cohort=cohort), strict=True):
@@ -332,14 +333,11 @@ def test_unequal_ranks_behind_the_cut_are_refused_before_any_training() -> None:
 
 # --- clients that come to grief ---
 
-# The masks of a shared set depend on who is in the pass.
-DRY = replace(BY_HAND, dropout=0.0)
-
 
 def test_who_diverges_leaves_and_the_shared_set_stays_whole() -> None:
     """Its activations are finite, and what the tail makes of them is not."""
     model = model_of_three("opt")
-    jobs = [tail_job(model, name, local=DRY) for name in "abc"]
+    jobs = [tail_job(model, name, local=BY_HAND) for name in "abc"]
     jobs = [replace(one, seed=i) for i, one in enumerate(jobs, start=1)]
     sent = {one.client: requests_of(model, one) for one in jobs}
     bad = replace(sent["a"][0], states=sent["a"][0].states * 1e300)
@@ -356,7 +354,7 @@ def test_who_diverges_leaves_and_the_shared_set_stays_whole() -> None:
 
 def test_in_a_u_shape_too() -> None:
     model = model_of_three("opt")
-    jobs = [tail_job(model, name, BENT, local=DRY) for name in "abc"]
+    jobs = [tail_job(model, name, BENT, local=BY_HAND) for name in "abc"]
     jobs = [replace(one, seed=i) for i, one in enumerate(jobs, start=1)]
     sent = {one.client: requests_of(model, one) for one in jobs}
     bad = [
@@ -408,6 +406,83 @@ def test_who_leaves_is_not_waited_for_and_what_it_gave_stays() -> None:
             served(tails, request)
             served(others, request)
         assert tails.adapter("b").hash() == others.adapter("b").hash()
+
+
+@pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
+def test_who_leaves_in_mid_step_counts_with_what_has_come(cut: Split) -> None:
+    """As if the client's step had been that much shorter, whatever its weight had announced."""
+    model = model_of_three()
+    local = replace(BY_HAND, steps=1)
+    jobs = [replace(tail_job(model, n, cut, local=local), seed=i) for i, n in enumerate("ab")]
+    mine, its = (requests_of(model, one) for one in jobs)
+    first = [one for one in its[:-1] if one.at.micro == 0]
+    first[0] = replace(first[0], weight=1 / 20)
+    tokens = len(first[0].states)  # Of a U-shape no more than these can count.
+    assert tokens < 20
+    with Tails(model, jobs, shared=True) as tails, Tails(model, jobs, shared=True) as others:
+        for request in [*mine[:-1], *first]:
+            served(tails, request)
+        tails.leave("b")
+        served(tails, mine[-1])
+        for request in mine[:-1]:
+            served(others, request)
+        shorter = [replace(first[0], weight=1 / tokens)]
+        shorter += [replace(one, states=one.states * 20 / tokens) for one in first[1:]]
+        for request in shorter:
+            served(others, replace(request, last=True))
+        served(others, mine[-1], its[-1])
+        assert_equal(tails.adapter("a"), others.adapter("a"))
+
+
+def test_a_client_cannot_claim_a_weight_in_the_shared_set() -> None:
+    """What it says scales its own gradient; its labels are counted here."""
+    model = model_of_three()
+    local = replace(BY_HAND, steps=1)
+    jobs = [replace(tail_job(model, n, local=local), seed=i) for i, n in enumerate("ab")]
+    mine, its = (requests_of(model, one) for one in jobs)
+    found = []
+    for factor in (1.0, 1e6):
+        with Tails(model, jobs, shared=True) as tails:
+            told = [replace(one, weight=one.weight * factor) for one in its[:-1]]
+            for good, beside in zip(mine[:-1], told, strict=True):
+                reply, other = served(tails, good, beside)
+                found.append((reply.states, other.states / factor))
+            served(tails, mine[-1], its[-1])
+            found.append(tails.adapter("a"))
+    *first, one, other = *found[:2], found[2], found[5]
+    assert_equal(one, other)
+    for states, again in zip(first, found[3:5], strict=True):
+        for each, same in zip(states, again, strict=True):
+            torch.testing.assert_close(each, same)
+
+
+def test_a_gradient_of_the_shared_set_that_overflows_spoils_nothing() -> None:
+    """B = 0 keeps what is returned finite, and A is so large that B's gradient is not."""
+    model = model_of_three("opt")
+    jobs = [tail_job(model, name, BENT) for name in "ab"]
+    start = Adapter({s: LowRank(d.b * 0, d.a * 1e100) for s, d in jobs[0].assignment.start.items()})
+    jobs = [replace(j, assignment=replace(j.assignment, start=start, penalty=None)) for j in jobs]
+    mine, its = (requests_of(model, one) for one in jobs)
+    bad = replace(mine[2], states=mine[2].states * 1e250)
+    with Tails(model, jobs, shared=True) as tails:
+        for i in (0, 1):
+            served(tails, mine[i], its[i])
+        refused, good = tails.answer([bad, its[2]])
+        assert "its gradient, is not finite" in refusal(refused)
+        assert isinstance(good, Returned)
+        served(tails, its[3])
+        served(tails, its[4])
+
+
+def test_clients_that_are_not_trained_alike_share_no_adapter() -> None:
+    one, other = (tail_job(MODEL, name) for name in "ab")
+    for changed in (
+        replace(other, local=replace(other.local, lr=0.5)),
+        replace(other, assignment=replace(other.assignment, train="b")),
+        replace(other, assignment=replace(other.assignment, penalty=None)),
+    ):
+        with pytest.raises(RankError, match=r"client 'b': .*otherwise than of the clients"):
+            Tails(MODEL, [one, changed], shared=True)
 
 
 def test_a_client_whose_head_diverges_ends_and_the_others_go_on() -> None:

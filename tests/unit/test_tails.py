@@ -1,6 +1,7 @@
 """The server's end against clients driven by hand: what it refuses, repeats, and keeps apart."""
 
 import functools
+import gc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -108,6 +109,7 @@ SENDING = [
     ("a row below zero", lambda g: replace(g, lengths=(*g.lengths, 3, -3)), "expected rows of 1…"),
     ("a row past the context", changed(lengths=(CONTEXT + 1,)), f"expected rows of 1…{CONTEXT}"),
     ("other lengths", lambda g: replace(g, lengths=(*g.lengths, 1)), "expected activations of "),
+    ("too many rows at once", lambda g: replace(g, lengths=(1,) * 9), "expected at most 8 rows"),
     ("weight zero", changed(weight=0.0), "expected a loss weight above 0, got 0.0"),
     ("a negative weight", changed(weight=-0.25), "expected a loss weight above 0, got -0.25"),
     ("weight NaN", changed(weight=NAN), "expected a loss weight above 0, got nan"),
@@ -131,6 +133,7 @@ LABELS = [
 ]
 BACK = [
     ("gradients skipped", at(micro=2), "expected the gradients of microbatch"),
+    ("gradients below zero", at(micro=-1), "expected the gradients of microbatch"),
     ("narrow gradients", states(lambda x: x[:, 1:]), "expected gradients of "),
     ("few gradients", states(lambda x: x[1:]), "expected gradients of "),
     ("whole gradients", states(lambda x: x.long()), "expected gradients of .*int64"),
@@ -153,6 +156,10 @@ CASES = [
     *((BENT, i, case) for i in (2, 3) for case in BACK),
     *((STRAIGHT, i, case) for i in (2, 5) for case in STEPS),
     (BENT, 0, ("labels in a U-shape", lambda g: labels_to(g), "expected no labels")),
+    *(
+        (cut, 0, ("targets never sent", changed(last=True, weight=0.05), "cannot hold as many"))
+        for cut in (STRAIGHT, BENT)
+    ),
     (STRAIGHT, 1, ("another weight", changed(weight=0.125), "expected the step's loss weight")),
     (
         STRAIGHT,
@@ -495,6 +502,31 @@ def test_the_states_of_a_request_are_neither_kept_nor_changed() -> None:
         assert not states.requires_grad
 
 
+@pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_graph_of_a_finished_step_is_kept(cut: Split, shared: bool) -> None:
+    """Nor one of a client that has left. Those of middles that wait are kept, and seen here."""
+
+    def graphs() -> int:
+        gc.collect()
+        found = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+        return sum(one.grad_fn is not None for one in found)
+
+    one, other = job("a", cut), replace(job("b", cut), seed=2)
+    mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
+    before = graphs()
+    with Tails(MODEL, [one, other], shared=shared) as tails:
+        step = next(i for i, each in enumerate(mine) if isinstance(each, Step))
+        for good, beside in zip(mine[: step + 1], its, strict=False):
+            served(tails, good, beside)
+        assert graphs() == before
+        served(tails, mine[step + 1], its[step + 1])
+        assert (graphs() > before) == (cut == BENT)
+        tails.leave("a")
+        tails.leave("b")
+        assert graphs() == before
+
+
 def test_states_that_carry_a_graph_are_taken_as_numbers() -> None:
     one = job("a")
     requests = requests_of(MODEL, one)
@@ -514,6 +546,8 @@ def test_tails_that_cannot_be_are_refused() -> None:
         Tails(MODEL, [job("a"), job("b", Split(2))])
     with pytest.raises(ModelError, match=r"expected clients of one cut, got \[\]"):
         Tails(MODEL, [])
+    with pytest.raises(ModelError, match=r"one job of a client, got several of \['a'\]"):
+        Tails(MODEL, [job("a"), job("b"), job("a", seed=2)])
     with pytest.raises(ModelError, match="cut"):
         Tails(MODEL, [replace(job("a"), cut=Split(3))])
     with pytest.raises(RankError, match="rank"):
@@ -533,6 +567,9 @@ def test_one_server_holds_one_base() -> None:
     Tails(MODEL, [replace(merged(1.0), client="a"), merged(1.0)])
     with pytest.raises(SiteError, match="client 'b': other sums are merged into the base at"):
         Tails(MODEL, [replace(merged(1.0), client="a"), merged(2.0)])
+    for jobs in ([one, merged(1.0)], [merged(1.0), one]):
+        with pytest.raises(SiteError, match="client 'a': other sums are merged into the base at"):
+            Tails(MODEL, jobs)
 
 
 # --- any order ---
