@@ -114,6 +114,17 @@ class Piped:
         assert not self._server.is_alive()
 
 
+class Patient(Doubling):
+    """A tail whose steps wait until all who have not left ask for them."""
+
+    def answer(self, requests):
+        steps = {request.at.client for request in requests if isinstance(request, Step)}
+        waits = not steps >= set(CLIENTS) - set(self.left)
+        later = [waits and isinstance(request, Step) for request in requests]
+        now = iter(super().answer([r for r, wait in zip(requests, later, strict=True) if not wait]))
+        return [None if wait else next(now) for wait in later]
+
+
 class Failing(Doubling):
     """A tail that does not keep its promise to refuse what it cannot serve."""
 
@@ -381,6 +392,53 @@ def test_closing_twice_is_closing_once(meeting):
     link.close()
     place.end()
     assert place.tail.left.count("a") == 1
+
+
+def test_a_request_that_waits_for_others_is_answered_once_they_are_there(meeting):
+    """What a client sends after it is answered after it."""
+    place = meeting(tail=Patient())
+    links = {client: place.link(client) for client in CLIENTS}
+    steps = {}
+    for client in CLIENTS:
+        assert isinstance(links[client].submit(activations(client)).result(), Returned)
+        steps[client] = links[client].submit(Step(At(client, 2, 1, 0), 0.5))
+    after = {client: links[client].submit(activations(client, step=1)) for client in CLIENTS}
+    for client in CLIENTS:
+        assert after[client].result().at == At(client, 2, 1, 1)
+        assert steps[client].result() == Stepped(At(client, 2, 1, 0))
+    applied = [one.at.client for one in place.tail.applied if isinstance(one, Step)]
+    assert sorted(applied) == list(CLIENTS)
+
+
+def test_who_leaves_is_waited_for_no_more(meeting):
+    place = meeting(tail=Patient())
+    links = {client: place.link(client) for client in CLIENTS}
+    steps = {c: links[c].submit(Step(At(c, 2, 1, 0), 0.5)) for c in ("a", "b")}
+    links["c"].close()
+    for client, step in steps.items():
+        assert step.result() == Stepped(At(client, 2, 1, 0))
+
+
+def test_a_request_that_waits_goes_with_its_client(meeting):
+    place = meeting(tail=Patient())
+    links = {client: place.link(client) for client in CLIENTS}
+    links["a"].submit(Step(At("a", 2, 1, 0), 0.5))
+    links["b"].submit(activations("b")).result()  # a's step has come before, and waits
+    links["a"].close()
+    steps = {c: links[c].submit(Step(At(c, 2, 1, 0), 0.5)) for c in ("b", "c")}
+    for client, step in steps.items():
+        assert step.result() == Stepped(At(client, 2, 1, 0))
+    assert {one.at.client for one in place.tail.applied if isinstance(one, Step)} == {"b", "c"}
+
+
+def test_in_process_a_step_whose_others_have_not_asked_has_no_answer_yet():
+    links = InProcessLinks(Patient(), "float32", D, TOKENS)
+    opened = {client: links.link(client) for client in CLIENTS}
+    steps = {c: opened[c].submit(Step(At(c, 2, 1, 0), 0.5)) for c in ("a", "b")}
+    with pytest.raises(FrameError, match="it waits for clients that have not asked yet"):
+        steps["a"].result()
+    opened["c"].submit(Step(At("c", 2, 1, 0), 0.5))
+    assert steps["a"].result() == Stepped(At("a", 2, 1, 0))
 
 
 def test_in_process_the_oldest_requests_of_all_clients_are_answered_together():
