@@ -46,6 +46,7 @@ def check(found: Mapping[str, Any], apart: float) -> None:
     assert apart < 1e-4
 
 
+@pytest.mark.slow
 def test_a_client_is_spared_the_server_s_weights_and_learns_the_same(
     bench: ModuleType, tmp_path: Path
 ) -> None:

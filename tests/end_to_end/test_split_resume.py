@@ -15,7 +15,14 @@ SETTINGS = ("own", "shared")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize(("how", "moments"), [("steps", 4), ("kill", 4)])
+@pytest.mark.parametrize(
+    ("how", "moments"),
+    [
+        ("steps", 2),
+        pytest.param("steps", 8, marks=pytest.mark.slow),
+        pytest.param("kill", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_every_killed_split_run_ends_with_the_same_bytes(tmp_path, name, how, moments):
     report = driven(how, moments, tmp_path, name)
     assert len(report["runs"]) == moments

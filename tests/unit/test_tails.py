@@ -305,6 +305,16 @@ def test_a_repetition_that_says_something_else_is_refused(cut, index, change) ->
         assert_equal(tails.adapter("a"), alone(MODEL, one), 0.0)
 
 
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_request_of_another_step_is_no_repetition(step: int) -> None:
+    """Though one of that number was answered in this step."""
+    one = job("a")
+    requests = requests_of(MODEL, one)
+    with Tails(MODEL, [one]) as tails:
+        served_one_by_one(tails, requests[:4])
+        assert "request of step 1" in refusal(tails.answer([at(step=step)(requests[3])])[0])
+
+
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
 def test_after_the_last_step_nothing_more_is_served(cut: Split) -> None:
     one = job("a", cut)
