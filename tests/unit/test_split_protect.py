@@ -249,6 +249,19 @@ def test_heads_and_tails_learn_from_the_protected_activations(cut: Split, settin
         assert_equal(trained.adapter, cohort.adapter(0), 1e-10)
 
 
+@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)], ids=str)
+def test_a_shared_adapter_learns_from_the_protected_activations_too(cut: Split) -> None:
+    """That of one client alone is its own, but for a bound on the gradient."""
+    local = replace(LOCAL, clip=None)
+    for settings in (replace(EXACT, clip=1.0), replace(EXACT, clip=1.0, noise=0.3)):
+        (own,), _ = split(settings, names="a", cut=cut, local=local)
+        (shared,), _ = split(replace(settings, adapters="shared"), names="a", cut=cut, local=local)
+        assert_equal(own.adapter, shared.adapter, 1e-10)
+        (plain,), _ = split(EXACT, names="a", cut=cut, local=local)
+        with pytest.raises(AssertionError):
+            assert_equal(own.adapter, plain.adapter, 1e-4)
+
+
 # --- lossy wires ---
 
 

@@ -3,6 +3,7 @@
 import functools
 import gc
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -535,6 +536,21 @@ def test_no_graph_of_a_finished_step_is_kept(cut: Split, shared: bool) -> None:
         tails.leave("a")
         tails.leave("b")
         assert graphs() == before
+
+
+@pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_memory_of_a_request_is_let_go_at_once(cut: Split, shared: bool) -> None:
+    one = job("a", cut)
+    first = requests_of(MODEL, one)[0]
+    array = first.states.numpy().copy()
+    memory = weakref.ref(array)
+    request = replace(first, states=torch.from_numpy(array))
+    with Tails(MODEL, [one], shared=shared) as tails:
+        served(tails, request)
+        del array, request
+        gc.collect()
+        assert memory() is None
 
 
 def test_states_that_carry_a_graph_are_taken_as_numbers() -> None:
