@@ -7,11 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from polyrank.data.collate import IGNORED
 from polyrank.errors import FrameError
 from polyrank.transport.codec import octets
-
-IGNORED = -100
-"""The label of a token without loss."""
 
 
 def check_count(value: int, place: str) -> None:

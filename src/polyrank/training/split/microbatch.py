@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyrank.data.collate import IGNORED
 from polyrank.data.types import Encoded
 from polyrank.model import Cohort, Cut, LoadedModel, Part, losses_then_gradient
 from polyrank.model.routing import Routing
@@ -18,7 +19,6 @@ from polyrank.training.split.member import Member
 from polyrank.training.split.messages import Activations, At, Gradients
 from polyrank.training.split.packing import Rows, gradient_of
 from polyrank.training.split.protect import bounded, noised
-from polyrank.training.split.session import IGNORED
 from polyrank.training.split.settings import SplitSettings
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from polyrank.data.collate import IGNORED
 from polyrank.model import Cut, LoadedModel, losses_then_gradient
 from polyrank.model.routing import Routing
 from polyrank.training.split.messages import Activations, Gradients, Returned
 from polyrank.training.split.packing import Rows, gradient_of
-from polyrank.training.split.session import IGNORED
 from polyrank.training.split.trainer import Trainer
 
 Passed = Returned | str

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from polyrank.data.collate import IGNORED
 from polyrank.errors import FrameError
 from polyrank.training.split.job import TailJob
 from polyrank.training.split.messages import (
@@ -212,10 +213,6 @@ class Session:
                 f"{at}: the activations said that it was {'' if sent.last else 'not '}the last"
             )
         _check_states(at, "gradients", request.states, sum(sent.lengths), self._bounds.width)
-
-
-IGNORED = -100
-"""The label of a position without loss."""
 
 
 def _alike(one: Activations | Gradients, sent: Activations) -> bool:
