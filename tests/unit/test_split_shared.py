@@ -506,3 +506,22 @@ def test_a_client_whose_head_diverges_ends_and_the_others_go_on(b: float, a: flo
         without = split(MODEL, [jobs[0], jobs[2]], cut[:2])
         for one, other in zip((first, third), without, strict=True):
             assert_equal(one.adapter, other.adapter, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "cuts", [[Split(2), Split(1), Split(1)], [Split(1, 3), Split(1), Split(2)]]
+)
+def test_a_head_that_fails_does_not_act_in_the_tails_of_other_cuts(cuts: Sequence[Split]) -> None:
+    """Its blocks, with its factors attached, are run for those who are cut before them."""
+    jobs = fleet({"a": 4, "b": 4, "c": 4})
+    infinite = Adapter(
+        {
+            s: LowRank(d.b * float("inf"), d.a) if BLOCK[s] == 0 else d
+            for s, d in jobs[0].assignment.start.items()
+        }
+    )
+    jobs[0] = replace(jobs[0], assignment=replace(jobs[0].assignment, start=infinite))
+    failed, *rest = split(MODEL, jobs, cuts)
+    assert failed.failure is not None
+    for one, other in zip(rest, split(MODEL, jobs[1:], cuts[1:]), strict=True):
+        assert_equal(one.adapter, other.adapter, 1e-10)

@@ -95,7 +95,7 @@ class Heads:
                 self._microbatches.receive(under_way.popleft())
         while under_way:
             self._microbatches.receive(under_way.popleft())
-        self._cohort.add_penalties([one.slot for one in active])
+        self._cohort.add_penalties()
         own = self._settings.adapters == "own"
         for one in active:
             if not (one.working and one.close_step(step, own=own)):

@@ -42,7 +42,7 @@ class Member:
 
     def begin(self) -> None:
         """Forget the step before."""
-        self._loss, self._squared_norm, self._asked = 0.0, None, None
+        self._loss, self._squared_norm = 0.0, None
 
     def send(self, request: Request) -> Pending | None:
         """Send a request; None if it cannot be sent, and the client has given up."""
@@ -105,7 +105,6 @@ class Member:
         except FrameError as error:
             self.give_up(str(error))
             return False
-        self._asked = None
         self._learner.scale(self._factor)
         self._learner.step(step)
         return True

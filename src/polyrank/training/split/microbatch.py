@@ -86,7 +86,7 @@ class Microbatches:
     def _through_the_end(self, micro: UnderWay) -> None:
         """U-shape: run the last blocks with the loss, and send the gradients to the server.
 
-        Who has failed stays in the batch, with zeros and without a part in the loss.
+        Who has failed stays in the batch, with zeros; what comes of them is not used.
         """
         answers = [leg.answer() for leg in micro.legs]
         if all(states is None for states in answers):
@@ -102,8 +102,7 @@ class Microbatches:
         hidden = micro.packing.padded(packed.detach()).requires_grad_()
         targets = [leg.targets for leg in micro.legs]
         weights = torch.tensor(
-            [leg.member.course.weight if leg.member.working else 0.0 for leg in micro.legs],
-            dtype=self._cohort.dtype,
+            [leg.member.course.weight for leg in micro.legs], dtype=self._cohort.dtype
         )
         share = weights.repeat_interleave(torch.tensor(targets)).to(self._model.device)
         self._cohort.reroute(micro.routing)
