@@ -65,9 +65,19 @@ class Late:
 
 
 def split(
-    names: str, cut: Split, *, faulty: str = "", when=None, spoil=None, adapters: str = "own"
+    names: str,
+    cut: Split,
+    *,
+    faulty: str = "",
+    when=None,
+    spoil=None,
+    adapters: str = "own",
+    in_flight: int | None = None,
 ) -> tuple[dict[str, Trained], dict[str, Link]]:
-    how = SplitSettings(wire="float64", adapters=adapters)
+    how, local = SplitSettings(wire="float64", adapters=adapters), LOCAL
+    if in_flight is not None:
+        how = replace(how, in_flight=in_flight)
+        local = replace(LOCAL, batch=1, accumulation=4)
     links: dict[str, Link] = {}
 
     def connect(tail: Tail):
@@ -83,7 +93,7 @@ def split(
     seeds = {"a": 1, "b": 2, "c": 3}
     same = job(MODEL, "a").assignment
     jobs = [
-        replace(job(MODEL, name, count=9, seed=seeds[name], local=LOCAL), assignment=same)
+        replace(job(MODEL, name, count=9, seed=seeds[name], local=local), assignment=same)
         for name in names
     ]
     found = train_split(MODEL, [SplitJob(j, cut, 1) for j in jobs], how, connect, cohort=8)
@@ -192,3 +202,26 @@ def test_a_step_without_the_norm_of_the_tail_is_not_taken(cut: Split) -> None:
 def test_a_client_alone_may_fail_too() -> None:
     trained, _ = split("b", Split(1), faulty="b", when=kind(Activations), spoil=fail)
     assert "nothing came back" in (trained["b"].failure or "")
+
+
+@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)], ids=str)
+@pytest.mark.parametrize("in_flight", [1, 2, 3, 9])
+def test_as_many_microbatches_are_under_way_as_is_asked_for(cut: Split, in_flight: int) -> None:
+    """Four in a step: of a larger number all are."""
+    waiting: set[int] = set()
+    most = 0
+
+    def sent(request: Request) -> bool:
+        nonlocal most
+        if isinstance(request, Activations):
+            waiting.add(request.at.micro)
+            most = max(most, len(waiting))
+        return True
+
+    def answered(request: Request, reply: Returned | Stepped) -> Returned | Stepped:
+        if isinstance(request, Activations):
+            waiting.remove(request.at.micro)
+        return reply
+
+    split("b", cut, faulty="b", when=sent, spoil=answered, in_flight=in_flight)
+    assert most == min(in_flight, 4)

@@ -56,8 +56,8 @@ class Microbatches:
             out = self._protected(hidden[i], one, step, micro)
             own = labels[i] if self._cut.upper is None else None
             message = Activations(at, last, one.course.weight, lengths[i], out.detach(), own)
-            legs.append(Leg(one, at, last, out, int((labels[i] != IGNORED).sum()), None))
-            legs[-1].pending = one.send(message)
+            targets = sum(row.targets for row in taken[i])
+            legs.append(Leg(one, at, last, out, targets, one.send(message)))
         return UnderWay(legs, routing, packing, batch)
 
     def receive(self, micro: UnderWay) -> None:
