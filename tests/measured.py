@@ -100,12 +100,13 @@ def kept_by_training(
     length: int,
     targets: int,
     dropout: float = 0.0,
+    scored: bool = False,
 ) -> int:
     """Return the bytes that one microbatch of a whole client keeps, the logits with them."""
     ids = torch.zeros(rows, length, dtype=torch.long)
     held = Storages()
-    with Cohort(model, [slot_for(model, ranks, dropout)]) as cohort:
-        cohort.route([Part(0, rows, length, (0, 0))])
+    with Cohort(model, [slot_for(model, ranks, dropout)], scored=scored) as cohort:
+        cohort.route([Part(0, rows, length, (0, 0), scored)])
         with noting(held):
             held.add(logits_at(model, ids, targets_of(rows, length, targets)))
         held.remove([*model.module.parameters(), *model.module.buffers()])
@@ -122,12 +123,13 @@ def kept_by_part(
     lower: int,
     upper: int | None,
     part: str,
+    scored: bool = False,
 ) -> int:
     """Return the bytes that one microbatch keeps in a cut model's `head`, `middle` or `tail`."""
     cut = Cut(model, lower, upper)
     held = Storages()
-    with Cohort(model, [slot_for(model, ranks)]) as cohort:
-        cohort.route([Part(0, rows, length, (0, 0))])
+    with Cohort(model, [slot_for(model, ranks)], scored=scored) as cohort:
+        cohort.route([Part(0, rows, length, (0, 0), scored)])
         ids = torch.zeros(rows, length, dtype=torch.long)
         with torch.no_grad():
             hidden = cut.head(ids)
@@ -170,15 +172,20 @@ def _weakly(tensor: Tensor) -> StorageWeakRef:
 
 
 def peak_of_training(
-    model: LoadedModel, ranks: Mapping[str, int], rows: int, length: int, targets: int
+    model: LoadedModel,
+    ranks: Mapping[str, int],
+    rows: int,
+    length: int,
+    targets: int,
+    scored: bool = False,
 ) -> int:
     """Return the most bytes that a microbatch of a whole client takes, forward, loss and back."""
-    with Cohort(model, [slot_for(model, ranks)]) as cohort:
+    with Cohort(model, [slot_for(model, ranks)], scored=scored) as cohort:
         own = cohort.parameters(0)
         known = [*model.module.parameters(), *model.module.buffers(), *own, *(p.grad for p in own)]
         ids = torch.zeros(rows, length, dtype=torch.long)
         wanted, share = torch.zeros(rows * targets, dtype=torch.long), torch.ones(rows * targets)
-        cohort.route([Part(0, rows, length, (0, 0))])
+        cohort.route([Part(0, rows, length, (0, 0), scored)])
         with Live(known) as live:
             logits = logits_at(model, ids, targets_of(rows, length, targets))
             losses_then_gradient(logits, wanted, share)

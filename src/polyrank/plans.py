@@ -49,7 +49,13 @@ def planning_of(
         )
     profiles = recipe.profiles()
     planner = planner_of(
-        model, work, recipe.local.build(), recipe.conduct(), section.build(), profiles[SERVER]
+        model,
+        work,
+        recipe.local.build(),
+        recipe.conduct(),
+        section.build(),
+        profiles[SERVER],
+        scored=section.importance != "none" and not recipe.data.pooled,
     )
     return Planning(
         planner=planner,

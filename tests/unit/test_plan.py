@@ -20,7 +20,7 @@ from polyrank.planning import (
     Workload,
     planned_fleet,
 )
-from polyrank.planning.planner import even
+from polyrank.planning.sharing import even
 
 WORK = Workload(batch=4, length=32, targets=16)
 ROOMY = DeviceProfile("server", 2**40)

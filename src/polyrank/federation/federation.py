@@ -100,11 +100,24 @@ class Federation:
         first = Checkpoint(0, self.rule.init(spec))
         dealt = setup.heaviest_assignments(self._settings, spec, first.state)
         cohort = preflight.resolve_cohort(
-            self.conduct.cohort, model, spec, self.local, who.work, dealt
+            self.conduct.cohort,
+            model,
+            spec,
+            self.local,
+            who.work,
+            dealt,
+            scored=self._metric is not None,
         )
-        every, metric = self._scoring()
+        # A resumed run goes on as often as it began: see `_go_on`.
+        every = 0 if resume else self._score_every()
         self.engine = InProcess(
-            model, who.work, self.local, cohort, self.conduct.split, every, metric
+            model,
+            who.work,
+            self.local,
+            cohort,
+            self.conduct.split,
+            every,
+            self._metric or "channel",
         )
 
         with ExitStack() as held:
@@ -139,15 +152,23 @@ class Federation:
             self._benchmark,
         )
 
-    def _scoring(self) -> tuple[int, str]:
-        """Return how often importance is scored (0: never), and by which metric."""
-        planning = self.planning
-        if planning is None or planning.metric is None or self.conduct.pooled:
-            return 0, "channel"
-        every = planning.every
-        if every == "auto":
-            every = scoring_interval(self.model, planning.metric)
-        return every, planning.metric
+    @property
+    def _metric(self) -> str | None:
+        """The metric by which importance is scored; None where it is not."""
+        return None if self.planning is None or self.conduct.pooled else self.planning.metric
+
+    def _score_every(self) -> int:
+        """Return how often importance is scored, as asked or as measured now; 0: never."""
+        planning, planned, metric = self.planning, self._planned, self._metric
+        if planning is None or planned is None or metric is None:
+            return 0
+        if planning.every != "auto":
+            return planning.every
+        load = planning.planner.cost.workload
+        ranks = planned.narrowest(self.model.spec)
+        return scoring_interval(
+            self.model, metric, ranks=ranks, rows=load.batch, length=load.length
+        )
 
     # --- before the first round ---
 
@@ -176,14 +197,10 @@ class Federation:
         surroundings.check_schema(before, self.folder.path / RUN)
         if self.conduct.cohort == "auto":  # Resolved once, stored with the run.
             self.engine.cohort = before["settings"]["cohort"]
-        if (
-            self.planning is not None
-            and self.planning.every == "auto"
-            and "plan" in before["settings"]
-        ):
-            self.engine.scoring = replace(
-                self.engine.scoring, every=before["settings"]["plan"]["score_every"]
-            )
+        stored = before["settings"].get("plan", {}).get("score_every", 0)
+        given = self.planning is not None and self.planning.every != "auto"
+        every = stored if stored and self._metric and not given else self._score_every()
+        self.engine.scoring = replace(self.engine.scoring, every=every)
         saved = self.folder.load_checkpoint()
         now = surroundings.carried_over(
             before, self._surroundings(), round=saved.round, allow_inexact=allow_inexact

@@ -50,6 +50,13 @@ class Planned:
     plans: Mapping[str, Plan]
     fleet: Fleet
 
+    def narrowest(self, spec: ModelSpec) -> Mapping[str, int]:
+        """Return the ranks of the clients that train the fewest blocks, ties by device."""
+        at = {site.name: site.block for site in spec.sites}
+        every = self.fleet.ranks_by_type(spec)
+        blocks = {name: len({at[site] for site in ranks}) for name, ranks in every.items()}
+        return every[min(blocks, key=lambda name: (blocks[name], name))]
+
     def seconds(self, clients: Iterable[str], round: int) -> float | None:
         """Return how long a round of these clients takes by the cost model: the slowest's time.
 
@@ -150,11 +157,14 @@ def planner_of(
     conduct: Conduct,
     settings: PlanSettings,
     server: DeviceProfile,
+    *,
+    scored: bool = False,
 ) -> Planner:
     """Return the planner of a run; the model may be one without weights.
 
     A client's step is taken to be a microbatch of the longest rows of all clients, with the most
-    targets, and a round as long as that of the client that takes most steps.
+    targets, and a round as long as that of the client that takes most steps. With `scored` some
+    steps measure importance, for which there must be memory.
     """
     seen = [client for client in work.values() if client.seen]
     rows = [size for client in seen for size in sizes(client.rows["train"])]
@@ -171,6 +181,7 @@ def planner_of(
         in_flight=conduct.split.in_flight,
         checkpointing=model.checkpointing,
         dropout=local.dropout > 0,
+        scored=scored,
     )
     spec: ModelSpec = model.spec
     return Planner(
@@ -180,4 +191,5 @@ def planner_of(
         server,
         steps=max(local.steps_for(len(client.rows["train"])) for client in seen),
         at_once=conduct.sampling.count(len(seen)),
+        shared=conduct.split.adapters == "shared",
     )

@@ -36,10 +36,13 @@ def resolve_cohort(
     local: LocalTraining,
     work: Mapping[str, ClientWork],
     dealt: Sequence[Assignment] = (),
+    *,
+    scored: bool = False,
 ) -> int:
     """Return how many clients train in one pass; ResourceError if not even one fits memory.
 
-    `dealt` are assignments as heavy as they will come, for what they hold beside factors.
+    `dealt` are assignments as heavy as they will come, for what they hold beside factors. With
+    `scored` some steps measure importance.
     """
     longest = targets = 0
     for client in work.values():
@@ -48,7 +51,7 @@ def resolve_cohort(
     most = max(spec.ranks.values(), key=lambda ranks: sum(ranks.values()))
     largest = {**dict.fromkeys(model.spec.shapes, 0), **most}
     free = free_memory(model.device)
-    if slot_bytes(model, largest, local, longest, targets, dealt) > free:
+    if slot_bytes(model, largest, local, longest, targets, dealt, scored=scored) > free:
         raise ResourceError(
             f"memory: {free / 2**20:.0f} MiB are free on {model.device}, by estimate too little to "
             f"train one client with batches of {local.batch} × {longest} tokens; lower local.batch "
@@ -56,7 +59,9 @@ def resolve_cohort(
         )
     if wanted != "auto":
         return wanted
-    fits = cohort_size(model, largest, local, longest, targets, int(free * SHARE), dealt)
+    fits = cohort_size(
+        model, largest, local, longest, targets, int(free * SHARE), dealt, scored=scored
+    )
     return max(1, min(fits, len(spec.ranks)))
 
 

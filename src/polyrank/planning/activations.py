@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from polyrank.planning.anatomy import Anatomy, Section, Size
 from polyrank.planning.backward import AtSite, working_bytes
@@ -65,10 +65,10 @@ class Activations:
         """Return what the client holds."""
         count = len(self._anatomy.blocks)
         if cut is None:
-            kept, _ = self._run(range(count), False, ranks)
+            kept, _ = self._run(range(count), self._workload.scored, ranks)
             held = self._through_the_end(kept)
         else:
-            kept, _ = self._run(range(cut.lower), False, ranks)
+            kept, _ = self._run(range(cut.lower), self._workload.scored, ranks)
             one = microbatch(self._workload, self._anatomy.hidden, labels=cut.upper is None)
             held = self._in_flight(kept) + Held(0, 2 * one.activations)
             if cut.upper is not None:
@@ -153,6 +153,9 @@ class Activations:
             if place in adapted
         }
         kept |= {section.inputs[place] for place, one in at_sites.items() if one.shares}
+        if self._workload.scored:
+            for place, site in self._places.of(block):
+                at_sites[place] = self._scored(site, at_sites.get(place, AtSite()))
         extra = sum(one.kept for one in at_sites.values())
         shared = {
             name: self._bytes(section, i)
@@ -179,6 +182,19 @@ class Activations:
             shares=not copies,
             passing=converted,
             input=back,
+        )
+
+    def _scored(self, site: Site, factors: AtSite) -> AtSite:
+        """Return the same with the site's output kept, which is measured on the way back.
+
+        It meets its gradient in the precision of the factors, once those have had theirs.
+        """
+        load, numbers = self._workload, site.m * self._tokens
+        copies = 1 + (load.factor_itemsize != load.itemsize)
+        return replace(
+            factors,
+            kept=factors.kept + numbers * load.itemsize,
+            passing=max(factors.passing, copies * numbers * load.factor_itemsize),
         )
 
     def _bytes(self, section: Section, storage: int) -> int:

@@ -11,17 +11,17 @@ from polyrank.planning.anatomy import ENTRY, Section, Size
 
 @dataclass(frozen=True)
 class AtSite:
-    """What factors at a site add to a backward pass, in bytes.
+    """What factors, or scoring, at a site add to a backward pass, in bytes.
 
     `kept` is what they keep of their own, freed with them; with `shares` they keep the very input
     of the site. `passing` is what their gradients take while they are made, `input` the gradient of
     the site's input, to which the frozen matrix's own will be added.
     """
 
-    kept: int
-    shares: bool
-    passing: int
-    input: int
+    kept: int = 0
+    shares: bool = False
+    passing: int = 0
+    input: int = 0
 
 
 def working_bytes(

@@ -16,6 +16,10 @@ class Workload:
     says whether FedProx's copy of the start is held too, and `dropout` whether LoRA's inputs are
     dropped out. `itemsize` is the bytes of a number of the base, `factor_itemsize` of the factors.
 
+    With `scored` some steps measure importance: memory is then that of such a step, in which every
+    site that a machine holds keeps its output and gradients go down to the first block; operations
+    and seconds are those of the others.
+
     Of split clients: `wire` is the number format on the link, `in_flight` how many microbatches are
     under way at once. `checkpointing` says whether blocks are computed again in the backward pass.
 
@@ -34,6 +38,7 @@ class Workload:
     in_flight: int = 2
     checkpointing: bool = False
     dropout: bool = False
+    scored: bool = False
 
     def __post_init__(self) -> None:
         least = {

@@ -1,0 +1,220 @@
+"""The search for a device's plan: which cuts, how deep, which ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+
+from polyrank.planning.cost import CostModel
+from polyrank.planning.devices import DeviceProfile
+from polyrank.planning.plan import Plan, PlanSettings
+from polyrank.planning.sharing import Sharing
+from polyrank.planning.spec import Site
+from polyrank.planning.split import Split
+
+MOST_OPTIONS = 16
+"""Cuts, and depths per cut, that are tried; deeper models are tried at evenly spread ones."""
+
+_TRIES = 4
+"""Budgets that are tried where ranks cost more together than was foreseen of each."""
+
+Ranks = Mapping[str, int]
+Predict = Callable[[DeviceProfile, Ranks, Split | None], Plan]
+
+
+class Search:
+    """The plans that are tried for devices, by one sharing of bytes among sites.
+
+    `units` are the bytes of one more rank per site, `share` those that the server has for the tail
+    of one client. With `shared` all clients have the same ranks at sites behind their cuts.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        settings: PlanSettings,
+        levels: tuple[int, ...],
+        units: Mapping[str, int],
+        sharing: Sharing,
+        predict: Predict,
+        *,
+        share: int,
+        shared: bool,
+    ):
+        self.sharing, self.levels = sharing, levels
+        self._cost, self._settings, self._units, self._predict = cost, settings, units, predict
+        self._share, self._shared = share, shared
+        self._sites = cost.spec.sites
+        self._limit = {site.name: min(site.shape) for site in self._sites}
+        self._tails: dict[Split, dict[str, int]] = {}
+        self._slopes: dict[tuple[object, ...], tuple[int, int]] = {}
+
+    # --- what is tried ---
+
+    @cached_property
+    def cuts(self) -> list[Split]:
+        """The cuts that may be, the fewest blocks at the client first."""
+        blocks, lowest = self._cost.spec.blocks, self._settings.lowest_cut
+        if not self._settings.u_shape:
+            return [Split(lower) for lower in range(lowest, blocks)]
+        return [Split(lower, blocks - 1) for lower in range(lowest, blocks - 1)]
+
+    def best(self, device: DeviceProfile) -> Plan | None:
+        """Return the plan worth most that is cut and fits all budgets; None if none does.
+
+        Of equal ones that with the most blocks at the client: it tells the server least. Of many
+        cuts evenly spread ones are tried, then those around the best of them.
+        """
+        tried = _spread(range(len(self.cuts)))
+        best = self.best_of(device, [self.cuts[i] for i in tried])
+        if best is None or len(tried) == len(self.cuts):
+            return best
+        at = tried.index(next(i for i in tried if self.cuts[i] == best.cut))
+        first, last = tried[max(0, at - 1)], tried[min(len(tried) - 1, at + 1)]
+        return self.best_of(device, self.cuts[first : last + 1])
+
+    def best_of(self, device: DeviceProfile, cuts: Sequence[Split | None]) -> Plan | None:
+        """Return the plan worth most at one of these cuts that fits all budgets."""
+        best: Plan | None = None
+        for cut in cuts:
+            for ranks in self._candidates(device, cut):
+                plan = self._predict(device, ranks, cut)
+                if self.excess(plan):
+                    continue
+                if best is None or self.worth(plan) >= self.worth(best):
+                    best = plan
+        return best
+
+    def least(self, device: DeviceProfile, cut: Split | None) -> list[Plan]:
+        """Return the least that a client can train at a cut: beside a tail nothing, else a site."""
+        tail = {} if cut is None else self.tail(cut)
+        options = [tail]
+        if not tail:
+            level = self.levels[0]
+            fit = [site for site in self._own(cut) if level <= self._limit[site.name]]
+            last = max((site.block for site in fit), default=0)
+            options = [{site.name: level} for site in fit if site.block == last]
+        return [self._predict(device, ranks, cut) for ranks in options]
+
+    def _own(self, cut: Split | None) -> list[Site]:
+        if cut is None:
+            return list(self._sites)
+        blocks = cut.at_client(self._cost.spec.blocks)
+        return [site for site in self._sites if site.block in blocks]
+
+    def _candidates(self, device: DeviceProfile, cut: Split | None) -> Iterator[dict[str, int]]:
+        """Yield ranks to try: the least that can be trained, then for each depth of backward."""
+        tail = {} if cut is None else self.tail(cut)
+        for plan in self.least(device, cut):
+            yield dict(plan.ranks)
+
+        def needed(ranks: Ranks) -> int:
+            return self._cost.memory(ranks, cut).total
+
+        for eligible in self._by_depth(self._own(cut)):
+            ranks = self._filled(needed, device.memory_bytes, eligible, ("client", cut))
+            if ranks:
+                yield {**ranks, **tail}
+
+    def _by_depth(self, sites: Sequence[Site]) -> list[list[Site]]:
+        """The sites from each depth on; where all steps go down to the first block, all at once."""
+        depths = sorted({site.block for site in sites})
+        if self._cost.workload.scored:
+            depths = depths[:1]
+        return [[site for site in sites if site.block >= depth] for depth in _spread(depths)]
+
+    def tail(self, cut: Split) -> dict[str, int]:
+        """Return the ranks behind the cut that one client's share of the server affords."""
+        if cut not in self._tails:
+            self._tails[cut] = self._tail(cut)
+        return self._tails[cut]
+
+    def _tail(self, cut: Split) -> dict[str, int]:
+        at_server = cut.at_server(self._cost.spec.blocks)
+        behind = [site for site in self._sites if site.block in at_server]
+        if self._shared and cut != self.cuts[0]:
+            everyone = self.tail(self.cuts[0])
+            return {s.name: everyone[s.name] for s in behind if s.name in everyone}
+
+        def needed(ranks: Ranks) -> int:
+            return self._cost.server_memory(ranks, cut).total
+
+        options = [
+            self._filled(needed, self._share, eligible, ("server", cut))
+            for eligible in self._by_depth(behind)
+        ]
+        return max(options, key=self.sharing.worth, default={})
+
+    # --- ranks that fill bytes ---
+
+    def _filled(
+        self,
+        needed: Callable[[Ranks], int],
+        budget: int,
+        eligible: Sequence[Site],
+        where: tuple[object, ...],
+    ) -> dict[str, int]:
+        """Return ranks at these sites that fill the bytes; twice, for what empty sites leave."""
+        found: dict[str, int] = {}
+        sites = tuple(site.name for site in eligible)
+        for _ in range(2):
+            none, more = self._slope(needed, sites, where)
+            share = sum(self._units[site] for site in sites)
+            units = {site: max(1, round(more * self._units[site] / share)) for site in sites}
+            ranks = self._fitting(needed, budget, budget - none, units)
+            if not ranks:
+                return found
+            if tuple(ranks) == sites:
+                return ranks
+            found, sites = ranks, tuple(ranks)
+        return found
+
+    def _slope(
+        self, needed: Callable[[Ranks], int], sites: tuple[str, ...], where: tuple[object, ...]
+    ) -> tuple[int, int]:
+        """Return the bytes with all these sites trained, less ranks, and those of one rank more."""
+        key = (*where, sites)
+        if key not in self._slopes:
+            one, two = (needed(dict.fromkeys(sites, rank)) for rank in (1, 2))
+            self._slopes[key] = (2 * one - two, two - one)
+        return self._slopes[key]
+
+    def _fitting(
+        self, needed: Callable[[Ranks], int], budget: int, left: int, units: Mapping[str, int]
+    ) -> dict[str, int]:
+        """Return ranks for the bytes left, fewer where they turn out to need more than foreseen."""
+        limit = {site: self._limit[site] for site in units}
+        for _ in range(_TRIES):
+            if left <= 0:
+                return {}
+            found = self.sharing.ranks(units, left, self.levels, limit)
+            ranks = {site: rank for site, rank in found.items() if rank}
+            over = needed(ranks) - budget
+            if over <= 0:
+                return ranks
+            left -= over
+        return {}
+
+    # --- judging ---
+
+    def worth(self, plan: Plan) -> tuple[float, float]:
+        """Return what plans are compared by."""
+        return self.sharing.worth(plan.ranks)
+
+    def excess(self, plan: Plan) -> dict[str, float]:
+        """Return the budgets that a plan exceeds, and what it would need of them."""
+        found: dict[str, float] = {}
+        if plan.memory.total > plan.device.memory_bytes:
+            found["memory"] = plan.memory.total
+        bound = self._settings.seconds
+        if bound is not None and plan.seconds.round > bound:
+            found["seconds"] = plan.seconds.round
+        return found
+
+
+def _spread(values: Sequence[int]) -> list[int]:
+    """Return at most `MOST_OPTIONS` of the values, the first and the last among them."""
+    if len(values) <= MOST_OPTIONS:
+        return list(values)
+    step = (len(values) - 1) / (MOST_OPTIONS - 1)
+    return sorted({values[round(i * step)] for i in range(MOST_OPTIONS)})
