@@ -80,8 +80,5 @@ class OwnAdapters:
     def importance(self, client: str) -> dict[str, float]:  # noqa: D102
         return self._importance[client].mean()
 
-    def discard(self, client: str) -> None:  # noqa: D102
-        self.cohort.zero_gradients([self._slots[client]])
-
     def _scored(self, request: Activations | Step) -> bool:
         return self._jobs[request.at.client].scoring.at(request.at.step)

@@ -122,9 +122,6 @@ class SharedAdapter:
     def importance(self, client: str) -> dict[str, float]:  # noqa: D102
         return self._importance[client].mean()
 
-    def discard(self, client: str) -> None:
-        """Drop nothing: what a client gave to a step stays in it."""
-
 
 def _union(jobs: Sequence[TailJob], sites: Mapping[Split, frozenset[str]]) -> Assignment:
     """Return the assignment of the shared set; RankError unless clients were dealt the same."""

@@ -133,16 +133,15 @@ class Tails:
         return [answers[i] for i in range(len(requests))]
 
     def leave(self, client: str) -> None:
-        """Discard what the unfinished work of a client has left here; finished work stays.
+        """Give up the unfinished work of a client, and its passes; finished work stays.
 
-        What it gave to the step of a shared set stays in it.
+        What it gave to the step of a shared set stays in it; a slot of its own steps no more.
         """
         session = self._sessions.get(client)
         if session is None or session.finished:
             return
         session.gone = True
         self._passes[session.job.cut].drop(client)
-        self._trainer.discard(client)
 
     def adapter(self, client: str) -> Adapter[Delta]:
         """Return what was trained of the client's sites here; FrameError if it is not finished."""

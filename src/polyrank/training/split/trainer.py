@@ -56,7 +56,3 @@ class Trainer(Protocol):
     def importance(self, client: str) -> dict[str, float]:
         """Return the mean score of a client's sites over its steps that were scored."""
         ...
-
-    def discard(self, client: str) -> None:
-        """Drop what a client's passes have added, if it is the client's alone."""
-        ...
