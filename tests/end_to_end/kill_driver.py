@@ -1,10 +1,10 @@
 """One small run, ended early at many moments and resumed each time; prints what came of it.
 
-    python kill_driver.py kill|full|steps FOLDER MOMENTS SEED [whole|own|shared]
+    python kill_driver.py kill|full|steps FOLDER MOMENTS SEED [whole|own|shared|planned]
 
 ``kill`` ends it by SIGKILL, ``steps`` too, but between steps of training only, and ``full`` lets
 the disk be full. Clients have whole models, or some are cut, with adapters of their own or a shared
-one at the server. Every run is a process of its own, forked after the imports. Moments are calls
+one at the server, or ranks and cuts are planned anew after rounds. Every run is a process of its own, forked after the imports. Moments are calls
 that write, move or delete files (before the call, and with the write half done) and steps of
 training; some kills come from outside at a random time instead. The hooks live here: the product
 knows nothing of them.
@@ -27,6 +27,7 @@ import torch
 
 import federations
 import models
+import plannings
 from polyrank.algebra import Adapter
 from polyrank.errors import ResourceError
 from polyrank.federation import Conduct, EarlyStopping, Faults, RunFolder, Sampling, storage
@@ -51,6 +52,11 @@ def setting(name: str) -> dict[str, object]:
     data = federations.clients()
     if name == "whole":
         return {"model": federations.one_block(), "data": data, "conduct": CONDUCT}
+    if name == "planned":
+        local = replace(federations.LOCAL, epochs=None, steps=2)
+        made = plannings.planning(deep(), data, conduct=CONDUCT, local=local, threshold=0.0)
+        given = {"model": deep(), "data": data, "conduct": CONDUCT, "local": local}
+        return {**given, "planning": replace(made, every=1), "fleet": made.fleet}
     ranks = {"own": (1, 2, 3), "shared": (2, 2, 2)}[name]
     types = {one: LoRAType(one, {"all": rank}) for one, rank in zip("abc", ranks, strict=True)}
     seen = sorted(id for id, client in data.items() if client.seen)
