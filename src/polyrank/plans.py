@@ -95,6 +95,7 @@ def _described(plan: Plan) -> dict[str, Any]:
             "gradients": plan.memory.gradients,
             "optimizer": plan.memory.optimizer,
             "activations": plan.memory.activations,
+            "temporary": plan.memory.temporary,
         },
         "operations_per_step": {"client": plan.operations.client, "server": plan.operations.server},
         "wire_bytes_per_step": {"up": plan.wire.up, "down": plan.wire.down},

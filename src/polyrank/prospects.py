@@ -8,7 +8,7 @@ from rich.table import Table
 
 from polyrank import report
 from polyrank.planning import Plan
-from polyrank.planning.plan import mebibytes
+from polyrank.planning.plan import in_units
 from polyrank.plans import Prospect
 
 
@@ -28,11 +28,11 @@ def table(prospect: Prospect) -> Table:
             str(counts[name]),
             _ranks(plan) if plan.feasible else "none: refused",
             report.hosted(plan.cut, prospect.blocks),
-            mebibytes(plan.memory.total),
-            mebibytes(plan.device.memory_bytes),
+            in_units(plan.memory.total),
+            in_units(plan.device.memory_bytes),
             f"{plan.operations.client / 1e9:.4g}",
-            mebibytes(plan.wire.up + plan.wire.down) if plan.cut else "–",
-            mebibytes(plan.adapters.up + plan.adapters.down),
+            in_units(plan.wire.up + plan.wire.down) if plan.cut else "–",
+            in_units(plan.adapters.up + plan.adapters.down),
             f"{plan.seconds.round:.4g}" if not plan.seconds.ignored else "–",
         )
     return made

@@ -59,20 +59,25 @@ def _central(rule: str) -> dict[str, Any]:
 
 
 _WEAKEST = {"fleet.force": "weakest"}
+_UNSCORED = {"plan.importance": "none"}
+"""With a [plan], ranks that a budget affords, spread evenly and kept: methods of fixed ranks."""
 _HSPLITLORA = _federated("flora")
 
 BASELINES: Mapping[str, Baseline] = {
     one.name: one
     for one in (
-        Baseline("splitlora", {**_federated("fedit"), "split.adapters": "shared"}, _WEAKEST, True),
+        Baseline(
+            "splitlora",
+            {**_federated("fedit"), "split.adapters": "shared", **_UNSCORED},
+            _WEAKEST,
+            True,
+        ),
         Baseline("cenlora", _central("fedit")),
         Baseline("ft", _central("full")),
-        Baseline("hetlora", _federated("hetlora")),
-        Baseline("fedlora", {**_federated("fedit"), "fleet.cuts": None}, _WEAKEST),
+        Baseline("hetlora", {**_federated("hetlora"), **_UNSCORED}),
+        Baseline("fedlora", {**_federated("fedit"), "fleet.cuts": None, **_UNSCORED}, _WEAKEST),
         Baseline("hsplitlora", _HSPLITLORA, plan=True),
-        Baseline(
-            "hsplitlora:no-importance", {**_HSPLITLORA, "plan.importance": "none"}, plan=True
-        ),
+        Baseline("hsplitlora:no-importance", {**_HSPLITLORA, **_UNSCORED}, plan=True),
         Baseline("hsplitlora:no-adaptation", _HSPLITLORA, _WEAKEST, plan=True),
         Baseline(
             "hsplitlora:no-exact-sum",

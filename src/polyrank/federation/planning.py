@@ -136,14 +136,19 @@ class Planning:
         return Importance(now, now if anew else known.planned)
 
     def most(self, spec: FleetSpec) -> FleetSpec:
-        """Return what a rule is told of a fleet of which any site may come to have any level."""
+        """Return what a rule is told of a fleet of which any site may come to have any level.
+
+        Where nothing is scored, plans are never made anew, and it is told of their ranks alone.
+        """
+        if self.metric is None:
+            return spec
         levels = self.planner.levels(list(self.devices.values()))
         model = self.planner.spec
         largest = {site.name: min(levels[-1], *site.shape) for site in model.sites}
         return replace(
             spec,
             shapes=dict(model.shapes),
-            ranks={**spec.ranks, "any that may be planned": largest},
+            ranks={**spec.ranks, "any that is planned anew, by plan.importance": largest},
             server_rank={
                 site: max(rank, spec.server_rank.get(site, 0)) for site, rank in largest.items()
             },

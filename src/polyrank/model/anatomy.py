@@ -122,6 +122,7 @@ def anatomy_of(
 
 
 def _anatomy(module: PreTrainedModel) -> Anatomy:
+    _refuse_experts(module)
     blocks = find_blocks(module)
     kinds = _kinds(module, blocks)
     distinct = list(dict.fromkeys(kinds))
@@ -157,6 +158,19 @@ def _anatomy(module: PreTrainedModel) -> Anatomy:
         last=sum(ends[1].values()),
         tied=sum(count for key, count in ends[0].items() if key in ends[1]),
     )
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def _refuse_experts(module: PreTrainedModel) -> None:
+    """Raise ModelError for a mixture of experts."""
+    config = module.config.get_text_config()
+    if any((getattr(config, key, None) or 0) > 1 for key in _EXPERTS):
+        raise ModelError(
+            f"{type(module).__name__}: a mixture of experts; what it computes depends on the "
+            "tokens, so its costs cannot be foreseen. Give every client its ranks yourself"
+        )
 
 
 def _kinds(module: PreTrainedModel, blocks: Blocks) -> list[object]:

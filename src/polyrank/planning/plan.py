@@ -86,6 +86,7 @@ def planned_fleet(fleet: Fleet, plans: Mapping[str, Plan]) -> Fleet:
     )
 
 
-def mebibytes(count: int) -> str:
+def in_units(count: int) -> str:
     """Return bytes as text, e.g. ``512.0 MiB``."""
-    return f"{count / 2**20:.1f} MiB"
+    power = min(3, max(1, (count.bit_length() - 1) // 10))
+    return f"{count / 2 ** (10 * power):.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"

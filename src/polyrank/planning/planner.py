@@ -11,7 +11,7 @@ from polyrank.planning.cost import CostModel
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.importance import Scores
 from polyrank.planning.levels import derived_levels
-from polyrank.planning.plan import Plan, PlanSettings, mebibytes
+from polyrank.planning.plan import Plan, PlanSettings, in_units
 from polyrank.planning.search import Ranks, Search
 from polyrank.planning.sharing import ByImportance, Even, Sharing
 from polyrank.planning.spec import ModelSpec
@@ -24,6 +24,8 @@ class Planner:
     `server` trains the tails of split clients, `at_once` of them at a time, in what its memory
     leaves beside the base; with `shared` one set of factors serves them all. `steps` are a client's
     optimizer steps in a round.
+
+    Raises RecipeError if no cut is possible, where some may be made.
     """
 
     def __init__(
@@ -39,6 +41,13 @@ class Planner:
     ):
         self.spec, self.cost, self.settings = spec, cost, settings
         self.server, self._steps, self._at_once, self._shared = server, steps, at_once, shared
+        lowest, most = settings.lowest_cut, spec.blocks - 1 - settings.u_shape
+        if settings.cuts != "none" and lowest > most:
+            raise RecipeError(
+                f"plan.lowest_cut: {lowest} of {spec.blocks} blocks at the client leave none to "
+                f"the server{' in a U-shape' if settings.u_shape else ''}; lower it, or set "
+                'plan.cuts = "none"'
+            )
 
     def plans(
         self, devices: Mapping[str, DeviceProfile], known: Scores | Sharing | None = None
@@ -114,7 +123,7 @@ class Planner:
             return "cut: the whole model would leave less for ranks"
         needed = min((plan.memory.total for plan in search.least(device, None)), default=0)
         if needed > device.memory_bytes:
-            return f"cut: the whole model needs {mebibytes(needed)}"
+            return f"cut: the whole model needs {in_units(needed)}"
         return "cut: the whole model takes too long for a round"
 
     def _predicted(self, device: DeviceProfile, ranks: Ranks, cut: Split | None) -> Plan:
@@ -143,8 +152,8 @@ class Planner:
         if "memory" in change:
             reasons.append(
                 f"memory: the least that can be trained ({_where(plan.cut)}) needs "
-                f"{mebibytes(plan.memory.total)}, the device has "
-                f"{mebibytes(device.memory_bytes)}: {plan.memory.total - device.memory_bytes} "
+                f"{in_units(plan.memory.total)}, the device has "
+                f"{in_units(device.memory_bytes)}: {plan.memory.total - device.memory_bytes} "
                 "bytes too few"
             )
         if "seconds" in change:
