@@ -12,16 +12,21 @@ from polyrank.errors import RecipeError
 from polyrank.federation import ClientWork, Planning, planner_of, prepare
 from polyrank.federation.planning import Importance
 from polyrank.model import LoadedModel
-from polyrank.planning import Fleet, Plan
+from polyrank.planning import Fleet, ModelSpec, Plan
 
 
 @dataclass(frozen=True)
 class Prospect:
-    """What a recipe's clients would do in their first round, by device, and who has which."""
+    """What a recipe's clients would do in their first round, by device, and who has which.
+
+    `levels` are the ranks that plans choose from, `scored` says whether importance is measured.
+    """
 
     plans: Mapping[str, Plan]
     devices: Mapping[str, str]
-    blocks: int
+    spec: ModelSpec
+    levels: tuple[int, ...]
+    scored: bool
 
     @property
     def feasible(self) -> bool:
@@ -79,7 +84,13 @@ def prospect(recipe: Recipe) -> Prospect:
     model = recipe.model.load_bare()
     work, _ = prepare(clients, model, recipe.data.encoding())
     planning = planning_of(recipe, model, fleet, work)
-    return Prospect(planning.plans(Importance()), dict(fleet.at(1)), model.spec.blocks)
+    return Prospect(
+        planning.plans(Importance()),
+        dict(fleet.at(1)),
+        model.spec,
+        planning.planner.levels(list(planning.devices.values())),
+        planning.planner.cost.workload.scored,
+    )
 
 
 def _described(plan: Plan) -> dict[str, Any]:

@@ -113,11 +113,19 @@ def test_the_json_says_of_every_client_what_it_trains_and_what_that_takes(recipe
 def test_the_table_says_it_for_people(recipe):
     done = polyrank("plan", recipe)
     assert done.code == 0
-    assert widest(done.out) <= 120
-    (phone,) = [line for line in lines_with(done.out, "phone") if "block 0 of 4" in line]
-    assert re.search(r"phone +2 ", phone)
-    assert re.search(r"\d\d\.\d KiB +50\.0 KiB", phone)
-    assert lines_with(done.out, "phone", "cut")
+    table, _, remarks = done.out.partition("ranks: ")
+    assert widest(table) <= 120
+    (phone,) = lines_with(table, "phone", "block 0 of 4")
+    assert re.search(r"phone +2 +block 0 of 4 +\d × \d.* KiB +50\.0 KiB ", phone)
+    assert lines_with(table, "laptop", "2", "whole", "–")
+    (cut,) = lines_with(remarks, "phone: cut: the whole model needs")
+    assert "its budget" in cut
+    assert "the server's memory" in cut
+    assert lines_with(remarks, "laptop: whole; ranks there are held down by its budget")
+    rich = polyrank("plan", recipe, "devices.laptop.memory='1 GiB'", "plan.server=").out
+    assert lines_with(rich, "laptop: whole", "the top level, 4")
+    assert lines_with(rich, "phone: cut", "at the server by the top level, 4")
+    assert lines_with(rich, "times leave out what is not given: server.flops")
 
 
 def test_what_a_run_has_is_what_was_explained(recipe, run):

@@ -211,3 +211,104 @@ def test_planning_needs_no_weights() -> None:
     one, other = (CostModel(anatomy_of(m), spec, WORK) for m in (module, bare))
     ranks = dict.fromkeys(spec.shapes, 3)
     assert one.memory(ranks, Split(2)) == other.memory(ranks, Split(2))
+
+
+def test_a_server_that_cannot_hold_base_and_tails_cuts_nobody() -> None:
+    last = replace(LEVELS, lowest_cut=3)
+    plans = planner(last)
+    own = [site.name for site in plans.spec.sites if site.block == 2]
+    memory = min(plans.cost.memory({site: 1}, Split(3)).total for site in own)
+    base = plans.cost.memory({}, None).weights
+    has = base + 4 * plans.cost.server_memory({}, Split(3)).total - 100
+    refused = planned(planner(last, server=DeviceProfile("server", has)), memory)
+    assert not refused.feasible
+    assert refused.reason.startswith("server: the base and the tails of 4 clients need")
+    assert refused.change == {"server": has + 100}
+    enough = planned(planner(last, server=DeviceProfile("server", has + 100)), memory)
+    assert (enough.feasible, enough.cut) == (True, Split(3))
+    assert not planned(planner(last, server=DeviceProfile("server", has + 99)), memory).feasible
+    whole = planned(planner(last, server=DeviceProfile("server", has)), whole_at(plans, 2))
+    assert (whole.feasible, whole.cut) == (True, None)
+
+
+def test_no_cut_at_all_is_refused_before_anything_is_planned() -> None:
+    with pytest.raises(RecipeError, match=r"plan\.lowest_cut: 4 of 4 blocks"):
+        planner(replace(LEVELS, lowest_cut=4))
+    with pytest.raises(RecipeError, match=r"plan\.lowest_cut: 3 of 4 blocks.*U-shape"):
+        planner(replace(LEVELS, lowest_cut=3, u_shape=True))
+    assert planner(replace(LEVELS, lowest_cut=4, cuts="none"))
+
+
+def test_levels_above_every_matrix_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"plan\.levels: the smallest, 17"):
+        planned(planner(PlanSettings(levels=(17,))), 2**40)
+
+
+def deep(settings: PlanSettings = LEVELS, **load: object) -> Planner:
+    """A planner of 40 blocks, of which not every cut is tried at first."""
+    module = tiny("llama", num_hidden_layers=40)
+    spec = describe(module)
+    cost = CostModel(anatomy_of(module), spec, replace(WORK, **load))  # type: ignore[arg-type]
+    return Planner(spec, cost, settings, ROOMY, steps=10, at_once=4)
+
+
+def test_of_plans_worth_the_same_that_with_the_most_blocks_at_the_client_is_taken() -> None:
+    """Behind an unlimited server all ranks are the largest: what is left decides the cut."""
+    plans = deep(scored=True)  # Fewer depths to try, so quicker.
+    full = dict.fromkeys(plans.spec.shapes, 8)
+    for lower in (5, 17, 30):
+        device = DeviceProfile("d", plans.cost.memory(full, Split(lower)).total)
+        assert plans.plans({"d": device})["d"].cut == Split(lower)
+        gains = {site: 1.0 / (3 + i) for i, site in enumerate(plans.spec.shapes)}
+        plan = plans.plans({"d": device}, gains)["d"]
+        assert plan.cut == Split(lower), "sums of the same numbers in another order are the same"
+
+
+def test_where_scoring_goes_down_to_the_first_block_plans_fit_that() -> None:
+    plain, scored = deep(), deep(scored=True)
+    device = DeviceProfile("d", plain.cost.memory(dict.fromkeys(plain.spec.shapes, 2), None).total)
+    less, more = (plans.plans({"d": device})["d"] for plans in (scored, plain))
+    assert less.memory.total <= device.memory_bytes
+    assert less.memory == scored.cost.memory(less.ranks, less.cut)
+    assert less.cut is not None
+    assert less.cut.lower < (more.cut.lower if more.cut else 40)
+
+
+def test_checkpointed_plans_fill_their_budget_too() -> None:
+    """There the block that is computed again takes the most, so that ranks cost more together."""
+    plans = deep(replace(LEVELS, cuts="none"), checkpointing=True)
+    device = DeviceProfile("d", plans.cost.memory(dict.fromkeys(plans.spec.shapes, 2), None).total)
+    one, *others = plans.spec.shapes
+    plan = plans.plans({"d": device}, {one: 9.0, **dict.fromkeys(others, 1.0)})["d"]
+    assert plan.feasible
+    assert 0.9 * device.memory_bytes < plan.memory.total <= device.memory_bytes
+
+
+def test_sites_without_a_score_count_as_the_least_important() -> None:
+    plans = planner(replace(LEVELS, cuts="none"))
+    first, second, *others = plans.spec.shapes
+    device = DeviceProfile("d", whole_at(plans, 2))
+    some = plans.plans({"d": device}, {first: 5.0, second: 1.0})["d"]
+    assert (
+        some
+        == plans.plans({"d": device}, {**dict.fromkeys(others, 1.0), first: 5.0, second: 1.0})["d"]
+    )
+
+
+def test_one_set_at_the_server_has_one_rank_per_site() -> None:
+    module = tiny("llama", num_hidden_layers=4)
+    spec = describe(module)
+    cost = CostModel(anatomy_of(module), spec, WORK)
+    base, tail = cost.memory({}, None).weights, dict.fromkeys(spec.shapes, 2)
+    server = DeviceProfile("server", base + 4 * cost.server_memory(tail, Split(1)).total)
+    full = dict.fromkeys(spec.shapes, 8)
+    budgets = {"d1": cost.memory({}, Split(1)).total, "d2": cost.memory(full, Split(2)).total}
+    heads = {name: DeviceProfile(name, memory) for name, memory in budgets.items()}
+    top = {s.name for s in spec.sites if s.block >= 2}
+    found = {}
+    for shared in (False, True):
+        made = Planner(spec, cost, LEVELS, server, steps=1, at_once=4, shared=shared).plans(heads)
+        assert {name: plan.cut for name, plan in made.items()} == {"d1": Split(1), "d2": Split(2)}
+        found[shared] = [{s: made[d].ranks.get(s, 0) for s in top} for d in sorted(made)]
+    assert found[True][0] == found[True][1]
+    assert found[False][0] != found[False][1]

@@ -53,7 +53,7 @@ class Plan:
     `memory`, `seconds`, `operations`, `wire` (a step's) and `adapters` (a round's) are predictions;
     where the plan is not feasible they are those of the least that a client could do. `reason` says
     why it is cut, or which budget fails and by how much; `change` is then the smallest that would
-    let it in: new values of ``memory`` (bytes) and ``seconds`` (of a round).
+    let it in: new values of ``memory`` and ``server`` (bytes) and ``seconds`` (of a round).
     """
 
     device: DeviceProfile

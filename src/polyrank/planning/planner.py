@@ -69,7 +69,9 @@ class Planner:
             self._units,
             sharing,
             self._predicted,
-            share=(self.server.memory_bytes - self._base) // self._at_once,
+            server=self.server.memory_bytes,
+            base=self._base,
+            at_once=self._at_once,
             shared=self._shared,
         )
         return {name: self._plan(search, device) for name, device in devices.items()}
@@ -156,6 +158,12 @@ class Planner:
                 f"{in_units(device.memory_bytes)}: {plan.memory.total - device.memory_bytes} "
                 "bytes too few"
             )
+        if "server" in change:
+            reasons.append(
+                f"server: the base and the tails of {self._at_once} clients need "
+                f"{in_units(int(change['server']))}, plan.server has "
+                f"{in_units(self.server.memory_bytes)}"
+            )
         if "seconds" in change:
             reasons.append(
                 f"time: a round of it takes {plan.seconds.round:.4g} s, allowed are "
@@ -167,7 +175,8 @@ class Planner:
         """By what factor the budgets would have to grow, at most; then the bytes."""
         excess = search.excess(plan)
         budgets = {
-            "memory": max(1, plan.device.memory_bytes),
+            "memory": plan.device.memory_bytes,
+            "server": self.server.memory_bytes,
             "seconds": self.settings.seconds or 1.0,
         }
         return max((excess[key] / budgets[key] for key in excess), default=1.0), plan.memory.total

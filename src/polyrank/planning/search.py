@@ -25,8 +25,9 @@ Predict = Callable[[DeviceProfile, Ranks, Split | None], Plan]
 class Search:
     """The plans that are tried for devices, by one sharing of bytes among sites.
 
-    `units` are the bytes of one more rank per site, `share` those that the server has for the tail
-    of one client. With `shared` all clients have the same ranks at sites behind their cuts.
+    `units` are the bytes of one more rank per site. The server holds the `base` and the tails of
+    `at_once` clients in `server` bytes. With `shared` all clients have the same ranks at sites
+    behind their cuts.
     """
 
     def __init__(
@@ -38,15 +39,18 @@ class Search:
         sharing: Sharing,
         predict: Predict,
         *,
-        share: int,
+        server: int,
+        base: int,
+        at_once: int,
         shared: bool,
     ):
         self.sharing, self.levels = sharing, levels
         self._cost, self._settings, self._units, self._predict = cost, settings, units, predict
-        self._share, self._shared = share, shared
+        self._server, self._base, self._at_once, self._shared = server, base, at_once, shared
         self._sites = cost.spec.sites
         self._limit = {site.name: min(site.shape) for site in self._sites}
         self._tails: dict[Split, dict[str, int]] = {}
+        self._needs: dict[Split, int] = {}
         self._slopes: dict[tuple[object, ...], tuple[int, int]] = {}
 
     # --- what is tried ---
@@ -136,14 +140,22 @@ class Search:
             everyone = self.tail(self.cuts[0])
             return {s.name: everyone[s.name] for s in behind if s.name in everyone}
 
+        share = (self._server - self._base) // self._at_once
+
         def needed(ranks: Ranks) -> int:
             return self._cost.server_memory(ranks, cut).total
 
         options = [
-            self._filled(needed, self._share, eligible, ("server", cut))
+            self._filled(needed, share, eligible, ("server", cut))
             for eligible in self._by_depth(behind)
         ]
         return max(options, key=self.sharing.worth, default={})
+
+    def _needed_at_server(self, cut: Split) -> int:
+        if cut not in self._needs:
+            tail = self._cost.server_memory(self.tail(cut), cut).total
+            self._needs[cut] = self._base + self._at_once * tail
+        return self._needs[cut]
 
     # --- ranks that fill bytes ---
 
@@ -206,6 +218,8 @@ class Search:
         found: dict[str, float] = {}
         if plan.memory.total > plan.device.memory_bytes:
             found["memory"] = plan.memory.total
+        if plan.cut is not None and self._needed_at_server(plan.cut) > self._server:
+            found["server"] = self._needed_at_server(plan.cut)
         bound = self._settings.seconds
         if bound is not None and plan.seconds.round > bound:
             found["seconds"] = plan.seconds.round
