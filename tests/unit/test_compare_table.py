@@ -2,8 +2,10 @@ import copy
 from io import StringIO
 from typing import Any
 
+import pytest
 from rich.console import Console
 
+from polyrank.compare.results import _benchmark as over_seeds
 from polyrank.compare.table import markdown, sheets
 from runs import lines_with, widest
 
@@ -137,3 +139,76 @@ def test_markdown_has_the_same_cells(tmp_path: object) -> None:
     assert lines_with(text, "| fe\\|dit | 0.001 | 1.500 ± 0.062 | −0.500 ± 0.031 |")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({row.replace("\\|", "").count("|") for row in rows[:4]}) == 1
+
+
+def held_out(perplexity: float | None = 4.5, **changes: Any) -> dict[str, Any]:
+    scores = {"perplexity": perplexity, "bleu": 61.25, "nist": 7.125, "rouge_l": 0.625}
+    spent = {"rounds": 4.0, "bytes": 2**20 * 12.5, "seconds": 90.0, "modelled_seconds": None}
+    spread = {"perplexity": 0.25, "bleu": 1.5, "nist": 0.5, "rouge_l": 0.125}
+    return {"mean": scores, "spread": spread, "to_target": spent, "reached": 3} | changes
+
+
+def with_benchmark(*methods: dict[str, Any], target: float | None) -> dict[str, Any]:
+    found = results(*methods, benchmark={"target": target})
+    found["base"]["benchmark"] = held_out(150.0, to_target=None, reached=0)
+    return found
+
+
+def test_a_benchmark_is_a_table_where_the_recipe_has_one() -> None:
+    found = with_benchmark(method("flora", benchmark=held_out()), target=None)
+    text = shown(found)
+    assert lines_with(text, "base, untrained", "150.00 ± 0.25")
+    assert lines_with(text, "flora", "4.50 ± 0.25", "61.2 ± 1.5", "7.12 ± 0.50", "0.625 ± 0.125")
+    assert "target" not in text
+    assert widest(text) <= 100
+    assert "benchmark" not in shown(results(method("flora"), benchmark=None))
+    assert "benchmark" not in shown(results(method("flora")))  # A comparison of before.
+
+
+def test_a_target_is_told_with_the_runs_that_reached_it() -> None:
+    some = held_out(reached=2)
+    never = held_out(reached=0, to_target=dict.fromkeys(held_out()["to_target"]))
+    found = with_benchmark(
+        method("flora", benchmark=held_out()),
+        method("fedit", benchmark=some),
+        method("hetlora", benchmark=never),
+        method("flexlora", benchmark=None, runs=[]),
+        target=5.0,
+    )
+    text = shown(found)
+    assert lines_with(text, "flora", "4.0 ", "12.5", "90 s")
+    assert lines_with(text, "fedit", "4.0 (2/3)", "12.5")
+    [unreached] = lines_with(text, "hetlora", "4.50 ± 0.25")
+    assert unreached.count("–") == 3
+    assert lines_with(text, "flexlora")[-1].count("–") == 7
+    assert "a perplexity of 5 " in text
+    assert widest(text) <= 100
+
+
+def test_a_modelled_time_never_stands_beside_a_measured_one() -> None:
+    spent = {**held_out()["to_target"], "modelled_seconds": 600.0}
+    found = with_benchmark(
+        method("flora", benchmark=held_out(to_target=spent)),
+        method("cenlora", benchmark=held_out()),
+        target=5.0,
+    )
+    text = shown(found)
+    assert lines_with(text, "rounds", "MiB", "modelled")
+    assert lines_with(text, "flora", "12.5", "10 min")
+    assert "90 s" not in text
+
+
+def test_what_a_target_took_is_a_mean_over_the_runs_that_reached_it() -> None:
+    never = dict.fromkeys(("rounds", "bytes", "seconds", "modelled_seconds"))
+    taken = [{**never, "rounds": 2, "bytes": 100}, {**never, "rounds": 4, "bytes": 300}, never]
+    runs = [
+        {"benchmark": {"perplexity": value}, "to_target_perplexity": spent}
+        for value, spent in zip((4.0, 5.0, 9.0), taken, strict=True)
+    ]
+    found = over_seeds(runs)
+    assert found is not None
+    assert found["reached"] == 2
+    assert found["to_target"] == {**never, "rounds": 3.0, "bytes": 200.0}
+    assert found["mean"] == {"perplexity": 6.0, "bleu": None, "nist": None, "rouge_l": None}
+    assert found["spread"]["perplexity"] == pytest.approx(7**0.5)
+    assert over_seeds([{"benchmark": None}]) is None

@@ -9,7 +9,7 @@ import pytest
 from polyrank.aggregation import SiteReport
 from polyrank.errors import RunError
 from polyrank.federation import RoundRecord
-from polyrank.federation.records import summary, to_target
+from polyrank.federation.records import summary, to_target, to_target_perplexity
 from polyrank.federation.round import Receipt
 
 SECONDS = {"train": 1.0, "merge": 0.5, "evaluate": 0.5, "total": 2.0}
@@ -95,6 +95,37 @@ def test_the_target_counts_everything_up_to_the_round_that_reached_it():
     assert to_target(records, None) is None
 
 
+def test_the_target_perplexity_counts_the_same_and_the_modelled_seconds() -> None:
+    found: list[float | None] = [None, 9.0, None, 5.0, 4.0]
+    records = [
+        record(
+            round=number,
+            benchmark=None if value is None else {"loss": 1.0, "perplexity": value},
+            modelled_seconds=2.0 * number,
+        ).to_json()
+        for number, value in enumerate(found, start=1)
+    ]
+    spent = {"rounds": 4, "bytes": 4 * 320, "seconds": 8.0, "modelled_seconds": 20.0}
+    assert to_target_perplexity(records, 5.0) == {"perplexity": 5.0, **spent}
+    records[1]["modelled_seconds"] = None
+    without = to_target_perplexity(records, 5.0)
+    assert without is not None
+    assert without["modelled_seconds"] is None
+    assert to_target_perplexity(records, None) is None
+    never = to_target_perplexity(records, 3.0)
+    assert never == {"perplexity": 3.0, **dict.fromkeys(spent)}
+    del records[0]["benchmark"]  # A record of before there were any.
+    assert to_target_perplexity(records, 5.0) == without
+
+
+def test_a_line_tells_the_perplexity_where_it_was_measured() -> None:
+    measured = record(benchmark={"loss": 1.5, "perplexity": 4.48169})
+    assert "perplexity 4.482" in str(measured)
+    assert "perplexity" not in str(record())
+    diverged = record(benchmark={"loss": None, "perplexity": None})
+    assert "perplexity" not in str(diverged)
+
+
 def test_a_summary_holds_what_readers_rely_on():
     group = {"loss": 1.0, "loss_se": 0.1, "exact_match": 0.5, "rouge_l": 0.6, "clients": 3}
     scores = {"seen": group, "unseen": {**group, "loss": 2.0}, "per_category": {"a": {}}}
@@ -118,4 +149,24 @@ def test_a_summary_holds_what_readers_rely_on():
         for who in ("seen", "unseen"):
             assert {"loss", "exact_match", "rouge_l"} <= set(made[when][who])
     assert made["per_category"] == {"a": {}}
+    assert "benchmark" not in made
     json.dumps(made, allow_nan=False)
+
+
+def test_a_summary_tells_of_the_benchmark_without_the_texts() -> None:
+    group = {"loss": 1.0, "loss_se": 0.1, "exact_match": 0.5, "rouge_l": 0.6, "clients": 3}
+    scores = {"seen": group, "unseen": group, "per_category": {}}
+    base, final = ({"perplexity": value, "texts": [{"text": "long"}]} for value in (9.0, 4.0))
+    made = summary(
+        method="flora",
+        records=[record(benchmark={"loss": 1.4, "perplexity": 4.0}).to_json()],
+        base={**scores, "benchmark": base},
+        final={**scores, "benchmark": final},
+        target=None,
+        target_perplexity=4.5,
+        stopped=None,
+        result_round=1,
+        adapter_lost=0.0,
+    )
+    assert made["benchmark"] == {"base": {"perplexity": 9.0}, "final": {"perplexity": 4.0}}
+    assert made["to_target_perplexity"]["bytes"] == 320

@@ -183,44 +183,52 @@ def _texts(scores: Mapping[str, Any]) -> list[str]:
 def _benchmark(results: Mapping[str, Any]) -> Sheet:
     """Scores on held-out sources, and what it took to the target perplexity, if there is one."""
     seeds, target = len(results["seeds"]), results["benchmark"]["target"]
-    ends = [] if target is None else ["rounds to\ntarget", "MiB to\ntarget", "time to\ntarget"]
-    nobody = {"label": "base, untrained", "benchmark": results["base"]["benchmark"], "runs": []}
-    rows = []
-    for one in [nobody, *results["methods"]]:
-        label = _label(one, seeds) if one is not nobody else one["label"]
+    methods = results["methods"]
+    clock = "seconds"
+    if any(one["benchmark"] and _modelled(one["benchmark"]) is not None for one in methods):
+        clock = "modelled_seconds"
+    ends = [f"{what}\nto target" for what in ("rounds", "MiB", _CLOCKS[clock])]
+    ends = [] if target is None else ends
+    rows = [["base, untrained", *_held_out(results["base"]["benchmark"]), *[""] * len(ends)]]
+    for one in methods:
         found = one["benchmark"]
-        if found is None:
-            rows.append([label, *["–"] * (4 + len(ends))])
-            continue
-        cells = [
-            _pm(found["mean"][key], found["spread"][key], digits=digits)
-            for key, digits in (("perplexity", 2), ("bleu", 2), ("nist", 3), ("rouge_l", 3))
-        ]
-        spent = found["to_target"]
-        if target is not None and one is not nobody:
-            cells += _to_target(spent, found["reached"], len(one["runs"]))
-        rows.append([label, *cells, *[""] * (4 + len(ends) - len(cells))])
+        spent = _to_target(found, len(one["runs"]), clock) if ends else []
+        rows.append([_label(one, seeds), *_held_out(found), *spent])
     notes = ["perplexity: lower is better; BLEU, NIST, ROUGE-L: higher; ±: the spread over seeds"]
     if target is not None:
         notes.append(
-            f"to target: until a perplexity of {target:g} between the rounds, the mean of the runs "
-            "that reached it (how many of them, where not all); the time is the cost model's where "
-            "it has one, otherwise this machine's"
+            f"to target: until a perplexity of {target:g} was measured between the rounds, the "
+            "mean of the runs that reached it (how many of them, where not all)"
         )
     names = ["method", "perplexity", "BLEU", "NIST", "ROUGE-L", *ends]
     return Sheet("benchmark, sources of no client, after the last round", names, rows, notes)
 
 
-def _to_target(spent: Mapping[str, Any] | None, reached: int, runs: int) -> list[str]:
-    if not spent or not reached:
+_CLOCKS = {"seconds": "time", "modelled_seconds": "modelled"}
+
+
+def _modelled(found: Mapping[str, Any]) -> float | None:
+    return found["to_target"]["modelled_seconds"] if found["to_target"] else None
+
+
+def _held_out(found: Mapping[str, Any] | None) -> list[str]:
+    """The scores; dashes for a method without a finished run."""
+    digits = {"perplexity": 2, "bleu": 1, "nist": 2, "rouge_l": 3}
+    if found is None:
+        return ["–"] * len(digits)
+    return [_pm(found["mean"][key], found["spread"][key], digits=n) for key, n in digits.items()]
+
+
+def _to_target(found: Mapping[str, Any] | None, runs: int, clock: str) -> list[str]:
+    """Rounds, MiB and time; a method without that clock (nothing is modelled of it) has no time."""
+    if found is None or not found["to_target"] or not found["reached"]:
         return ["–", "–", "–"]
-    some = "" if reached == runs else f" ({reached}/{runs})"
-    seconds = spent["modelled_seconds"]
-    modelled = spent["seconds"] if seconds is None else seconds
+    spent, seconds = found["to_target"], found["to_target"][clock]
+    some = "" if found["reached"] == runs else f" ({found['reached']}/{runs})"
     return [
         f"{spent['rounds']:.1f}{some}",
         f"{spent['bytes'] / 2**20:.1f}",
-        report.duration(modelled),
+        "–" if seconds is None else report.duration(seconds),
     ]
 
 

@@ -162,8 +162,13 @@ class Recipe(Section):
         self.conduct()
         if self.benchmark is not None:
             self.benchmark.build()
-        elif self.target_perplexity is not None:
-            raise RecipeError("target_perplexity: needs [benchmark] with a validation source")
+        if self.target_perplexity is not None and (
+            self.benchmark is None or not self.benchmark.validation or not self.benchmark.every
+        ):
+            raise RecipeError(
+                "target_perplexity: needs the perplexity between the rounds; give "
+                "benchmark.validation, and benchmark.every above 0"
+            )
         self.local.build()
         self._fleet().check((self.fleet.force, self.control))
         own_devices(self.devices)

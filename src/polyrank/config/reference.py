@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 
@@ -42,7 +43,11 @@ def page() -> str:
     ]
     parts = [HEAD, "## At the top\n", *_table(Recipe)]
     for name, section in sections:
-        parts += [f"\n## [{name}]\n", f"{section.__doc__}\n", *_table(section)]
+        parts += [
+            f"\n## [{name}]\n",
+            f"{inspect.cleandoc(section.__doc__ or '')}\n",
+            *_table(section),
+        ]
     return "\n".join(parts) + "\n"
 
 
