@@ -43,7 +43,10 @@ def mistake(path: Path, *overrides: str) -> str:
         ("local.lrr=1", "local.lrr: unknown key; did you mean local.lr?"),
         ("locl.lr=1", "locl: unknown key; did you mean local?"),
         ("lr=1", "lr: unknown key; did you mean local.lr?"),
-        ("batch=1", "batch: unknown key; did you mean local.batch or evaluation.batch?"),
+        (
+            "batch=1",
+            "batch: unknown key; did you mean local.batch or evaluation.batch or benchmark.batch?",
+        ),
         ("faults.zebra=1", "faults.zebra: unknown key; [faults] has quorum, attempts, max_"),
         ("rounds=5.0", "rounds: expected a whole number, got 5.0"),
         ("rounds=true", "rounds: expected a whole number, got true"),

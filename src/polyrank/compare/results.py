@@ -64,7 +64,8 @@ def _base(courses: Sequence[Course]) -> dict[str, Any]:
     for run in (run for course in courses for run in course.runs if run.finished):
         if run.seed not in found:
             summary = storage.read_json(run.folder / SUMMARY)
-            found[run.seed] = {**summary["base"], "benchmark": _held_out(summary, "base")}
+            held_out = _held_out(summary, "base")
+            found[run.seed] = summary["base"] | ({"benchmark": held_out} if held_out else {})
     each = [{"seed": seed, **scores} for seed, scores in sorted(found.items())]
     return {"per_seed": each, **_over_seeds(each), "benchmark": _benchmark(each)}
 
@@ -118,7 +119,7 @@ def _benchmark(each: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     The latter are over the ``reached`` runs alone. None where there is no benchmark.
     """
-    found = [one["benchmark"] for one in each if one["benchmark"] is not None]
+    found = [one["benchmark"] for one in each if one.get("benchmark") is not None]
     if not found:
         return None
     targets = [one["to_target_perplexity"] for one in each if one.get("to_target_perplexity")]
