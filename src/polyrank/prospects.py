@@ -20,7 +20,7 @@ def table(prospect: Prospect) -> Table:
         made.add_column(name, no_wrap=True)
     for name in ("ranks there", "at the server"):
         made.add_column(name)
-    for name in ("memory", "of", "GFLOP/step", "sent/step", "per round", "s/round"):
+    for name in ("memory", "of", "GFLOP", "sent", "factors", "seconds"):
         made.add_column(name, justify="right")
     for name, plan in sorted(prospect.plans.items()):
         own, behind = _sides(prospect, plan)
@@ -46,7 +46,10 @@ def remarks(prospect: Prospect) -> list[str]:
     Per device why it is cut and what holds its ranks down, or why it cannot take part and what
     would do. Then what memory and times stand for.
     """
-    lines = ["ranks: rank × matrices that have it; a matrix without one is not trained"]
+    lines = [
+        "ranks: rank × matrices that have it; GFLOP and sent: the client's, a step; factors and "
+        "seconds: a round"
+    ]
     for name, plan in sorted(prospect.plans.items()):
         if not plan.feasible:
             lines.append(f"{name} cannot take part: {plan.reason}{_change(plan)}")

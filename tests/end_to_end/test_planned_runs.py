@@ -113,7 +113,7 @@ def test_the_json_says_of_every_client_what_it_trains_and_what_that_takes(recipe
 def test_the_table_says_it_for_people(recipe):
     done = polyrank("plan", recipe)
     assert done.code == 0
-    table, _, remarks = done.out.partition("ranks: ")
+    table, _, remarks = done.out.partition("ranks: rank")
     assert widest(table) <= 120
     (phone,) = lines_with(table, "phone", "block 0 of 4")
     assert re.search(r"phone +2 +block 0 of 4 +\d × \d.* KiB +50\.0 KiB ", phone)
