@@ -71,6 +71,7 @@ def planning_of(
         every=section.every,
         threshold=section.threshold,
         force=recipe.fleet.force,
+        allocation=section.allocation,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -390,3 +391,29 @@ def test_rules_are_told_of_every_rank_that_may_come() -> None:
         assert {site: delta.rank for site, delta in state.items()} == dict.fromkeys(
             run.model.spec.shapes, 4
         )
+
+
+def test_new_plans_may_follow_the_spectra_of_what_was_learnt(tmp_path: Path) -> None:
+    given = {"threshold": ALWAYS, "allocation": "spectrum", "called": "flexlora:delta"}
+    with federation(tmp_path / "run", **given) as run:
+        first = {name: plan.ranks for name, plan in run._planned.plans.items()}  # type: ignore[union-attr]
+        list(run.rounds(1))
+        known, planned = run._at.importance, run._planned
+        assert planned is not None
+        for site, delta in run.rule.adapter(run._at.state).items():
+            values = torch.linalg.svdvals(delta.dense())[:4]
+            assert known.spectra[site] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-6)
+        station = planned.plans["station"]
+        assert station.ranks != first["station"]
+        assert station.memory.total <= station.device.memory_bytes
+        assert max(station.ranks.values()) <= 4
+
+        def kept(ranks: Mapping[str, int]) -> float:
+            values = known.spectra.items()
+            return sum(v * v for site, own in values for v in own[: ranks.get(site, 0)])
+
+        even_again = run.planning.plans(Importance())["station"]  # type: ignore[union-attr]
+        assert kept(station.ranks) > kept(even_again.ranks)
+    with federation(tmp_path / "run", **given, rest={"resume": True}) as run:
+        assert run._planned == planned, "what is kept is enough to plan the same again"
+        list(run.rounds(2))

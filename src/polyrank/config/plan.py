@@ -69,6 +69,9 @@ class PlanSection(Section):
     """The longest that a round may take a client, by the cost model; left out, any time."""
     importance: Literal["channel", "paper", "none"] = "channel"
     """How important weights are scored while training; `none`: ranks are spread evenly."""
+    allocation: Literal["importance", "spectrum"] = "importance"
+    """What new plans share ranks out by: importance, or the spectra of what has been learnt so far,
+    from the smallest of the levels to the largest."""
     every: Every = "auto"
     """Score every so many optimizer steps of a client, from its first; `auto`: so rarely that it
     costs less than 5%."""
@@ -80,6 +83,11 @@ class PlanSection(Section):
         """Return what may be planned."""
         if self.every != "auto" and self.every < 1:
             raise RecipeError(f"plan.every: expected auto or at least 1, got {self.every}")
+        if self.allocation == "spectrum" and self.importance == "none":
+            raise RecipeError(
+                "plan.allocation = 'spectrum' and plan.importance = 'none' exclude each other: "
+                "plans are made anew when importance has moved; score it, by 'channel' or 'paper'"
+            )
         return PlanSettings(
             levels=None if self.levels is None else tuple(self.levels),
             cuts=self.cuts,

@@ -268,6 +268,7 @@ class Federation:
         known = self._learnt(round)
         before = self._planned
         if known.planned != self._at.importance.planned and self.planning is not None:
+            known = self.planning.with_spectra(known, self.rule.adapter(state))
             self._planned = self.planning.planned(known)
         types = self.fleet.at(round.number)
         record = RoundRecord.of(

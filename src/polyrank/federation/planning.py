@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from polyrank.aggregation import FleetSpec
+from polyrank.algebra import Adapter, Delta
 from polyrank.data import sizes
+from polyrank.federation.result import factored
 from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork
 from polyrank.model import LoadedModel, anatomy_of
 from polyrank.planning import (
+    BySpectrum,
     CostModel,
     DeviceProfile,
     Fleet,
@@ -29,6 +32,7 @@ from polyrank.planning import (
 from polyrank.training import LocalTraining
 
 Metric = Literal["channel", "paper"]
+Allocation = Literal["importance", "spectrum"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,13 @@ class Importance:
     """What a run knows of the sites' importance.
 
     `scores` are smoothed over the rounds, `planned` those that the present plan was made with; both
-    are empty before the first scores.
+    are empty before the first scores. `spectra` are the aggregate's singular values per site when
+    it was made, where ranks follow them.
     """
 
     scores: Mapping[str, float] = field(default_factory=dict)
     planned: Mapping[str, float] = field(default_factory=dict)
+    spectra: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,9 @@ class Planning:
     `fleet` has devices for types. With `metric` importance is scored at every `every`-th optimizer
     step of a client (None: never, and ranks are spread evenly), smoothed over `rounds` rounds, and
     once more than `threshold` of it lies at other sites than when the plan was made (`moved`),
-    plans are made anew. `force` gives every client the plan of one device, or of the ``weakest``,
-    which has the least memory.
+    plans are made anew. With `allocation` ``spectrum`` new plans share ranks out by the spectra of
+    the aggregate, as it is then, instead of by scores. `force` gives every client the plan of one
+    device, or of the ``weakest``, which has the least memory.
     """
 
     planner: Planner
@@ -88,6 +95,7 @@ class Planning:
     every: int | Literal["auto"] = "auto"
     threshold: float = 0.1
     force: str | None = None
+    allocation: Allocation = "importance"
 
     def described(self) -> dict[str, Any]:
         """Return what plans depend on beside model, data and local training, as JSON."""
@@ -99,11 +107,13 @@ class Planning:
             "metric": self.metric,
             "threshold": self.threshold,
             "force": self.force,
+            "allocation": self.allocation,
         }
 
     def plans(self, known: Importance) -> dict[str, Plan]:
         """Return every device's plan, by what was known when it was made."""
-        return self.planner.plans(self.devices, known.planned)
+        by = BySpectrum(known.spectra) if known.spectra else known.planned
+        return self.planner.plans(self.devices, by)
 
     def planned(self, known: Importance) -> Planned:
         """Return the fleet with its plans; RecipeError if a client's device cannot take part."""
@@ -133,7 +143,18 @@ class Planning:
         )
         before = known.planned or dict.fromkeys(now, 1.0)
         anew = moved(before, now) > self.threshold
-        return Importance(now, now if anew else known.planned)
+        return replace(known, scores=now, planned=now if anew else known.planned)
+
+    def with_spectra(self, known: Importance, adapter: Adapter[Delta]) -> Importance:
+        """Return the same with the spectra of the aggregate, up to the top level.
+
+        As it is where ranks do not follow spectra.
+        """
+        if self.allocation != "spectrum":
+            return known
+        top = self.planner.levels(list(self.devices.values()))[-1]
+        found = {site: factored(delta, top).s.tolist() for site, delta in adapter.items()}
+        return replace(known, spectra=found)
 
     def most(self, spec: FleetSpec) -> FleetSpec:
         """Return what a rule is told of a fleet of which any site may come to have any level.

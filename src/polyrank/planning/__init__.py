@@ -8,6 +8,7 @@ from polyrank.planning.plan import Plan, PlanSettings, planned_fleet
 from polyrank.planning.planner import Planner
 from polyrank.planning.scaling import Scaling
 from polyrank.planning.schedule import EVERYONE, Redraw, Schedule, Trace
+from polyrank.planning.sharing import BySpectrum
 from polyrank.planning.spec import ModelSpec, Site
 from polyrank.planning.split import Split
 from polyrank.planning.workload import Workload
@@ -17,6 +18,7 @@ __all__ = [
     "DISTRIBUTIONS",
     "EVERYONE",
     "TYPES",
+    "BySpectrum",
     "CostModel",
     "DeviceProfile",
     "Fleet",
