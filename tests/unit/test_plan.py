@@ -20,7 +20,7 @@ from polyrank.planning import (
     Workload,
     planned_fleet,
 )
-from polyrank.planning.sharing import even
+from polyrank.planning.sharing import ByImportance, even
 
 WORK = Workload(batch=4, length=32, targets=16)
 ROOMY = DeviceProfile("server", 2**40)
@@ -278,21 +278,17 @@ def test_checkpointed_plans_fill_their_budget_too() -> None:
     """There the block that is computed again takes the most, so that ranks cost more together."""
     plans = deep(replace(LEVELS, cuts="none"), checkpointing=True)
     device = DeviceProfile("d", plans.cost.memory(dict.fromkeys(plans.spec.shapes, 2), None).total)
-    one, *others = plans.spec.shapes
-    plan = plans.plans({"d": device}, {one: 9.0, **dict.fromkeys(others, 1.0)})["d"]
+    gains = {site.name: 9.0 if site.block == 20 else 1.0 for site in plans.spec.sites}
+    plan = plans.plans({"d": device}, gains)["d"]
     assert plan.feasible
     assert 0.9 * device.memory_bytes < plan.memory.total <= device.memory_bytes
 
 
 def test_sites_without_a_score_count_as_the_least_important() -> None:
-    plans = planner(replace(LEVELS, cuts="none"))
-    first, second, *others = plans.spec.shapes
-    device = DeviceProfile("d", whole_at(plans, 2))
-    some = plans.plans({"d": device}, {first: 5.0, second: 1.0})["d"]
-    assert (
-        some
-        == plans.plans({"d": device}, {**dict.fromkeys(others, 1.0), first: 5.0, second: 1.0})["d"]
-    )
+    known = ByImportance({"a": 5.0, "b": 1.0})
+    assert known.worth({"a": 2, "b": 1, "c": 4}) == (15.0, 0.0)
+    units, limit = dict.fromkeys("abc", 1), dict.fromkeys("abc", 8)
+    assert known.ranks(units, 10, (2, 8), limit) == {"a": 8, "b": 2, "c": 0}
 
 
 def test_one_set_at_the_server_has_one_rank_per_site() -> None:

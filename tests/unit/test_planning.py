@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import federations
+import plannings
 from plannings import CONDUCT, LOCAL, deep, federation, planning
 from polyrank.algebra import Adapter
+from polyrank.data import sizes
+from polyrank.data.types import Example
 from polyrank.errors import InterruptedRunError, RecipeError, UpdateError
-from polyrank.federation import Conduct, Federation, Planning, Sampling
+from polyrank.federation import Conduct, Federation, Planning, Sampling, prepare
 from polyrank.federation.planning import Importance
 from polyrank.planning import Split, Trace, moved
 
@@ -417,3 +420,45 @@ def test_new_plans_may_follow_the_spectra_of_what_was_learnt(tmp_path: Path) -> 
     with federation(tmp_path / "run", **given, rest={"resume": True}) as run:
         assert run._planned == planned, "what is kept is enough to plan the same again"
         list(run.rounds(2))
+
+
+def test_a_step_is_of_the_longest_rows_and_a_round_of_the_client_with_most_steps() -> None:
+    data = federations.clients()
+    one = data["c1"]
+    long = Example("w4 w5 w6 w7 w8 w9", ("w4 w5 w6",), 0)
+    data["c1"] = replace(one, train=(long, *one.train))
+    local = replace(LOCAL, epochs=1, steps=None)
+    model = deep()
+    work, _ = prepare(data, model, CONDUCT.encoding)
+    made = planning(model, data, local=local).planner
+    every = [size for client in work.values() for size in sizes(client.rows["train"])]
+    load = made.cost.workload
+    assert load.length == max(size.tokens for size in every) > min(size.tokens for size in every)
+    assert load.targets == max(size.targets for size in every)
+    device = plannings.SERVER
+    times = made.cost.seconds({}, None, device, device, 1)
+    steps = max(local.steps_for(len(client.train)) for client in data.values())
+    plan = made.plans({"d": device})["d"]
+    assert steps > min(local.steps_for(len(client.train)) for client in data.values())
+    assert plan.seconds == made.cost.seconds(plan.ranks, plan.cut, device, made.server, steps)
+    assert times.round < plan.seconds.round
+
+
+@pytest.mark.parametrize("metric", ["channel", None])
+def test_memory_for_a_scored_step_is_looked_for_where_there_will_be_one(
+    metric: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def measured(*_: object, scored: bool) -> int:
+        asked.append(scored)
+        return 1
+
+    monkeypatch.setattr("polyrank.federation.preflight.slot_bytes", measured)
+    with federation(metric=metric):
+        assert asked == [metric is not None]
+
+
+def test_a_rule_of_one_rank_takes_plans_that_never_change() -> None:
+    with federation(called="fedit", metric=None, force="weakest") as run:
+        assert [record.rejected for record in run.rounds(2)] == [{}, {}]
