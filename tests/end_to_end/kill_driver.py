@@ -4,10 +4,10 @@
 
 ``kill`` ends it by SIGKILL, ``steps`` too, but between steps of training only, and ``full`` lets
 the disk be full. Clients have whole models, or some are cut, with adapters of their own or a shared
-one at the server, or ranks and cuts are planned anew after rounds. Every run is a process of its own, forked after the imports. Moments are calls
-that write, move or delete files (before the call, and with the write half done) and steps of
-training; some kills come from outside at a random time instead. The hooks live here: the product
-knows nothing of them.
+one at the server, or ranks and cuts are planned anew after rounds. Every run is a process of its
+own, forked after the imports. Moments are calls that write, move or delete files (before the call,
+and with the write half done) and steps of training; some kills come from outside at a random time
+instead. The hooks live here: the product knows nothing of them.
 """
 
 import errno
