@@ -143,11 +143,15 @@ def _rule(name: str) -> Rule:
 
 
 def _changed(content: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content with the values at these dotted keys changed; sections are made where absent."""
+    """The content with the values at these dotted keys changed.
+
+    A key of a section that the recipe leaves out, such as [plan], is left out too.
+    """
     for key, value in changes.items():
         *sections, last = key.split(".")
-        inner = content
+        inner: dict[str, Any] | None = content
         for section in sections:
-            inner = inner[section]
-        inner[last] = value
+            inner = None if inner is None else inner[section]
+        if inner is not None:
+            inner[last] = value
     return content
