@@ -21,6 +21,7 @@ from polyrank.federation.engine import InProcess
 from polyrank.federation.judge import METRICS, WIRE
 from polyrank.federation.round import Failure, Round
 from polyrank.federation.settings import Encoding
+from polyrank.federation.work import everywhere
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet, LoRAType, Split
 from polyrank.training import Job
@@ -402,7 +403,7 @@ def test_memory_that_runs_out_in_a_split_cohort_is_told_the_same_way(deep, monke
 def over_pipes(engine, task) -> tuple[Adapter, tuple[float, float]]:
     """Return what one client and its server train on two copies of the base, over a pipe."""
     at_client, at_server = four_blocks(), four_blocks()
-    full = engine._at_every_site(task.assignment)
+    full = everywhere(task.assignment, at_client.spec)
     rows = engine.work[task.client].rows["train"]
     job = Job(task.client, full, rows, engine.local, task.seed)
     asked = SplitJob(job, task.cut, task.round, task.attempt)

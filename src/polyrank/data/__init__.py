@@ -9,7 +9,7 @@ from polyrank.data.split import split
 from polyrank.data.store import ExampleStore
 from polyrank.data.tasks import load_tasks, tasks_from_rows
 from polyrank.data.template import PLAIN, Tokenizer
-from polyrank.data.tokens import Size, TokenStore, sizes
+from polyrank.data.tokens import RowsElsewhere, Size, TokenStore, sizes
 from polyrank.data.types import Batch, ClientData, Encoded, Example, Skipped, Tasks
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Encoded",
     "Example",
     "ExampleStore",
+    "RowsElsewhere",
     "Size",
     "Skipped",
     "Summary",

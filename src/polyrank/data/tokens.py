@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 from polyrank.data.sequences import Joined, Lazy, View
 from polyrank.data.spool import Spool
 from polyrank.data.types import Encoded
+from polyrank.errors import DataError
 
 
 class Size(NamedTuple):
@@ -75,9 +77,36 @@ class EncodedRows(Lazy[Encoded]):
         return map(self._store.size, self._numbers)
 
 
+class RowsElsewhere(Lazy[Encoded]):
+    """Rows that another machine keeps: known are their number and the largest sizes among them.
+
+    Every row counts as large as the largest. Reading one raises DataError.
+    """
+
+    def __init__(self, owner: str, count: int, tokens: int, targets: int):
+        self._owner, self._count = owner, count
+        self._largest = Size(tokens, tokens - targets, targets)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def item(self, index: int) -> Encoded:  # noqa: ARG002
+        """Raise DataError."""
+        raise DataError(f"client {self._owner!r}: its examples are not on this machine")
+
+    def part(self, places: range) -> RowsElsewhere:
+        """Return as many of them as there are places."""
+        tokens, _, targets = self._largest
+        return RowsElsewhere(self._owner, len(places), tokens, targets)
+
+    def sizes(self) -> Iterator[Size]:
+        """Yield the largest size for every row."""
+        return repeat(self._largest, self._count)
+
+
 def sizes(rows: Sequence[Encoded]) -> Iterator[Size]:
     """Yield the sizes of encoded examples, without reading those that lie in a store."""
-    if isinstance(rows, EncodedRows):
+    if isinstance(rows, EncodedRows | RowsElsewhere):
         yield from rows.sizes()
     elif isinstance(rows, Joined):
         for part in rows.parts:

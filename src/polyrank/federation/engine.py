@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from typing import Protocol
 
 import torch
 
-from polyrank.aggregation import Assignment, Update
+from polyrank.aggregation import Update
 from polyrank.data import sizes
 from polyrank.errors import ModelError, ResourceError
 from polyrank.federation.round import Failure, Task
-from polyrank.federation.work import ClientWork, at_every_site
+from polyrank.federation.work import ClientWork, everywhere
 from polyrank.model import LoadedModel
 from polyrank.planning import Split
 from polyrank.training import Job, LocalTraining, Scoring, Trained, train_cohort
@@ -21,6 +21,35 @@ from polyrank.transport import InProcessLinks
 
 CutOf = Callable[[str], Split | None]
 """Where a client's model is cut; None: it runs all of it."""
+
+OnStep = Callable[[], None] | None
+"""Called at every step forward; may raise to end the work."""
+
+
+class Engine(Protocol):
+    """Has tasks carried out, wherever the clients are.
+
+    `cohort` is how many clients train in one pass, and `scoring` in which steps importance is
+    measured.
+    """
+
+    cohort: int
+    scoring: Scoring
+
+    def cohorts(self, clients: Sequence[str], cut_of: CutOf) -> list[list[str]]:
+        """Return the clients in groups; what depends on others of a group is done again whole."""
+        ...
+
+    def run(self, groups: Sequence[Sequence[Task]], on_step: OnStep) -> Iterator[Update | Failure]:
+        """Yield the answers to the tasks of these groups as they come.
+
+        Also those to tasks of before that come now.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up what the engine holds beside the model."""
+        ...
 
 
 class InProcess:
@@ -75,9 +104,17 @@ class InProcess:
         rows = self.work[client].rows["train"]
         return len(rows), sum(size.tokens for size in sizes(rows))
 
-    def execute(
-        self, tasks: Sequence[Task], on_step: Callable[[], None] | None = None
+    def run(
+        self, groups: Sequence[Sequence[Task]], on_step: OnStep = None
     ) -> Iterator[Update | Failure]:
+        """Train cohort after cohort and yield their answers in the order of the tasks."""
+        for tasks in groups:
+            yield from self.execute(tasks, on_step)
+
+    def close(self) -> None:
+        """Do nothing: all that there is goes with the run."""
+
+    def execute(self, tasks: Sequence[Task], on_step: OnStep = None) -> Iterator[Update | Failure]:
         """Train one cohort and yield its answers in the order of the tasks.
 
         A client whose training diverges gives a Failure, and the others go on. Raises ResourceError
@@ -86,7 +123,7 @@ class InProcess:
         jobs = [
             Job(
                 t.client,
-                self._at_every_site(t.assignment),
+                everywhere(t.assignment, self.model.spec),
                 self.work[t.client].rows["train"],
                 self.local,
                 t.seed,
@@ -118,9 +155,7 @@ class InProcess:
                 importance=one.importance,
             )
 
-    def _train(
-        self, tasks: Sequence[Task], jobs: Sequence[Job], on_step: Callable[[], None] | None
-    ) -> list[Trained]:
+    def _train(self, tasks: Sequence[Task], jobs: Sequence[Job], on_step: OnStep) -> list[Trained]:
         cut = [task for task in tasks if task.cut is not None]
         if not cut:
             return train_cohort(self.model, jobs, on_step)
@@ -139,11 +174,4 @@ class InProcess:
 
         return train_split(
             self.model, asked, self.split, connect, cohort=self.cohort, on_step=on_step
-        )
-
-    def _at_every_site(self, assignment: Assignment) -> Assignment:
-        """Return the assignment with a zero of rank 0 at the sites that the client leaves alone."""
-        start = at_every_site(assignment.start, self.model.spec)
-        return replace(
-            assignment, start=start, scale={**dict.fromkeys(start, 1.0), **assignment.scale}
         )

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from polyrank.algebra import Adapter
@@ -24,6 +25,17 @@ LOSSES_TOGETHER, TEXTS_TOGETHER = 4096, 1024
 
 Scores = dict[str, Any]
 """JSON: per group ``loss``, ``loss_se``, ``exact_match``, ``rouge_l``, ``clients``."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What clients scored: ``loss``, ``exact_match`` and ``rouge_l`` of each, null if not measured.
+
+    `no_room` counts the prompts that left no room to generate.
+    """
+
+    clients: Mapping[str, Mapping[str, float | None]]
+    no_room: int = 0
 
 
 def client_losses(
@@ -114,31 +126,24 @@ def _chunks(counts: Mapping[str, int], most: int) -> Iterator[list[str]]:
         yield group
 
 
-def evaluate(
+def marked(
     model: LoadedModel,
     adapter: Adapter | None,
-    work: Mapping[str, ClientWork],
+    work: Sequence[ClientWork],
     part: Part,
     settings: Evaluation,
     *,
     texts: bool,
     on_batch: OnBatch = None,
-) -> Scores:
-    """Return the scores of an adapter (None: the bare base) on one part of every client's data.
+) -> Marks:
+    """Return each client's scores of an adapter (None: the bare base) on one part of its data.
 
-    ``seen`` and ``unseen`` give the mean over clients, each counting once, with the standard error
-    of the mean loss; ``per_category`` the same for seen and unseen clients of each category;
-    ``clients`` each client's own; ``no_room`` counts the prompts of this part that are too long to
-    generate from. A value that was not measured, or is not finite, is null, and so
-    is a mean over one that is not finite.
+    A value that was not measured, or is not finite, is null.
     """
-    clients = list(work.values())
     generating = texts and settings.generate > 0
-    losses = client_losses(model, adapter, clients, part, settings, on_batch)
-    generated = (
-        client_texts(model, adapter, clients, part, settings, on_batch) if generating else {}
-    )
-    prompts = (size.prompt for client in clients for size in sizes(client.rows[part]))
+    losses = client_losses(model, adapter, work, part, settings, on_batch)
+    generated = client_texts(model, adapter, work, part, settings, on_batch) if generating else {}
+    prompts = (size.prompt for client in work for size in sizes(client.rows[part]))
     each = {
         id: {
             "loss": _finite(loss),
@@ -147,6 +152,19 @@ def evaluate(
         }
         for id, loss in losses.items()
     }
+    no_room = sum(not _fits(prompt, model, settings) for prompt in prompts) if generating else 0
+    return Marks(each, no_room)
+
+
+def grouped(marks: Marks, work: Mapping[str, ClientWork], part: Part) -> Scores:
+    """Return what clients' scores come to.
+
+    ``seen`` and ``unseen`` give the mean over clients, each counting once, with the standard error
+    of the mean loss; ``per_category`` the same for seen and unseen clients of each category;
+    ``clients`` each client's own; ``no_room`` counts the prompts of this part that are too long to
+    generate from. A mean over a value that is not finite is null, as the value is.
+    """
+    each = marks.clients
 
     def group(seen: bool, categories: Collection[str]) -> Scores:
         return summarise(
@@ -162,11 +180,25 @@ def evaluate(
             name: {"seen": group(True, [name]), "unseen": group(False, [name])}
             for name in categories
         },
-        "clients": each,
-        "no_room": sum(not _fits(prompt, model, settings) for prompt in prompts)
-        if generating
-        else 0,
+        "clients": {id: dict(each[id]) for id in each},
+        "no_room": marks.no_room,
     }
+
+
+def evaluate(
+    model: LoadedModel,
+    adapter: Adapter | None,
+    work: Mapping[str, ClientWork],
+    part: Part,
+    settings: Evaluation,
+    *,
+    texts: bool,
+    on_batch: OnBatch = None,
+) -> Scores:
+    """Return the scores of an adapter (None: the bare base) on one part of every client's data."""
+    clients = list(work.values())
+    found = marked(model, adapter, clients, part, settings, texts=texts, on_batch=on_batch)
+    return grouped(found, work, part)
 
 
 def summarise(scores: Sequence[Mapping[str, float | None]]) -> Scores:
@@ -184,11 +216,9 @@ def summarise(scores: Sequence[Mapping[str, float | None]]) -> Scores:
     }
 
 
-def loss_only(losses: Mapping[str, float]) -> Scores:
-    """Return the mean of the clients' losses, its standard error, and their number."""
-    scores = summarise(
-        [{"loss": _finite(v), "exact_match": None, "rouge_l": None} for v in losses.values()]
-    )
+def loss_only(marks: Sequence[Mapping[str, float | None]]) -> Scores:
+    """Return the mean of clients' losses, its standard error, and their number."""
+    scores = summarise(marks)
     return {key: scores[key] for key in ("loss", "loss_se", "clients")}
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from polyrank.aggregation import DEFAULT, Rule, State, Update
+from polyrank.aggregation import DEFAULT, Assignment, FleetSpec, Rule, State, Update
 from polyrank.aggregation import rule as rule_called
 from polyrank.data import ClientData, Skipped
 from polyrank.errors import InterruptedRunError, RoundFailedError, UpdateError
 from polyrank.federation import memory, preflight, setup, storage, surroundings
 from polyrank.federation.benchmark import Benchmark
 from polyrank.federation.checkpoint import Checkpoint
-from polyrank.federation.engine import InProcess
+from polyrank.federation.engine import Engine, InProcess
 from polyrank.federation.evaluate import Scores
+from polyrank.federation.examiner import Examiner, OwnExaminer
 from polyrank.federation.folder import RUN, SUMMARY, RunFolder
 from polyrank.federation.planning import Importance, Planned, Planning
 from polyrank.federation.population import population
@@ -30,7 +31,7 @@ from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork, fingerprint, prepare
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
-from polyrank.training import LocalTraining
+from polyrank.training import LocalTraining, Scoring
 from polyrank.training.interval import scoring_interval
 
 
@@ -45,7 +46,9 @@ class Federation:
     of an evaluation; once it says yes, the run ends with InterruptedRunError, all saved but the
     clients that were in training.
 
-    `benchmark` are held-out sources that are measured beside the clients.
+    `benchmark` are held-out sources that are measured beside the clients. With `engine` and
+    `examiner` the clients train and are scored elsewhere; `prepared` then need not hold their data,
+    only its sizes.
 
     `work` are the clients that are measured; `seen`, `fleet` and `local` are of those that train,
     which is one of its own where the run is pooled.
@@ -70,6 +73,8 @@ class Federation:
         prepared: tuple[Mapping[str, ClientWork], Skipped] | None = None,
         planning: Planning | None = None,
         benchmark: Benchmark | None = None,
+        engine: Engine | None = None,
+        examiner: Examiner | None = None,
         progress: Progress | None = None,
         stop: Callable[[], bool] | None = None,
     ):
@@ -88,6 +93,7 @@ class Federation:
         self.work, self.skipped = prepared or prepare(clients, model, self.conduct.encoding)
         if benchmark is not None:
             self.skipped += benchmark.skipped
+        self._examiner = examiner
         who = population(self.work, fleet, local or LocalTraining(), self.conduct, model.spec)
         self.local, self.seen, self._who = who.local, who.clients, who
         preflight.check_measures(self.conduct, model, self.work, benchmark)
@@ -99,26 +105,10 @@ class Federation:
         self._server_rank = spec.server_rank
         first = Checkpoint(0, self.rule.init(spec))
         dealt = setup.heaviest_assignments(self._settings, spec, first.state)
-        cohort = preflight.resolve_cohort(
-            self.conduct.cohort,
-            model,
-            spec,
-            self.local,
-            who.work,
-            dealt,
-            scored=self._metric is not None,
-        )
         # A resumed run goes on as often as it began: see `_go_on`.
-        every = 0 if resume else self._score_every()
-        self.engine = InProcess(
-            model,
-            who.work,
-            self.local,
-            cohort,
-            self.conduct.split,
-            every,
-            self._metric or "channel",
-        )
+        scoring = Scoring(0 if resume else self._score_every(), self._metric or "channel")
+        self.engine: Engine = engine or self._own_engine(spec, dealt)
+        self.engine.scoring = scoring
 
         with ExitStack() as held:
             made = None if out else TemporaryDirectory(prefix="polyrank-")
@@ -134,6 +124,14 @@ class Federation:
                 self._at = first
             self._held = held.pop_all()
 
+    def _own_engine(self, spec: FleetSpec, dealt: Sequence[Assignment]) -> InProcess:
+        """Return the engine of this process, its cohort as large as memory allows."""
+        scored, work = self._metric is not None, self._who.work
+        cohort = preflight.resolve_cohort(
+            self.conduct.cohort, self.model, spec, self.local, work, dealt, scored=scored
+        )
+        return InProcess(self.model, work, self.local, cohort, self.conduct.split)
+
     def _use(self, fleet: Fleet, measured: Fleet) -> None:
         """Deal by the ranks and cuts of this fleet from now on; `measured` are who is scored."""
         preflight.check_cuts(self.model, fleet, self.rule, self.conduct.split)
@@ -147,6 +145,8 @@ class Federation:
             measured,
             self._settings,
             self._who.evaluation,
+            self._examiner
+            or OwnExaminer(self.model, self.work, self._who.evaluation, self._check_stop),
             self._progress,
             self._check_stop,
             self._benchmark,
@@ -330,22 +330,37 @@ class Federation:
         done, total = 0, len(round.clients)
         self._progress("train", 0, total)
         cuts = {client: self._settings.cut(client, round.number) for client in round.clients}
+        left = []
         for cohort in self.engine.cohorts(round.clients, cuts.get):
-            for answer in self._saved(round, cohort) or self._execute(round, cohort):
+            saved = self._saved(round, cohort)
+            for answer in saved:
                 self._take(round, answer)
                 done += 1
-                self._progress("train", done, total)
+            if not saved:
+                left.append([round.task(client) for client in cohort])
+        self._progress("train", done, total)
+        for answer in self.engine.run(left, self._check_stop):
+            if self._take(round, answer):
+                done += 1
+            self._progress("train", done, total)
 
-    def _take(self, round: Round, answer: Update | Failure) -> None:
-        """Accept and persist an update, or leave the reason why not in `round.rejected`."""
+    def _take(self, round: Round, answer: Update | Failure) -> bool:
+        """Accept and persist an update, or leave the reason why not in the round.
+
+        Returns whether this was the answer of one of the round's clients.
+        """
+        if (answer.round, answer.attempt) != (round.number, round.attempt):
+            round.turn_away(answer)
+            return False
         if isinstance(answer, Failure):
             round.fail(answer)
-            return
+            return True
         try:
-            round.accept(answer)
+            taken = round.accept(answer) or answer
         except UpdateError:
-            return
-        self.folder.save_update(answer)
+            return True
+        self.folder.save_update(taken)
+        return True
 
     def _saved(self, round: Round, cohort: list[str]) -> list[Update]:
         """Return the persisted updates of a cohort; none unless there is one of every client."""
@@ -357,9 +372,6 @@ class Federation:
                 return []
             found.append(update)
         return found
-
-    def _execute(self, round: Round, cohort: list[str]) -> Iterator[Update | Failure]:
-        return self.engine.execute([round.task(client) for client in cohort], self._check_stop)
 
     def _check_stop(self) -> None:
         if self._stop():
@@ -421,6 +433,7 @@ class Federation:
 
     def close(self) -> None:
         """Release the folder; a temporary one is removed."""
+        self.engine.close()
         self._held.close()
 
     def __enter__(self) -> Federation:

@@ -8,7 +8,8 @@ from typing import Any
 from polyrank.aggregation import State
 from polyrank.algebra import Adapter
 from polyrank.federation.benchmark import Benchmark, Measured
-from polyrank.federation.evaluate import Scores, client_losses, evaluate, loss_only
+from polyrank.federation.evaluate import Marks, Scores, grouped, loss_only
+from polyrank.federation.examiner import Examiner, Question
 from polyrank.federation.panel import panel
 from polyrank.federation.round import Round, RoundSettings
 from polyrank.federation.settings import Evaluation
@@ -21,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Scorer:
-    """Evaluates states of a rule on the clients of one run."""
+    """Evaluates states of a rule on the clients of one run, whoever the `examiner` is."""
 
     def __init__(
         self,
@@ -30,11 +31,12 @@ class Scorer:
         fleet: Fleet,
         round_settings: RoundSettings,
         settings: Evaluation,
+        examiner: Examiner,
         progress: Progress,
         check_stop: Callable[[], None],
         benchmark: Benchmark | None = None,
     ):
-        self._model, self._fleet = model, fleet
+        self._model, self._fleet, self._examiner = model, fleet, examiner
         self._round_settings, self._settings, self._progress = round_settings, settings, progress
         self._check_stop, self._benchmark = check_stop, benchmark
         types, seed = fleet.assigned, round_settings.seed
@@ -46,27 +48,19 @@ class Scorer:
 
         With a benchmark, what it says of them is among them, as ``benchmark``.
         """
-        scores = self._of(adapter, self._final_panel, part, texts)
+        asked = Question(adapter, tuple(self._final_panel), part, texts)
+        (marks,) = self._answers([asked])
+        scores = grouped(marks, self._final_panel, part)
         if self._benchmark is not None:
             found = self._benchmark.whole(self._model, adapter, self._check_stop)
             scores["benchmark"] = found
         return scores
 
-    def _of(
-        self, adapter: Adapter | None, work: Mapping[str, ClientWork], part: Part, texts: bool
-    ) -> Scores:
+    def _answers(self, questions: Sequence[Question]) -> list[Marks]:
         self._progress("evaluate", 0, 1)
-        scores = evaluate(
-            self._model,
-            adapter,
-            work,
-            part,
-            self._settings,
-            texts=texts,
-            on_batch=self._check_stop,
-        )
+        found = self._examiner.answer(questions)
         self._progress("evaluate", 1, 1)
-        return scores
+        return found
 
     def of_round(self, state: State, number: int) -> dict[str, Any] | None:
         """Return the scores due after round `number` on the validation parts, or None.
@@ -79,9 +73,20 @@ class Scorer:
             return None
         texts = bool(settings.generate_every) and number % settings.generate_every == 0
         adapter = self._round_settings.rule.adapter(state)
-        scores = self._of(adapter, self._panel, "validation", texts)
-        own = self._own_rank(state, number) if settings.own_rank else None
-        return {"server": scores, "own_rank": own}
+        asked = [Question(adapter, tuple(self._panel), "validation", texts)]
+        by_type = self._by_type(number + 1) if settings.own_rank else {}
+        asked += self._own_rank(state, number, [id for ids in by_type.values() for id in ids])
+        whole, *own = self._answers(asked)
+        scores = grouped(whole, self._panel, "validation")
+        if not settings.own_rank:
+            return {"server": scores, "own_rank": None}
+        found = {id: marks for each in own for id, marks in each.clients.items()}
+        groups = {
+            name: loss_only([found[id] for id in ids if id in found])
+            for name, ids in by_type.items()
+        }
+        everyone = [found[id] for ids in by_type.values() for id in ids if id in found]
+        return {"server": scores, "own_rank": {**groups, "all": loss_only(everyone)}}
 
     def benchmark_of_round(self, state: State, number: int) -> Measured | None:
         """Return what a benchmark says of the global adapter, if it is due after round `number`."""
@@ -90,28 +95,18 @@ class Scorer:
         adapter = self._round_settings.rule.adapter(state)
         return self._benchmark.of_round(self._model, adapter, number, self._check_stop)
 
-    def _own_rank(self, state: State, number: int) -> Scores:
+    def _own_rank(self, state: State, number: int, clients: Sequence[str]) -> list[Question]:
+        """Ask for the clients' losses, each with what it is dealt next; equal assignments once."""
         dealt = Round(self._round_settings, state, number + 1, 0, list(self._round_settings.ranks))
-        by_type = self._by_type(number + 1)
-        losses = {name: self._own_losses(dealt, clients) for name, clients in by_type.items()}
-        everyone = {id: loss for found in losses.values() for id, loss in found.items()}
-        groups = {name: loss_only(found) for name, found in losses.items()}
-        return {**groups, "all": loss_only(everyone)}
-
-    def _own_losses(self, dealt: Round, clients: Sequence[str]) -> dict[str, float]:
-        """Return the clients' losses, each with what it is dealt; equal assignments together."""
         alike: dict[str, list[str]] = {}
         for id in clients:
             alike.setdefault(dealt.assignment_hash(id), []).append(id)
-        losses: dict[str, float] = {}
+        asked = []
         for ids in alike.values():
             assignment = dealt.assignment(ids[0])
             adapter = assignment.start + assignment.frozen + assignment.merged
-            work = [self._panel[id] for id in ids]
-            losses |= client_losses(
-                self._model, adapter, work, "validation", self._settings, self._check_stop
-            )
-        return losses
+            asked.append(Question(adapter, tuple(ids), "validation"))
+        return asked
 
     def _by_type(self, round: int) -> dict[str, list[str]]:
         """The clients of each LoRA type in a round, of those that are scored and train."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from polyrank.aggregation import Assignment
 from polyrank.algebra import Adapter, LowRank
 from polyrank.data import (
     ClientData,
@@ -32,7 +33,8 @@ class ClientWork:
     """A client's encoded examples; ``rows[part][i].example`` indexes ``examples[part]``.
 
     Both may lie on disk, and are read as they are used (`polyrank.data.sizes` tells the sizes of
-    rows without reading). A client that is held out has nothing to train on: those examples are
+    rows without reading), or on another machine: then `fingerprint` is that of its data, as that
+    machine says. A client that is held out has nothing to train on: those examples are
     among its test examples.
     """
 
@@ -41,6 +43,7 @@ class ClientWork:
     seen: bool
     rows: Mapping[Part, Sequence[Encoded]]
     examples: Mapping[Part, Sequence[Example]]
+    fingerprint: str | None = None
 
 
 def prepare(
@@ -102,12 +105,15 @@ def fingerprint(work: Mapping[str, ClientWork]) -> str:
     """Return a SHA-256 (hex) over all that training and scores read of the clients.
 
     That is who is seen, categories, parts, token ids with the positions of prompt and loss, and the
-    references that generated text is compared with.
+    references that generated text is compared with; of a client elsewhere, what its machine says.
     """
     digest = hashlib.sha256()
     for id in sorted(work):
         client = work[id]
         digest.update(repr((id, client.seen, client.category)).encode())
+        if client.fingerprint is not None:
+            digest.update(client.fingerprint.encode())
+            continue
         for part in ("train", "validation", "test"):
             rows = client.rows[part]
             digest.update(f"{part}|{len(rows)}|".encode())
@@ -123,3 +129,9 @@ def at_every_site(adapter: Adapter, spec: ModelSpec) -> Adapter:
     """Return the adapter with a zero of rank 0 at every site of the model that it lacks."""
     lacking = {s: LowRank.zero(*shape) for s, shape in spec.shapes.items() if s not in adapter}
     return Adapter({**lacking, **adapter})
+
+
+def everywhere(assignment: Assignment, spec: ModelSpec) -> Assignment:
+    """Return the assignment with a zero of rank 0 at the sites that the client leaves alone."""
+    start = at_every_site(assignment.start, spec)
+    return replace(assignment, start=start, scale={**dict.fromkeys(start, 1.0), **assignment.scale})
