@@ -1,7 +1,7 @@
 """Recipes: TOML files that say everything about a run, checked before anything is loaded."""
 
-from polyrank.config.inputs import SAMPLE
+from polyrank.config.inputs import CLIENT, SAMPLE
 from polyrank.config.reading import parse, read
 from polyrank.config.recipe import Recipe
 
-__all__ = ["SAMPLE", "Recipe", "parse", "read"]
+__all__ = ["CLIENT", "SAMPLE", "Recipe", "parse", "read"]

@@ -23,6 +23,9 @@ from polyrank.sample import MODEL, TASKS
 SAMPLE = "sample"
 """As model.source or data.source: the embedded miniature."""
 
+CLIENT = "client"
+"""As data.source: every client brings its own data, by its client.toml."""
+
 Names = Annotated[str | list[str], Expected("a string or a list of strings")]
 Unseen = Annotated[
     str | list[str] | int | float | None,
@@ -86,7 +89,8 @@ class DataSection(Section):
     """Which examples, who holds them, and how they become tokens; see [data](data.md)."""
 
     source: str
-    """A file, a folder, or a data set of the hub; `sample` is the embedded miniature."""
+    """A file, a folder, or a data set of the hub; `sample` is the embedded miniature. `client`:
+    every client brings its own, named in its [client.toml](client.md), in a Flower app."""
     split: str | None = None
     """Which split, where a source has several."""
     subset: str | None = None
@@ -134,8 +138,18 @@ class DataSection(Section):
     training examples of all, and a round is as long as those of the clients together; see
     [methods](methods.md#baselines)."""
 
+    @property
+    def at_clients(self) -> bool:
+        """Whether every client brings its own data."""
+        return self.source == CLIENT
+
     def load(self, seed: int) -> Clients:
-        """Load the tasks and deal them to clients."""
+        """Load the tasks and deal them to clients; RecipeError if each client has its own."""
+        if self.at_clients:
+            raise RecipeError(
+                "data.source = 'client': the data lies with the clients, so the run needs them: "
+                "make a Flower app (polyrank app RECIPE DIR), or name a source here"
+            )
         return partition(
             self.tasks(TASKS if self.source == SAMPLE else self.source, self.split),
             by=self.by,

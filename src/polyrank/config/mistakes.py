@@ -21,13 +21,16 @@ _WORDS: Mapping[Any, tuple[str, str]] = {
 
 
 def mistakes(
-    recipe: type[Section], content: Mapping[str, Any], error: ValidationError
+    recipe: type[Section],
+    content: Mapping[str, Any],
+    error: ValidationError,
+    noun: str = "a recipe",
 ) -> list[str]:
-    """Return one line for each key that is wrong."""
+    """Return one line for each key that is wrong; `noun` is what has the keys."""
     lines: dict[str, str] = {}
     for item in error.errors():
         where, field = locate(recipe, item["loc"])
-        lines.setdefault(where, f"{where}: {_explain(recipe, content, item, where, field)}")
+        lines.setdefault(where, f"{where}: {_explain(recipe, content, item, where, field, noun)}")
     return list(lines.values())
 
 
@@ -96,12 +99,13 @@ def _explain(
     item: Any,
     where: str,
     field: FieldInfo | None,
+    noun: str,
 ) -> str:
     if field is None:
-        return f"unknown key; {_suggestion(recipe, where)}"
+        return f"unknown key; {_suggestion(recipe, where, noun)}"
     if item["type"] == "missing":
         what = f"section [{where}]" if subsection(field) else f"key {where}"
-        return f"missing; a recipe must have the {what}"
+        return f"missing; {noun} must have the {what}"
     value = _at(content, where)
     if item["type"] == "greater_than_equal":
         return f"expected at least {item['ctx']['ge']}, got {_shown(value)}"
@@ -110,7 +114,7 @@ def _explain(
     return f"expected {words(field)}, got {_shown(value)}{_quotes(field, value)}"
 
 
-def _suggestion(recipe: type[Section], where: str) -> str:
+def _suggestion(recipe: type[Section], where: str, noun: str) -> str:
     """A key of that name elsewhere, or the nearest of the section, or all of the section."""
     *path, last = where.split(".")
     section = recipe
@@ -121,7 +125,7 @@ def _suggestion(recipe: type[Section], where: str) -> str:
     meant = elsewhere or [".".join([*path, name]) for name in near]
     if meant:
         return f"did you mean {' or '.join(meant)}?"
-    here = f"[{'.'.join(path)}]" if path else "a recipe"
+    here = f"[{'.'.join(path)}]" if path else noun
     return f"{here} has {', '.join(section.model_fields)}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from polyrank.config.baselines import with_baseline
-from polyrank.config.inputs import SAMPLE
+from polyrank.config.inputs import CLIENT, SAMPLE
 from polyrank.config.mistakes import mistakes
 from polyrank.config.recipe import Recipe
 from polyrank.errors import PolyrankError, RecipeError
@@ -30,6 +30,9 @@ SOURCES = (
     ("benchmark", "test"),
 )
 """Keys that may hold a path."""
+
+_RESERVED = {("model", "source"): (SAMPLE,), ("data", "source"): (SAMPLE, CLIENT)}
+"""What is no path there."""
 
 _OTHER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 
@@ -52,10 +55,15 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{place}: cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{place}: not valid TOML: {error}") from error
-    _resolve_sources(content, file.parent, Path())
+    resolve_sources(content, file.parent, Path())
     for override in overrides:
         _override(content, override)
-    _resolve_sources(content, Path())
+    resolve_sources(content, Path())
+    return checked(content, place)
+
+
+def checked(content: Mapping[str, Any], place: str) -> Recipe:
+    """Return the recipe, validated, and its parts built once; RecipeError as for `read`."""
     recipe = parse(content, place)
     try:
         recipe.check()
@@ -77,13 +85,14 @@ def parse(content: Mapping[str, Any], place: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         found = mistakes(Recipe, content, error) + found
-        raise RecipeError(_listed(place, found)) from error
+        raise RecipeError(listed(place, found)) from error
     if found:
-        raise RecipeError(_listed(place, found))
+        raise RecipeError(listed(place, found))
     return recipe
 
 
-def _listed(place: str, found: Sequence[str]) -> str:
+def listed(place: str, found: Sequence[str]) -> str:
+    """Return one message of all mistakes."""
     return f"{place}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{place}:", *found])
 
 
@@ -114,12 +123,13 @@ def _value(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _resolve_sources(content: Mapping[str, Any], *places: Path) -> None:
+def resolve_sources(content: Mapping[str, Any], *places: Path) -> None:
     """Make a source that exists in one of the places an absolute path; others stay as they are."""
     for name, key in SOURCES:
         section = content.get(name)
         source = section.get(key) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(source, str) and source not in ("", SAMPLE):
+        reserved = ("", *_RESERVED.get((name, key), ()))
+        if isinstance(section, dict) and isinstance(source, str) and source not in reserved:
             paths = (place / Path(source).expanduser() for place in places)
             section[key] = next((str(p.resolve()) for p in paths if p.exists()), source)
 

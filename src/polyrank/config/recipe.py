@@ -25,6 +25,7 @@ from polyrank.config.conduct import (
     StoppingSection,
 )
 from polyrank.config.inputs import DataSection, FleetSection, ModelSection
+from polyrank.config.own_data import check_own
 from polyrank.config.plan import Devices, PlanSection, own_devices
 from polyrank.config.section import Section
 from polyrank.data import Clients
@@ -160,6 +161,7 @@ class Recipe(Section):
                 "leaves none for LoRA; raise rounds, or lower local.sparse_rounds"
             )
         self.conduct()
+        check_own(self.data, benchmark=self.benchmark is not None)
         if self.benchmark is not None:
             self.benchmark.build()
         if self.target_perplexity is not None and (

@@ -1,0 +1,211 @@
+"""A recipe as the run config of a Flower app, and back.
+
+A run config is flat: dotted keys with truth values, numbers and texts. Every key of the recipe is
+in it, because Flower lets a user change only keys that are there. What the recipe leaves out is the
+empty text; lists and tables are TOML texts, such as ``{T1 = 4, T2 = 16}``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from polyrank.config.app import APP_KEYS, OWN, PLACE, AppSettings, Scalar, SplitServer, app_settings
+from polyrank.config.baselines import BASELINES
+from polyrank.config.inputs import CLIENT
+from polyrank.config.mistakes import keys, subsection
+from polyrank.config.reading import PAIRS, checked, listed, resolve_sources
+from polyrank.config.recipe import Recipe
+from polyrank.errors import RecipeError
+
+__all__ = [
+    "APP_KEYS",
+    "AppSettings",
+    "RunConfig",
+    "Scalar",
+    "SplitServer",
+    "app_settings",
+    "data_given",
+    "from_run_config",
+    "nested",
+    "to_run_config",
+]
+
+RunConfig = Mapping[str, Scalar]
+
+SWITCHES: Mapping[str, tuple[str, ...]] = {
+    "plan": ("cuts",),
+    "benchmark": ("validation", "test"),
+    "early_stopping": ("patience",),
+}
+"""Of each section that a recipe may lack, the keys with one of which it is there."""
+
+_FIELDS: Mapping[str, FieldInfo] = dict(keys(Recipe))
+_BY_BASELINES = {key for one in BASELINES.values() for key in (*one.fixed, *one.default)}
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def to_run_config(recipe: Recipe) -> dict[str, Scalar]:
+    """Return every key of a recipe, defaults written out; the empty text: left out.
+
+    Left out is also what a baseline sets, or would set if one were chosen: so another baseline can
+    be chosen without a contradiction.
+    """
+    given = {key: value for key, value in _values(recipe) if not _by_baseline(recipe, key, value)}
+    return {
+        key: "" if given.get(key) is None else _written(field, given[key])
+        for key, field in _FIELDS.items()
+    }
+
+
+def from_run_config(flat: RunConfig) -> Recipe:
+    """Return the recipe that a run config stands for, checked as `polyrank.config.read` does.
+
+    The app's own keys are passed over, keys that are missing are left out. Raises RecipeError for
+    unknown keys, for a recipe that cannot be, and for both keys of a pair of which a recipe gives
+    one: which of them is the newer does not show.
+    """
+    found = [
+        f"{key}: unknown key{_nearest(key, _FIELDS)}"
+        for key in flat
+        if key not in _FIELDS and not key.startswith(OWN)
+    ]
+    given = {
+        key: read_value(field, flat[key])
+        for key, field in _FIELDS.items()
+        if flat.get(key, "") != ""
+    }
+    found += _both(given)
+    for section, switches in SWITCHES.items():
+        found += _switched_off(given, section, switches)
+    if found:
+        raise RecipeError(listed(PLACE, found))
+    content = nested(given)
+    for name in ("model", "data", "fleet"):
+        content.setdefault(name, {})
+    resolve_sources(content, Path())
+    return checked(content, PLACE)
+
+
+def data_given(flat: RunConfig) -> bool:
+    """Whether the run config names the data of all clients; otherwise each brings its own."""
+    return flat.get("data.source", "") != CLIENT
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections of dotted keys, plain keys first, as TOML needs them."""
+    found: dict[str, Any] = {}
+    for key, value in sorted(flat.items(), key=lambda item: "." in item[0]):
+        *sections, last = key.split(".")
+        inside = found
+        for name in sections:
+            inside = inside.setdefault(name, {})
+        inside[last] = value
+    return found
+
+
+def read_value(field: FieldInfo, written: Scalar) -> Any:
+    """Return what a value of a run config stands for, at a key that takes what `field` says.
+
+    A text in quotes is what is in them, and one in brackets or braces is the list or table where
+    the key takes one; everything else stands for itself.
+    """
+    if not isinstance(written, str) or written[:1] not in ("'", '"', "[", "{"):
+        return written
+    try:
+        content = tomllib.loads(f"value = {written}")
+    except tomllib.TOMLDecodeError:
+        return written
+    value = content["value"] if len(content) == 1 else written
+    return value if isinstance(value, str) or _takes_many(field.annotation) else written
+
+
+def _values(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Every key with its value; without those of sections that the recipe lacks."""
+    for name, field in Recipe.model_fields.items():
+        value = getattr(recipe, name)
+        if subsection(field) is None:
+            yield name, value
+        elif value is not None:
+            for key in type(value).model_fields:
+                yield f"{name}.{key}", getattr(value, key)
+
+
+def _by_baseline(recipe: Recipe, key: str, value: Any) -> bool:
+    """Whether a baseline is to say what the key is, when the recipe is read back."""
+    if key not in _BY_BASELINES:
+        return False
+    own = BASELINES.get(recipe.baseline or "")
+    if own is not None and key in (said := {**own.default, **own.fixed}):
+        return bool(said[key] == value)
+    section, _, last = key.partition(".")
+    return last not in getattr(recipe, section).model_fields_set
+
+
+def _written(field: FieldInfo, value: Any) -> Scalar:
+    """Write a value so that `read_value` returns it."""
+    if isinstance(value, str):
+        plain = value != "" and read_value(field, value) == value
+        return value if plain else _toml(value)
+    return _toml(value) if isinstance(value, list | dict) else value
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML in one line."""
+    if isinstance(value, dict):
+        inside = (f"{_key(name)} = {_toml(item)}" for name, item in value.items())
+        return "{" + ", ".join(inside) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str):  # JSON's texts are TOML's, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)
+
+
+def _key(name: str) -> str:
+    return name if _BARE.fullmatch(name) else _toml(name)
+
+
+def _takes_many(annotation: Any) -> bool:
+    """Whether a key takes a list or a table."""
+    return get_origin(annotation) in (list, dict) or any(map(_takes_many, get_args(annotation)))
+
+
+def _both(given: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{a} = {given[a]!r} and {b} = {given[b]!r}: a recipe gives one of the two; take the other "
+        f"back, -c '{a}=\"\"' or -c '{b}=\"\"'"
+        for a, b in PAIRS
+        if a in given and b in given
+    ]
+
+
+def _switched_off(given: dict[str, Any], section: str, switches: tuple[str, ...]) -> list[str]:
+    """Take a section that is switched off out of `given`; tell of keys that would be lost."""
+    inside = [key for key in given if key.startswith(f"{section}.")]
+    names = [f"{section}.{name}" for name in switches]
+    if any(name in given for name in names):
+        return []
+    found = [
+        f"{key} = {given[key]!r}: [{section}] is switched off for want of {' or '.join(names)}; "
+        f"give it, or take this key back: -c '{key}=\"\"'"
+        for key in inside
+        if given[key] != _FIELDS[key].default
+    ]
+    for key in inside:
+        del given[key]
+    return found
+
+
+def _nearest(key: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, known, n=1) or [
+        one for one in known if one.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    return f"; did you mean {near[0]}?" if near else "; docs/recipes.md has all"
