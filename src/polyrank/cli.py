@@ -214,6 +214,7 @@ def export(
 def inspect(folder: RunFolderArgument) -> None:
     """Show a run's ranks, rounds, spectra and discarded energy; also while it goes on."""
     from polyrank import report
+    from polyrank.federation.attendance import attendance
     from polyrank.inside import cuts_of, look
 
     inside = look(folder)
@@ -229,6 +230,9 @@ def inspect(folder: RunFolderArgument) -> None:
     console.print(report.round_header(wire), style="bold")
     for record in inside.records:
         console.print(report.round_line(record, wire))
+    troubled = report.attendance(attendance(map(vars, inside.records)))
+    if troubled is not None:
+        console.print(troubled)
     if inside.factors is None:
         console.print("no round is finished yet")
         return

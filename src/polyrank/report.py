@@ -20,6 +20,7 @@ from polyrank.training.split import SplitSettings
 
 _SCORES = (("loss", "loss", 4), ("exact_match", "exact match", 3), ("rouge_l", "ROUGE-L", 3))
 _GROUPS = ("seen", "unseen")
+_MOST_CLIENTS = 20
 _BENCHMARK = (
     ("validation", "perplexity", "perplexity", 3, "examples"),
     ("test", "bleu", "BLEU", 2, "generated"),
@@ -176,6 +177,41 @@ def leaks(cuts: Iterable[Split], settings: SplitSettings) -> str | None:
         f"split: the server that trains {what} sees activations{noise if settings.noise else ''}, "
         f"from which most tokens can be recovered, {labels}; see docs/privacy.md"
     )
+
+
+def attendance(clients: Mapping[str, Mapping[str, int | None]]) -> Table | None:
+    """Return the clients with refusals or lateness, the most of them first; None without any."""
+    troubles = ("refused", "late", "lost")
+    counts = {name: sum(one[key] or 0 for key in troubles) for name, one in clients.items()}
+    named = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])
+    if not named:
+        return None
+    made = table("clients with refusals or lateness")
+    made.add_column("client", overflow="fold")
+    for column in ("rounds joined", *troubles):
+        made.add_column(column, justify="right")
+    for name in named[:_MOST_CLIENTS]:
+        cells = (clients[name][key] for key in ("rounds_joined", *troubles))
+        made.add_row(name, *map(str, cells))
+    if len(named) > _MOST_CLIENTS:
+        made.caption = f"and {len(named) - _MOST_CLIENTS} more, in summary.json"
+    return made
+
+
+def remarks(record: RoundRecord) -> list[str]:
+    """Return lines on clients of a round whose updates are not aggregated, or only shortened."""
+    late = {*record.late}
+    lines = [
+        f"{'late' if client in late else 'refused'} {client}: {why}"
+        for client, why in record.rejected.items()
+    ]
+    if record.clipped:
+        client, least = min(record.clipped.items(), key=lambda one: one[1])
+        lines.append(
+            f"shortened {count(len(record.clipped), 'update')}, most of all {client}: "
+            f"{least:.3g} of its way counts"
+        )
+    return lines
 
 
 def round_header(wire: bool = False) -> str:

@@ -84,5 +84,8 @@ def show(outcome: Outcome, as_json: bool) -> None:
                 outcome.forced or "",
             )
         )
+    troubled = report.attendance(summary.get("clients", {}))  # Runs of before did not tell.
+    if troubled is not None:
+        console.print(troubled)
     console.print(report.spent(summary))
     console.print(report.loading(outcome.folder / "adapter"), soft_wrap=True, markup=False)

@@ -115,8 +115,8 @@ class Terminal:
         measured = report.perplexity(record)
         if measured is not None:
             self.console.print(f"  {measured}", highlight=False)
-        for client, why in record.rejected.items():
-            self.console.print(f"  refused {client}: {why}", style="yellow", markup=False)
+        for line in report.remarks(record):
+            self.console.print(f"  {line}", style="yellow", markup=False)
         if record.planned_anew and self._federation is not None:
             self.console.print("  importance has moved: planned anew", highlight=False)
             self._say_ranks(self._federation)

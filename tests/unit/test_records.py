@@ -9,9 +9,11 @@ import pytest
 from polyrank.aggregation import SiteReport
 from polyrank.errors import RunError
 from polyrank.federation import RoundRecord
+from polyrank.federation.answers import Receipt, TurnedAway
 from polyrank.federation.records import summary, to_target, to_target_perplexity
-from polyrank.federation.round import Receipt
 
+KINDS = {"b": "late"}
+CLIPPED = {"a": 0.25, "b": 1.0}
 SECONDS = {"train": 1.0, "merge": 0.5, "evaluate": 0.5, "total": 2.0}
 
 
@@ -25,8 +27,13 @@ class Attempt:
     def __init__(self, attempt, accepted, rejected):
         self.attempt, self.rejected = attempt, rejected
         self.clients = sorted([*accepted, *rejected])
+        self.turned_away = [TurnedAway(c, KINDS.get(c, "invalid"), rejected[c]) for c in rejected]
+        each = {client: {"up": 0, "down": 0} for client in self.clients}
+        self.traffic = {**each, "a": {"up": 60, "down": 100}}
         self.accepted = {
-            client: Receipt(1, 0, {"loss": loss, "tokens": 10.0, "target_tokens": targets})
+            client: Receipt(
+                1, 0, {"loss": loss, "tokens": 10.0, "target_tokens": targets}, {}, CLIPPED[client]
+            )
             for client, (loss, targets) in accepted.items()
         }
 

@@ -91,8 +91,6 @@ BAD = {
         lambda u: replace(u, adapter=u.adapter.to(dtype=torch.int32)),
         "expected real numbers",
     ),
-    "the round before": (lambda u: replace(u, round=1), "it answers round 1, attempt 0"),
-    "another attempt": (lambda u: replace(u, attempt=1), "it answers round 2, attempt 1"),
     "other factors": (lambda u: replace(u, assignment="0" * 64), "other factors than were dealt"),
     "no examples": (lambda u: replace(u, examples=0), "at least 1 training example, got 0"),
     "a loss that is NaN": (metric("loss", float("nan")), "finite number as 'loss'"),

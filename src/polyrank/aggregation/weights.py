@@ -31,3 +31,36 @@ def normalised(weights: Mapping[str, float] | Iterable[float]) -> list[float]:
     relative = [weight / largest for weight in named.values()]
     total = math.fsum(relative)
     return [weight / total for weight in relative]
+
+
+def capped(weights: Mapping[str, float], most: float | None) -> dict[str, float]:
+    """Return weights of which none is more than the share `most` of their sum.
+
+    Who has more is set to w_i = `most`·Σ w, and what is taken off is shared among the others in
+    proportion to their weights, again and again until it holds: the one solution with
+    w_i = min(most, λ·w_i) and Σ w_i = 1. If the clients of positive weight are too few for it,
+    `most`·k ≤ 1 for k of them, they weigh equally; a weight of zero stays zero. Where no share
+    exceeds `most`, or it is None, the weights are returned as given, otherwise as shares.
+
+    Raises RuleError unless 0 < most ≤ 1, and as `normalised` does.
+    """
+    if most is None:
+        return dict(weights)
+    if not 0 < most <= 1:
+        raise RuleError(f"aggregation: expected a largest share in (0, 1], got {most}")
+    shares = dict(zip(weights, normalised(weights), strict=True))
+    rounding = most * (1 + 1e-12)  # Shares that were capped and summed again are not above it.
+    if max(shares.values()) <= rounding:
+        return dict(weights)
+    rest = {client: share for client, share in shares.items() if share > 0}
+    if most * len(rest) <= 1:
+        return {client: 1 / len(rest) if client in rest else 0.0 for client in shares}
+    at_cap: dict[str, float] = {}
+    while True:  # Each that reaches the cap makes the others heavier.
+        room = 1 - most * len(at_cap)
+        scaled = {c: room * s for c, s in zip(rest, normalised(rest), strict=True)}
+        over = [client for client, share in scaled.items() if share > rounding]
+        if not over:
+            return {client: (at_cap | scaled).get(client, 0.0) for client in shares}
+        at_cap |= dict.fromkeys(over, most)
+        rest = {client: share for client, share in rest.items() if client not in at_cap}

@@ -56,6 +56,10 @@ class AggregationSection(Section):
     """A client's weight: its training examples, 1, or its examples up to `cap`."""
     cap: int | None = None
     """The most examples that count, with `capped`."""
+    max_share: float | None = None
+    """No client's weight in a round is more than this share of all weights; what is taken off is
+    shared among the others in proportion. Clients too few for it weigh equally. It holds for each
+    matrix among the clients that train it; left out, any share."""
     server_rank: int | None = None
     """Rank at which the server keeps the aggregate; left out, per matrix the fleet's largest."""
 
@@ -65,7 +69,7 @@ class AggregationSection(Section):
 
     def weighting(self) -> Weighting:
         """Return how updates weigh."""
-        return Weighting(self.weights, self.cap)
+        return Weighting(self.weights, self.cap, self.max_share)
 
 
 _METHOD_KEYS = ("optimizer", "proximal", "sparse_rounds")
@@ -211,11 +215,20 @@ class FaultsSection(Section):
     attempts: int = 3
     """How often a round is tried, with other clients, before the run ends."""
     max_increment: float | None = None
-    """Refuse updates that moved further than this (Frobenius norm); left out, any distance."""
+    """Refuse updates that moved further than this: ‖ΔW − what was dealt‖ over all matrices
+    together, in the Frobenius norm; left out, any distance."""
+    clip_increment: float | None = None
+    """Shorten updates that moved further than this to it, in the same norm, instead of refusing
+    them; `max_increment` is checked before. Left out, none."""
+    deadline: float | None = None
+    """Seconds that the clients of a round have to answer. Who is later counts as missing, and the
+    answer is not aggregated. Left out, as long as it takes."""
 
     def build(self) -> Faults:
         """Return the bounds."""
-        return Faults(self.quorum, self.attempts, self.max_increment)
+        return Faults(
+            self.quorum, self.attempts, self.max_increment, self.deadline, self.clip_increment
+        )
 
 
 class EngineSection(Section):

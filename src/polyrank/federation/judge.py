@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 import torch
 
 from polyrank.aggregation import Assignment, Update
-from polyrank.algebra import Delta, Sparse, distance
+from polyrank.algebra import Delta, Sparse
 from polyrank.errors import UpdateError
+from polyrank.federation.clip import moved
 
 METRICS = ("loss", "tokens", "target_tokens")
 """The numbers that every update must carry, for the round's record."""
@@ -107,10 +108,10 @@ def _check_kind(place: str, start: Delta, result: Delta, train: str) -> None:
 
 
 def _check_increment(update: Update, assignment: Assignment, place: str, bound: float) -> None:
-    squared = sum(distance(update.adapter[s], start) ** 2 for s, start in assignment.start.items())
-    if not squared**0.5 <= bound:
+    norm = moved(update.adapter, assignment)
+    if not norm <= bound:
         raise UpdateError(
-            f"{place}: its increment has norm {squared**0.5:.4g}, more than max_increment = {bound}"
+            f"{place}: its increment has norm {norm:.4g}, more than max_increment = {bound}"
         )
 
 

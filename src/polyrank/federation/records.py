@@ -9,7 +9,9 @@ from typing import Any
 
 from polyrank.aggregation import SiteReport
 from polyrank.errors import RunError
+from polyrank.federation.attendance import attendance
 from polyrank.federation.round import Round
+from polyrank.federation.traffic import added
 
 SCHEMA = 1
 """Version of the records' layout; a reader refuses what it does not know."""
@@ -29,7 +31,12 @@ class RoundRecord:
     `bytes_up` and `bytes_down`. `benchmark` gives the loss and perplexity on a held-out source,
     where they were taken; `modelled_seconds` how long the round takes by the cost model, where
     there is one, and `planned_anew` that ranks and cuts were planned again after it. Only `seconds`
-    may differ between a run and its repetition.
+    may differ between a run and its repetition in one process.
+
+    `turned_away` has every answer of all attempts that was not aggregated, as client, kind
+    (`polyrank.federation.answers.Kind`) and reason; `clipped` the share of its way that counted,
+    per client whose update was shortened; `traffic` the bytes ``up`` and ``down`` per client, which
+    sum to `bytes_up` and `bytes_down`. Records of before lack these three: `traffic` is then None.
     """
 
     schema: int
@@ -52,6 +59,9 @@ class RoundRecord:
     benchmark: dict[str, Any] | None = None
     modelled_seconds: float | None = None
     planned_anew: bool = False
+    turned_away: list[dict[str, str]] = field(default_factory=list)
+    clipped: dict[str, float] = field(default_factory=dict)
+    traffic: dict[str, dict[str, int]] | None = None
 
     @staticmethod
     def of(
@@ -91,6 +101,15 @@ class RoundRecord:
             benchmark=benchmark,
             modelled_seconds=modelled_seconds,
             planned_anew=planned_anew,
+            turned_away=[
+                dataclasses.asdict(one) for attempt in attempts for one in attempt.turned_away
+            ],
+            clipped={
+                client: receipt.clipped
+                for client, receipt in sorted(round.accepted.items())
+                if receipt.clipped < 1
+            },
+            traffic=added(attempt.traffic for attempt in attempts),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -106,6 +125,11 @@ class RoundRecord:
                 "another version wrote them"
             )
         return RoundRecord(**found)
+
+    @property
+    def late(self) -> list[str]:
+        """The clients that were late in the round, once for each attempt."""
+        return [one["client"] for one in self.turned_away if one["kind"] == "late"]
 
     @property
     def discarded(self) -> float:
@@ -158,7 +182,8 @@ def summary(
     """Return summary.json's content; `base` and `final` are evaluations on the test parts.
 
     `adapter_lost` is the share of energy that the adapter folder lacks of what `final` evaluates.
-    Where there is a benchmark, its scores are there too, without the texts.
+    Where there is a benchmark, its scores are there too, without the texts. ``clients`` tells what
+    each client did (`polyrank.federation.attendance`).
     """
     keys = ("loss", "loss_se", "exact_match", "rouge_l", "clients")
 
@@ -189,6 +214,7 @@ def summary(
         "base": short(base),
         "final": short(final),
         **benchmark,
+        "clients": attendance(records),
         "per_category": final["per_category"],
     }
 

@@ -12,10 +12,14 @@ from typing import TypeVar
 
 from polyrank.aggregation import Assignment, Contribution, Dealt, Rule, SiteReport, State, Update
 from polyrank.aggregation import deal as deal_all
-from polyrank.aggregation.weights import normalised
+from polyrank.aggregation.weights import capped, normalised
 from polyrank.algebra import Adapter, Delta, Dense
 from polyrank.errors import RuleError, UpdateError
+from polyrank.federation.answers import Failure, Kind, Receipt, TurnedAway
+from polyrank.federation.answers import FailureKind as FailureKind
+from polyrank.federation.clip import clipped, shortened
 from polyrank.federation.judge import WIRE, check_update, counted
+from polyrank.federation.traffic import Traffic
 from polyrank.planning.scaling import Scaling
 from polyrank.planning.split import Split
 from polyrank.seeds import derive
@@ -48,37 +52,13 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A client's answer that there will be no update, and why.
-
-    `metrics` of a split client carry ``wire_up`` and ``wire_down`` like those of an update: bytes
-    that travelled all the same.
-    """
-
-    client: str
-    round: int
-    attempt: int
-    reason: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What is kept in memory of an accepted update: all but its factors."""
-
-    examples: int
-    nbytes: int
-    metrics: Mapping[str, float]
-    importance: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class RoundSettings:
     """What stays the same from round to round.
 
     `ranks` per client and site in the first round, and `ranks_in` those of any round, where they
-    change; `weights` per client, not yet normalised; `scaling` of LoRA; `max_increment`: an update
-    whose ‖ΔW − what was dealt‖_F over all sites is larger is refused. `cut_of` gives a client's cut
+    change; `weights` per client, not yet normalised, of which none counts more than the share
+    `max_share`; `scaling` of LoRA; `max_increment`: an update whose ‖ΔW − what was dealt‖_F over
+    all sites is larger is refused, `clip_increment`: shortened to it. `cut_of` gives a client's cut
     in a round, and `held_by` the sites that the client holds at each cut that may come, of those
     that anyone trains; without them all clients run the whole model. `sites` are all of the
     model's, where a client may measure importance; None: those that it trains.
@@ -90,6 +70,8 @@ class RoundSettings:
     scaling: Scaling
     seed: int
     max_increment: float | None = None
+    clip_increment: float | None = None
+    max_share: float | None = None
     ranks_in: Callable[[int], Mapping[str, Ranks]] | None = None
     cut_of: Callable[[str, int], Split | None] | None = None
     held_by: Mapping[Split, frozenset[str]] = field(default_factory=dict)
@@ -115,11 +97,18 @@ class Round:
 
     The caller (an engine) trains, keeps the accepted factors wherever it likes, and hands a reader
     of them to `aggregate`, which goes site by site and client by client in the order of their ids,
-    so that neither memory nor the result depends on the order in which updates came. `rejected`
-    says why, per client; `bytes_up` counts all that arrived, also what was not accepted.
+    so that neither memory nor the result depends on the order in which updates came.
+
+    `turned_away` has every answer that is not aggregated, in the order of arrival; `rejected` says
+    why, per client of the round without an accepted update, by its last answer to this round.
+    `traffic` and its sums, `bytes_up` and `bytes_down`, count all that travelled, also what was not
+    accepted.
 
     What travels to and from a split client are the factors of the sites that it holds itself, and
     its activations and gradients: these are in `wire_up` and `wire_down`, and in the bytes above.
+
+    An update that is to be shortened is kept as it came, so that a resumed run judges the same
+    again; its factors are shortened where they are read.
     """
 
     settings: RoundSettings
@@ -129,10 +118,9 @@ class Round:
     clients: Sequence[str]
     accepted: dict[str, Receipt] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
-    bytes_up: int = 0
-    wire_up: int = 0
-    wire_down: int = 0
-    _wired: set[str] = field(default_factory=set)
+    turned_away: list[TurnedAway] = field(default_factory=list)
+    _traffic: Traffic = field(default_factory=Traffic)
+    _dealt_bytes: dict[str, int] = field(default_factory=dict)
     _dealt: dict[_Key, tuple[Assignment, str]] = field(default_factory=dict)
     _by_client: dict[str, tuple[Assignment, str]] = field(default_factory=dict)
 
@@ -151,12 +139,45 @@ class Round:
         return self._deal(client)[1]
 
     @property
+    def traffic(self) -> dict[str, dict[str, int]]:
+        """Bytes per client, ``up`` and ``down``: of those asked, and of others that answered."""
+        asked = dict.fromkeys([*self.clients, *self._traffic.up])
+        down = {client: self._down(client) if client in self.clients else 0 for client in asked}
+        return {
+            client: {
+                "up": self._traffic.up[client],
+                "down": down[client] + self._traffic.wire_down[client],
+            }
+            for client in asked
+        }
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes that arrived in this round, from whomever."""
+        return self._traffic.up.total()
+
+    @property
     def bytes_down(self) -> int:
         """Bytes that travel to all clients of the round, merged sums and gradients included."""
         return sum(map(self._down, self.clients)) + self.wire_down
 
+    @property
+    def wire_up(self) -> int:
+        """Bytes of activations that split clients sent."""
+        return self._traffic.wire_up.total()
+
+    @property
+    def wire_down(self) -> int:
+        """Bytes of gradients that split clients got."""
+        return self._traffic.wire_down.total()
+
     def _down(self, client: str) -> int:
-        """Bytes of the tensors dealt to a client, at the sites that it holds."""
+        """Bytes of the tensors dealt to a client, at the sites that it holds; counted once."""
+        if client not in self._dealt_bytes:
+            self._dealt_bytes[client] = self._count_down(client)
+        return self._dealt_bytes[client]
+
+    def _count_down(self, client: str) -> int:
         assignment, held = self.assignment(client), self.settings.held(client, self.number)
         missed = self.settings.rule.catch_up(self.state, client, held)
         if held is None:
@@ -197,20 +218,49 @@ class Round:
         """What is merged into the base of all clients; one object, so that it is hashed once."""
         return self.settings.rule.merged(self.state)
 
-    def accept(self, update: Update) -> None:
-        """Take an update in, or record why not and raise UpdateError; never both."""
-        nbytes = self._travelled(update) + self._wire(update)
-        self.bytes_up += nbytes
+    def accept(self, update: Update) -> Update:
+        """Take an update in and return what to keep of it, or raise UpdateError; never both.
+
+        What is refused is noted with its reason. What is kept is what came, also where it counts
+        shortened.
+        """
+        client, nbytes = update.client, self._travelled(update)
+        self._traffic.up[client] += nbytes
+        self._expect(update)
+        crossed = self._wire(update)
         try:
-            self._validate(update)
+            factor = self._judge(update)
         except UpdateError as error:
-            if update.client in self.clients and update.client not in self.accepted:
-                self.rejected[update.client] = str(error)
+            self.rejected[client] = str(error)
+            self.note(client, "invalid", str(error))
             raise
-        self.accepted[update.client] = Receipt(
-            update.examples, nbytes, update.metrics, update.importance
+        self.accepted[client] = Receipt(
+            update.examples, nbytes + crossed, update.metrics, update.importance, factor
         )
-        self.rejected.pop(update.client, None)
+        self.rejected.pop(client, None)
+        return update
+
+    def fail(self, failure: Failure) -> None:
+        """Record that a client has no update to give; UpdateError if none is awaited from it."""
+        self._expect(failure)
+        self._wire(failure)
+        self.rejected[failure.client] = failure.reason
+        self.note(failure.client, failure.kind, failure.reason)
+
+    def turn_away(self, answer: Update | Failure) -> None:
+        """Count an answer that this round does not await, and its bytes, and do no more.
+
+        Such as one that comes after its own round has ended (``stale``): whether the client has an
+        update in this round is open as before.
+        """
+        if isinstance(answer, Update):
+            self._traffic.up[answer.client] += self._travelled(answer)
+        self.note(answer.client, *(self._unexpected(answer) or ("stale", "nobody waits for it")))
+
+    def note(self, client: str, kind: Kind, reason: str, nbytes: int = 0) -> None:
+        """Note that something of a client is not aggregated, and the bytes that it took."""
+        self._traffic.up[client] += nbytes
+        self.turned_away.append(TurnedAway.of(client, kind, reason))
 
     def _travelled(self, update: Update) -> int:
         if update.client not in self.clients:
@@ -221,59 +271,80 @@ class Round:
 
     def _wire(self, answer: Update | Failure) -> int:
         """Count a split client's activations and gradients, once; return the bytes up."""
-        client = answer.client
-        if client in self._wired or client not in self.clients:
+        if self.settings.cut(answer.client, self.number) is None:
             return 0
-        if self.settings.cut(client, self.number) is None:
-            return 0
-        self._wired.add(client)
         up, down = (counted(answer.metrics, name) or 0 for name in WIRE)
-        self.wire_up += up
-        self.wire_down += down
-        return up
-
-    def fail(self, failure: Failure) -> None:
-        """Record that a client has no update to give; UpdateError if it was not asked for one."""
-        self._expected(failure)
-        self.bytes_up += self._wire(failure)
-        self.rejected[failure.client] = failure.reason
+        new = self._traffic.crossed(answer.client, up, down)
+        self._traffic.up[answer.client] += new
+        return new
 
     def enough(self, quorum: float) -> bool:
         """Whether at least this share of the clients has an accepted update."""
         return len(self.accepted) >= quorum * len(self.clients) - 1e-9
 
-    def _expected(self, answer: Update | Failure) -> str:
-        """Return the place for messages, or raise UpdateError if this round awaits no answer."""
-        place = f"update of client {answer.client!r} in round {self.number}"
-        if answer.client not in self.clients:
-            raise UpdateError(f"{place}: the client was not asked to take part in this round")
+    def _place(self, client: str) -> str:
+        return f"update of client {client!r} in round {self.number}"
+
+    def _expect(self, answer: Update | Failure) -> None:
+        """Note what this round does not await, and raise UpdateError."""
+        found = self._unexpected(answer)
+        if found is not None:
+            self.note(answer.client, *found)
+            raise UpdateError(found[1])
+
+    def _unexpected(self, answer: Update | Failure) -> tuple[Kind, str] | None:
+        place = self._place(answer.client)
         if (answer.round, answer.attempt) != (self.number, self.attempt):
-            raise UpdateError(
+            return "stale", (
                 f"{place}: expected round {self.number}, attempt {self.attempt}; it answers round "
                 f"{answer.round}, attempt {answer.attempt}; it is not aggregated"
             )
+        if answer.client not in self.clients:
+            return "invalid", f"{place}: the client was not asked to take part in this round"
         if answer.client in self.accepted:
-            raise UpdateError(f"{place}: an update of this client was accepted already")
-        return place
+            return "duplicate", f"{place}: an update of this client was accepted already"
+        return None
 
-    def _validate(self, update: Update) -> None:
-        place = self._expected(update)
+    def _judge(self, update: Update) -> float:
+        """Return the share of its way that counts; UpdateError unless it answers what was dealt."""
+        chosen, place = self.settings, self._place(update.client)
         assignment, expected = self._deal(update.client)
-        split = self.settings.cut(update.client, self.number) is not None
-        bound, sites = self.settings.max_increment, self.settings.sites
-        check_update(update, assignment, expected, place, split, bound, sites)
+        split = chosen.cut(update.client, self.number) is not None
+        check_update(update, assignment, expected, place, split, chosen.max_increment, chosen.sites)
+        if chosen.clip_increment is None:
+            return 1.0
+        try:
+            return clipped(update, assignment, chosen.clip_increment)[1]
+        except UpdateError as error:
+            raise UpdateError(f"{place}: {error}") from error
+
+    def _counting(self, read: ReadUpdate) -> ReadUpdate:
+        """Return a reader of what counts of the updates: some are shortened."""
+
+        def shorter(client: str, site: str) -> Delta:
+            came, factor = read(client, site), self.accepted[client].clipped
+            if factor == 1:
+                return came
+            return shortened(self.assignment(client).start[site], came, factor)
+
+        return shorter
 
     def aggregate(self, read: ReadUpdate) -> tuple[State, dict[str, SiteReport]]:
-        """Return the next state and a report per site; RuleError if no update was accepted."""
+        """Return the next state and a report per site; RuleError if no update was accepted.
+
+        `max_share` holds for the weights that a rule is given, and again, after a rule weighed in
+        its own way, at each site among the clients that train it.
+        """
         if not self.accepted:
             raise RuleError(f"round {self.number}: no update was accepted: {self.rejected}")
         rule, accepted = self.settings.rule, sorted(self.accepted)
-        given = {client: self.settings.weights[client] for client in accepted}
+        read, most = self._counting(read), self.settings.max_share
+        given = capped({client: self.settings.weights[client] for client in accepted}, most)
         weights = rule.weigh(self.state, given, lambda client: self._norm(client, read))
         state, reports = self.state, {}
         for site in sorted({site for c in accepted for site in self.assignment(c).start}):
             clients = [c for c in accepted if site in self.assignment(c).start]
-            shares = normalised({c: weights[c] for c in clients})
+            shares = normalised(capped({c: weights[c] for c in clients}, most))
             contributions = self._contributions(site, clients, shares, read)
             state, report = rule.merge_site(state, site, contributions)
             if not math.isfinite(report.energy):

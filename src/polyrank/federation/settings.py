@@ -39,16 +39,25 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Weighting:
-    """The weight of a client's update: ``examples``, ``equal``, or ``capped`` at `cap` examples."""
+    """The weight of a client's update: ``examples``, ``equal``, or ``capped`` at `cap` examples.
+
+    No client has more than the share `most` of a round's weights
+    (`polyrank.aggregation.weights.capped`); None: any.
+    """
 
     by: Literal["examples", "equal", "capped"] = "examples"
     cap: int | None = None
+    most: float | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         if (self.by == "capped") != (self.cap is not None) or (
             self.cap is not None and self.cap < 1
         ):
             raise RecipeError("weights: by = 'capped' needs cap, at least 1; the others take none")
+        if self.most is not None and not 0 < self.most <= 1:
+            raise RecipeError(
+                f"aggregation.max_share: expected more than 0, up to 1, got {self.most}"
+            )
 
     def weights(self, examples: Mapping[str, int]) -> dict[str, float]:
         """Return the weights, not yet normalised, from training examples per client."""
@@ -136,20 +145,24 @@ class Faults:
     """What a round tolerates: `quorum`, the share of its clients whose updates must be accepted.
 
     Below it the state does not change, and the round is tried with other clients, `attempts` times
-    in all. `max_increment` bounds ‖ΔW − what was dealt‖_F of an update; none by default.
+    in all. `deadline` is how many seconds a round's clients have to answer; None: as long as it
+    takes. An update whose increment ‖ΔW − what was dealt‖_F over all sites is above
+    `clip_increment` counts shortened to it; one above `max_increment`, as it came, is refused.
     """
 
     quorum: float = 0.5
     attempts: int = 3
     max_increment: float | None = None
+    deadline: float | None = field(default=None, metadata={"later": True})
+    clip_increment: float | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         if not 0 < self.quorum <= 1 or self.attempts < 1:
             raise RecipeError("faults: expected 0 < quorum <= 1 and at least one attempt")
-        if self.max_increment is not None and not self.max_increment > 0:
-            raise RecipeError(
-                f"faults.max_increment: expected a number above 0, got {self.max_increment}"
-            )
+        for name in ("max_increment", "deadline", "clip_increment"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RecipeError(f"faults.{name}: expected a number above 0, got {value}")
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ def round_settings(
         scaling=conduct.scaling,
         seed=conduct.seed,
         max_increment=conduct.faults.max_increment,
+        clip_increment=conduct.faults.clip_increment,
+        max_share=conduct.weights.most,
         ranks_in=lru_cache(2)(ranks_in) if fleet.schedule else None,
         cut_of=_cut_of(fleet) if fleet.cuts else None,
         held_by={cut: _held(cut, spec) & trained for cut in fleet.cuts.values()},
