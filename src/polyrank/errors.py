@@ -10,6 +10,7 @@
     ├── RuleError              an aggregation rule: cannot take this fleet, or these weights
     ├── UpdateError            an update of a client that does not fit its assignment
     ├── FrameError             a message of a split step: malformed, out of order, not finite
+    ├── PacketError            a message between server and client that cannot be read or written
     ├── AdapterError           a PEFT folder that cannot be read or written
     ├── ResourceError          memory or disk that will not suffice, seen before the start
     └── RunError               a run folder
@@ -62,6 +63,10 @@ class UpdateError(PolyrankError):
 
 class FrameError(PolyrankError):
     """A message of a split step is malformed, out of order, or of another client, or not finite."""
+
+
+class PacketError(PolyrankError):
+    """A message between server and client is malformed, too large, or not what was asked for."""
 
 
 class AdapterError(PolyrankError):
