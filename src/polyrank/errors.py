@@ -11,6 +11,7 @@
     ├── UpdateError            an update of a client that does not fit its assignment
     ├── FrameError             a message of a split step: malformed, out of order, not finite
     ├── PacketError            a message between server and client that cannot be read or written
+    ├── SplitServerError       the split server: not started, dead, or not done with a client
     ├── AdapterError           a PEFT folder that cannot be read or written
     ├── ResourceError          memory or disk that will not suffice, seen before the start
     └── RunError               a run folder
@@ -67,6 +68,10 @@ class FrameError(PolyrankError):
 
 class PacketError(PolyrankError):
     """A message between server and client is malformed, too large, or not what was asked for."""
+
+
+class SplitServerError(PolyrankError):
+    """The split server cannot be started, has died, or has not finished a client's tail."""
 
 
 class AdapterError(PolyrankError):
