@@ -203,7 +203,7 @@ class Recipe(Section):
 
     def resolved(self) -> Recipe:
         """Return the recipe with what depends on this machine chosen, and its trace read in."""
-        threads = self.engine.threads or _cores()
+        threads = self.engine.threads or cores()
         return self.model_copy(
             update={
                 "engine": self.engine.model_copy(update={"threads": threads}),
@@ -221,7 +221,7 @@ class Recipe(Section):
         return tomli_w.dumps(_without_none(self.model_dump()))
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 

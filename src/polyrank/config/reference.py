@@ -1,14 +1,16 @@
-"""The page docs/recipes.md, made from the sections: ``python -m polyrank.config.reference``."""
+"""The pages of all keys: ``python -m polyrank.config.reference [client] > docs/….md``."""
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from polyrank.config.client import ClientSettings
 from polyrank.config.mistakes import subsection, words
 from polyrank.config.recipe import Recipe
 from polyrank.config.section import Section
@@ -31,17 +33,67 @@ The recipes in `recipes/` are worked examples. This page is made from the code b
 `python -m polyrank.config.reference`.
 """
 
+CLIENT_HEAD = """\
+# client.toml: every key
+
+In a [deployment](deployment.md) the owner of a client's machine says in this file where the data
+lies, what the machine offers, and what it consents to. It stays on the machine, whose SuperNode is
+started with its path:
+
+```
+flower-supernode … --node-config 'client="/home/me/client.toml"'
+```
+
+```toml
+name = "hospital-a"
+
+[data]
+source = "notes.jsonl"          # beside this file
+
+[device]                        # where the recipe plans ranks and cuts
+profile = "jetson-orin-nano-8gb"
+up = "20 Mbit/s"
+down = "100 Mbit/s"
+
+[limits]
+largest_rank = 16
+lowest_cut = 2
+labels_may_leave = false
+smallest_count = 20
+```
+
+The server is told the name, the category, how many examples there are and how long the longest is,
+the device, the limits, and the versions of the libraries; never a text. The recipe of such a run
+has `data.source = "client"`; what it says of fractions, template, length and limit holds for all
+clients. A client's split into training, validation and test part depends on the recipe's seed, the
+name and the examples alone, and is the one that it would have in a run with all data in one place.
+
+Recipe and code come from the server's side: whoever may start runs on the SuperLink decides which
+Flower app runs here. The limits bind polyrank's own app.
+
+This page is made from the code by `python -m polyrank.config.reference client`.
+"""
+
 _QUOTED = re.compile(r"'([^' ]*)'")
 
 
 def page() -> str:
-    """Return the page as Markdown."""
+    """Return the page of a recipe's keys as Markdown."""
+    return _page(HEAD, Recipe)
+
+
+def client_page() -> str:
+    """Return the page of client.toml's keys as Markdown."""
+    return _page(CLIENT_HEAD, ClientSettings)
+
+
+def _page(head: str, root: type[Section]) -> str:
     sections = [
         (name, inner)
-        for name, field in Recipe.model_fields.items()
+        for name, field in root.model_fields.items()
         if (inner := subsection(field)) is not None
     ]
-    parts = [HEAD, "## At the top\n", *_table(Recipe)]
+    parts = [head, "## At the top\n", *_table(root)]
     for name, section in sections:
         parts += [
             f"\n## [{name}]\n",
@@ -73,4 +125,4 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(client_page() if sys.argv[1:] == ["client"] else page(), end="")

@@ -5,6 +5,7 @@ from polyrank.data.collate import collate
 from polyrank.data.encode import encode, encode_each
 from polyrank.data.partition import partition
 from polyrank.data.sequences import joined
+from polyrank.data.single import single
 from polyrank.data.split import split
 from polyrank.data.store import ExampleStore
 from polyrank.data.tasks import load_tasks, tasks_from_rows
@@ -33,6 +34,7 @@ __all__ = [
     "joined",
     "load_tasks",
     "partition",
+    "single",
     "sizes",
     "split",
     "tasks_from_rows",

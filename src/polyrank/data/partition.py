@@ -112,7 +112,7 @@ def partition(
                     "client is held out entirely or takes part"
                 )
 
-    groups = _trim(groups, tasks, table, limit, min_examples, seed, skipped)
+    groups = trim(groups, tasks, table, limit, min_examples, seed, skipped)
     if not isinstance(unseen, str | None):
         held_out = _choose(unseen, sorted(groups), seed)
     return Clients(
@@ -196,7 +196,7 @@ def _choose(unseen: Sequence[str] | int | float, ids: Sequence[str], seed: int) 
     return set(sorted(ids, key=lambda id: derive(seed, id, "unseen"))[:count])
 
 
-def _trim(
+def trim(
     groups: Groups,
     tasks: Tasks,
     table: Table,
