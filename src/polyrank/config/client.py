@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -20,9 +20,11 @@ from polyrank.config.recipe import Recipe, cores
 from polyrank.config.section import Expected, Section
 from polyrank.data import Clients, single
 from polyrank.errors import PolyrankError, RecipeError
-from polyrank.federation.remote.packets import Terms
 from polyrank.planning import DEVICES, DeviceProfile, device
 from polyrank.seeds import derive
+
+if TYPE_CHECKING:
+    from polyrank.federation.remote.packets import Terms
 
 LONGEST_NAME = 200
 
@@ -161,6 +163,8 @@ class ClientSettings(Section):
 
     def terms(self) -> Terms:
         """Return the limits as they are told to the server."""
+        from polyrank.federation.remote.packets import Terms
+
         return Terms(**self.limits.model_dump())
 
 
