@@ -18,6 +18,8 @@ from polyrank.errors import FolderExistsError, InterruptedRunError
 from polyrank.federation import (
     Benchmark,
     ClientWork,
+    Engine,
+    Examiner,
     Federation,
     RoundRecord,
     prepare,
@@ -121,6 +123,10 @@ class Parts:
         self._attendance.listener.loading("token ids")
         return prepare(clients, model, self._recipe.data.encoding())
 
+    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Examiner] | None:  # noqa: ARG002
+        """Return who trains and scores the fleet's clients; None: this process does."""
+        return None
+
     @cached_property
     def benchmark(self) -> Benchmark | None:
         """The held-out sources, if the recipe names some."""
@@ -163,12 +169,13 @@ def _carry_out(recipe: Recipe, folder: Path, attendance: Attendance, *, resume: 
 
 
 @contextmanager
-def resumable(folder: Path, first: Path) -> Iterator[None]:
+def resumable(folder: Path, first: Path, how: str | None = None) -> Iterator[None]:
     """Say of an interruption how to go on in `folder`, which was begun if `first` is a file."""
     try:
         yield
     except (InterruptedRunError, KeyboardInterrupt) as error:
-        how = f"go on with: polyrank resume {folder}" if first.is_file() else "nothing was begun"
+        how = f"go on with: {how or f'polyrank resume {folder}'}"
+        how = how if first.is_file() else "nothing was begun"
         why = str(error) or "stopped at once; finished rounds and clients are saved"
         raise InterruptedRunError(f"{why}\n{how}") from error
 
@@ -231,6 +238,7 @@ def _build(
     attachments = {RECIPE: recipe.to_toml(), FLEET: _fleet_json(fleet, model, recipe.data.pooled)}
     if parts.base is not None:  # The same base on the same data was evaluated before.
         attachments[BASE] = parts.base
+    engine, examiner = parts.elsewhere(fleet) or (None, None)
     return Federation(
         model,
         parts.clients,
@@ -245,6 +253,8 @@ def _build(
         prepared=parts.prepared,
         benchmark=parts.benchmark,
         planning=planning,
+        engine=engine,
+        examiner=examiner,
         progress=attendance.listener.progress,
         stop=attendance.stop,
     )

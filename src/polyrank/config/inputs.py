@@ -5,7 +5,7 @@ The text below a key is its entry in docs/recipes.md, which is made from here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from polyrank.config.trace import read_trace
 from polyrank.data import Clients, Tasks, load_tasks, partition
 from polyrank.errors import ModelError, RecipeError
 from polyrank.federation import Encoding
-from polyrank.model import LoadedModel, load_bare, load_model
+from polyrank.model import LoadedModel, Span, load_bare, load_model
 from polyrank.planning import Fleet, LoRAType, Redraw, Schedule, Split, Trace, shares_of
 from polyrank.sample import MODEL, TASKS
 
@@ -71,15 +71,16 @@ class ModelSection(Section):
     checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, more time."""
 
-    def load(self) -> LoadedModel:
-        """Load the model."""
-        return load_model(device=self.device, **self._options())
+    def load(self, spans: Sequence[Span] | None = None) -> LoadedModel:
+        """Load the model, or the blocks in `spans` alone."""
+        return load_model(device=self.device, spans=spans, **self.options())
 
     def load_bare(self) -> LoadedModel:
         """Load configuration and tokenizer alone: a model that can be planned for, not run."""
-        return load_bare(**self._options())
+        return load_bare(**self.options())
 
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """Return how the model is loaded wherever it is: all but the device."""
         kept = ("revision", "dtype", "sites", "exclude", "groups", "checkpointing")
         source = MODEL if self.source == SAMPLE else self.source
         return {"source": source, **{key: getattr(self, key) for key in kept}}

@@ -2,6 +2,8 @@
 
 from polyrank.federation.benchmark import Benchmark, BenchmarkSettings
 from polyrank.federation.checkpoint import Checkpoint
+from polyrank.federation.engine import Engine
+from polyrank.federation.examiner import Examiner
 from polyrank.federation.federation import Federation
 from polyrank.federation.folder import RunFolder
 from polyrank.federation.planning import Planning, planner_of
@@ -27,7 +29,9 @@ __all__ = [
     "Conduct",
     "EarlyStopping",
     "Encoding",
+    "Engine",
     "Evaluation",
+    "Examiner",
     "Failure",
     "Faults",
     "Federation",

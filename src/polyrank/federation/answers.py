@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-FailureKind = Literal["failed", "late", "lost", "refused"]
+FailureKind = Literal["failed", "invalid", "late", "lost", "refused"]
 """Why a client has no update: its training `failed`, it was `late`, it was `lost` (nothing was
 heard of it again), or it `refused` the plan by limits of its own."""
 
-Kind = Literal[FailureKind, "duplicate", "stale", "invalid"]
+Kind = Literal[FailureKind, "duplicate", "stale"]
 """Why an answer is not aggregated: there is no update, one was accepted already, it answers another
 round or attempt, or it is not what was asked for."""
 

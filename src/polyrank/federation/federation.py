@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -355,11 +355,8 @@ class Federation:
         if isinstance(answer, Failure):
             round.fail(answer)
             return True
-        try:
-            taken = round.accept(answer) or answer
-        except UpdateError:
-            return True
-        self.folder.save_update(taken)
+        with suppress(UpdateError):
+            self.folder.save_update(round.accept(answer))
         return True
 
     def _saved(self, round: Round, cohort: list[str]) -> list[Update]:

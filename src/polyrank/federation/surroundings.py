@@ -50,9 +50,7 @@ def fingerprint(model: LoadedModel) -> str:
     Of the bits only their sum and a sample are taken: cheap, exact in any order, and not
     cryptographic. It tells another checkpoint or a changed file, not a forgery.
     """
-    config = model.module.config.to_dict()
-    kept = {key: config[key] for key in config.keys() - _NOT_OF_THE_MODEL}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(_config(model))
     for name, parameter in model.module.named_parameters():
         flat = parameter.detach().reshape(-1).cpu()
         bits = flat.view(_INTEGERS[flat.element_size()])
@@ -60,6 +58,23 @@ def fingerprint(model: LoadedModel) -> str:
         digest.update(head.encode())
         digest.update(bits[:: max(1, bits.numel() // 64)].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def config_fingerprint(model: LoadedModel) -> str:
+    """Return a SHA-256 (hex) over the configuration alone, which a model without weights has too.
+
+    The adapted matrices and their shapes are in it.
+    """
+    sites = {site.name: site.shape for site in model.spec.sites}
+    digest = hashlib.sha256(_config(model))
+    digest.update(json.dumps(sites, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _config(model: LoadedModel) -> bytes:
+    config = model.module.config.to_dict()
+    kept = {key: config[key] for key in config.keys() - _NOT_OF_THE_MODEL}
+    return json.dumps(kept, sort_keys=True, default=str).encode()
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

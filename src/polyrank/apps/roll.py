@@ -1,0 +1,122 @@
+"""Which clients there are: what the machines answer that say hello."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from polyrank.errors import PacketError, RecipeError
+from polyrank.federation.remote.packets import Hosted, Profile, read_profile
+from polyrank.federation.remote.post import Delivery, Letter, Post
+
+SETTLED = 3.0
+"""Seconds without a new machine after which all are there, where their number is not known."""
+
+
+@dataclass
+class Roll:
+    """Who was found: the machines' profiles, and which of them hosts a client."""
+
+    profiles: dict[int, Profile] = field(default_factory=dict)
+    homes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def hosted(self) -> list[Hosted]:
+        """All clients, by name."""
+        found = [
+            one
+            for node, profile in self.profiles.items()
+            for one in profile.hosted
+            if self.homes[one.client] == node
+        ]
+        return sorted(found, key=lambda one: one.client)
+
+    def note(self, node: int, profile: Profile) -> list[str]:
+        """Take a machine in; return what there is to tell of it."""
+        self.profiles[node] = profile
+        told = []
+        if profile.refusal is not None:
+            told.append(f"machine {node} takes no part: {profile.refusal}")
+        for one in profile.hosted:
+            if one.client in self.homes:
+                told.append(
+                    f"{one.client}: machine {node} hosts it too, and machine "
+                    f"{self.homes[one.client]} was first; its name must be its own"
+                )
+                continue
+            self.homes[one.client] = node
+            rows = one.counts["train"].rows
+            kind = f"{rows} training examples" if one.seen else "held out"
+            device = f", {profile.device.name}" if profile.device is not None else ""
+            told.append(f"{one.client}: {kind}{device}")
+        return told
+
+
+def call(
+    post: Post,
+    names: Mapping[str, object] | None,
+    count: int,
+    seconds: float,
+    tell: Callable[[str], None],
+    check_stop: Callable[[], None],
+    fits: Callable[[Profile], str | None] = lambda _: None,
+) -> Roll:
+    """Ask machines as they come who they host, until those that are wanted are there.
+
+    Wanted are the clients of these `names`, or so many (`count`), or, where neither is known, all
+    machines that come before none has come for a moment. `fits` says why a machine cannot take
+    part. Raises RecipeError if they are not there after `seconds`.
+    """
+    roll, until = Roll(), time.monotonic() + seconds
+    asked: dict[str, int] = {}
+    tried: set[int] = set()
+    last = time.monotonic()
+    while True:
+        check_stop()
+        fresh = [node for node in post.nodes() if node not in tried]
+        if fresh:
+            last = time.monotonic()
+            tickets = post.send([Letter(node, "hello", b"") for node in fresh], seconds)
+            for node, ticket in zip(fresh, tickets, strict=True):
+                if ticket is not None:
+                    asked[ticket] = node
+                    tried.add(node)
+        for delivery in post.receive(asked):
+            last = time.monotonic()
+            for line in roll.note(*_profile(asked.pop(delivery.ticket), delivery, fits)):
+                tell(line)
+        missing = _missing(roll, names, count, settled=time.monotonic() - last > SETTLED)
+        if not missing and not asked:
+            return roll
+        if time.monotonic() > until:
+            raise RecipeError(
+                f"app.wait: after {seconds:.0f} s {missing or 'not all machines have answered'}; "
+                f"there are {sorted(roll.homes)}. Start the others, or raise app.wait"
+            )
+
+
+def _profile(
+    node: int, delivery: Delivery, fits: Callable[[Profile], str | None]
+) -> tuple[int, Profile]:
+    if delivery.payload is None:
+        return node, Profile((), refusal=delivery.lost)
+    try:
+        profile = read_profile(delivery.payload)
+    except PacketError as error:
+        return node, Profile((), refusal=str(error))
+    refusal = profile.refusal or fits(profile)
+    return node, profile if refusal is None else Profile((), refusal=refusal)
+
+
+def _missing(
+    roll: Roll, names: Mapping[str, object] | None, count: int, *, settled: bool
+) -> str | None:
+    """Say who is not there yet; None if nobody is missing."""
+    if names is not None:
+        absent = sorted(set(names) - roll.homes.keys())
+        return f"the clients {absent[:10]} are not there" if absent else None
+    seen = sum(one.seen for one in roll.hosted)
+    if count:
+        return f"{seen} of {count} clients are there" if seen < count else None
+    return None if settled and seen else f"{seen} clients are there"

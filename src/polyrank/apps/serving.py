@@ -1,0 +1,192 @@
+"""The server of a run whose clients are elsewhere: a recipe, carried out in its run folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from rich.console import Console
+
+from polyrank.apps.roll import Roll, call
+from polyrank.apps.tail_settings import HostedModel, TailSettings
+from polyrank.attending import wish_to_stop
+from polyrank.config import Recipe
+from polyrank.config.flower import AppSettings
+from polyrank.data import Clients, Skipped
+from polyrank.errors import RecipeError
+from polyrank.federation import ClientWork, Engine, Examiner
+from polyrank.federation.remote.desk import Desk
+from polyrank.federation.remote.engine import LONGEST, Remote
+from polyrank.federation.remote.examiner import RemoteExaminer
+from polyrank.federation.remote.packets import Profile
+from polyrank.federation.remote.post import Post
+from polyrank.federation.remote.work import clients_of, work_of
+from polyrank.federation.surroundings import config_fingerprint
+from polyrank.inside import RECIPE
+from polyrank.model import LoadedModel
+from polyrank.planning import Fleet
+from polyrank.runner import Attendance, Outcome, Parts, carry_out, resumable
+from polyrank.showing import show
+from polyrank.terminal import Terminal
+
+WIDTH = 120
+"""Columns of what is shown, which Flower keeps as its log."""
+
+
+def serve(recipe: Recipe, settings: AppSettings, post: Post, run: str) -> Outcome:
+    """Carry out a recipe with the clients that `post` reaches; a begun one goes on.
+
+    The run folder is ``app.out``, seen from where the server was started. What happens is shown on
+    stderr as it happens, and the result at the end.
+
+    Raises RecipeError for what cannot be done with clients elsewhere, or if too few come.
+    """
+    check(recipe)
+    folder = settings.folder(recipe.name).resolve()
+    torch.set_num_threads(recipe.resolved().engine.threads)
+    console = Console(file=sys.stderr, width=WIDTH)
+    with wish_to_stop(console) as stop, Terminal(console) as terminal:
+        attendance = Attendance(terminal, stop, settings.allow_inexact)
+        console.print(f"run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
+        with resumable(folder, folder / RECIPE, f"flwr run, with app.out = {str(folder)!r}"):
+            parts = PartsElsewhere(recipe.resolved(), settings, post, run, attendance, console)
+            summary = carry_out(
+                recipe.resolved(), folder, attendance, parts, resume=folder.exists()
+            )
+    outcome = Outcome(folder, summary)
+    show(outcome, as_json=False)
+    return outcome
+
+
+def check(recipe: Recipe) -> None:
+    """Raise RecipeError for what needs all data in one process."""
+    if recipe.data.pooled:
+        raise RecipeError(
+            "data.pooled: clients elsewhere keep their data; use polyrank run"
+        )
+    if recipe.control is not None:
+        raise RecipeError(
+            "control: a run over Flower has none; make a second app, with fleet.force = "
+            f"{recipe.control!r}"
+        )
+
+
+class PartsElsewhere(Parts):
+    """What a run is made of where its clients are elsewhere."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: AppSettings,
+        post: Post,
+        run: str,
+        attendance: Attendance,
+        console: Console,
+    ):
+        super().__init__(recipe, attendance)
+        self._settings, self._post, self._run, self._console = settings, post, run, console
+
+    def tell(self, line: str) -> None:
+        """Show what happens, as it happens."""
+        self._console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+    @cached_property
+    def roll(self) -> Roll:
+        """The machines and their clients, once all that are wanted are there."""
+        self._attendance.listener.loading("clients")
+        recipe, settings = self._recipe, self._settings
+        return call(
+            self._post,
+            recipe.fleet.clients,
+            settings.clients,
+            settings.wait,
+            self.tell,
+            self._attendance.check_stop,
+            self._fits,
+        )
+
+    def _fits(self, profile: Profile) -> str | None:
+        """Say why a machine cannot take part: it would train another model."""
+        ours, theirs = config_fingerprint(self.model), profile.versions.get("model")
+        if theirs == ours:
+            return None
+        return f"it has another model than {self.model.source}: its configuration differs"
+
+    @cached_property
+    def clients(self) -> Clients:
+        """Who takes part."""
+        return clients_of(self.roll.hosted)
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        """The model: its weights only where the server itself scores something with them."""
+        self._attendance.listener.loading("model")
+        section = self._recipe.model
+        return section.load_bare() if self._recipe.benchmark is None else section.load()
+
+    @cached_property
+    def prepared(self) -> tuple[Mapping[str, ClientWork], Skipped]:
+        """The clients' sizes."""
+        return {one.client: work_of(one) for one in self.roll.hosted}, Skipped()
+
+    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Examiner]:
+        """Return who trains and scores the fleet's clients: their own machines."""
+        recipe, homes = self._recipe, self.roll.homes
+        deadline = recipe.faults.build().deadline
+        engine = Remote(
+            self._post,
+            homes,
+            self.model,
+            self.prepared[0],
+            recipe.local.build(),
+            recipe.split.build(),
+            deadline,
+            self._desk(fleet),
+            self.tell,
+        )
+        examiner = RemoteExaminer(
+            self._post,
+            homes,
+            lambda client: client not in engine.cut,
+            deadline or LONGEST,
+            self.tell,
+            self._attendance.check_stop,
+        )
+        engine.cut |= {id for id, name in fleet.at(1).items() if name in fleet.cuts}
+        return engine, examiner
+
+    def _desk(self, fleet: Fleet) -> Desk | None:
+        """Return the split server, if a client may be cut; it starts when it is needed."""
+        from polyrank.apps.desk import SplitProcess  # gRPC, which whole clients do not need.
+
+        recipe, split = self._recipe, self._settings.split
+        cuts = [fleet.cuts[name] for name in fleet.possible if name in fleet.cuts]
+        if not cuts and recipe.plan is None:
+            return None
+        uppers = [cut.upper for cut in cuts]
+        planned = recipe.plan is not None  # Plans may come to cut anywhere.
+        lowest = recipe.plan.lowest_cut if recipe.plan else min(cut.lower for cut in cuts)
+        upper = None if planned or None in uppers else max(u for u in uppers if u is not None)
+        engine = recipe.engine.clients_in_one_pass()
+        return SplitProcess(
+            TailSettings(
+                HostedModel(
+                    lower=lowest,
+                    upper=upper,
+                    device=recipe.model.device,
+                    **recipe.model.options(),
+                ),
+                self._run,
+                recipe.split.build(),
+                listen=split.listen,
+                address=split.address or None,
+                cohort=1 if engine == "auto" else engine,
+                deterministic=recipe.engine.deterministic,
+                threads=recipe.engine.threads,
+                gather=split.gather,
+                silence=split.silence,
+                patience=split.patience,
+            )
+        )

@@ -1,0 +1,87 @@
+"""Scores of adapters that clients measure on their own machines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from polyrank.errors import PacketError
+from polyrank.federation.evaluate import Marks
+from polyrank.federation.examiner import Question
+from polyrank.federation.remote.packets import Exam, read_marks, write_exam
+from polyrank.federation.remote.post import Letter, Post
+
+
+class RemoteExaminer:
+    """Asks every machine once for all that is wanted of its clients.
+
+    `homes` says which machine hosts a client. Clients that are not among `whole` hold only some
+    blocks of the model and cannot score it: they are left out, and so are those whose machine does
+    not answer within `seconds`, which `tell` is told.
+    """
+
+    def __init__(
+        self,
+        post: Post,
+        homes: Mapping[str, int],
+        whole: Callable[[str], bool],
+        seconds: float,
+        tell: Callable[[str], None],
+        on_step: Callable[[], None],
+    ):
+        self._post, self._homes, self._whole = post, homes, whole
+        self._seconds, self._tell, self._on_step = seconds, tell, on_step
+
+    def answer(self, questions: Sequence[Question]) -> list[Marks]:
+        """Return each question's scores of the clients that could be asked and answered."""
+        found: list[dict[str, Mapping[str, float | None]]] = [{} for _ in questions]
+        no_room = [0] * len(questions)
+        places: dict[int, list[int]] = {}
+        exams: dict[int, Exam] = {}
+        for node in sorted({self._homes[id] for one in questions for id in one.clients}):
+            asked = []
+            for place, one in enumerate(questions):
+                here = tuple(
+                    id for id in one.clients if self._homes[id] == node and self._whole(id)
+                )
+                if here:
+                    asked.append(Question(one.adapter, here, one.part, one.texts))
+                    places.setdefault(node, []).append(place)
+            if asked:
+                exams[node] = Exam(tuple(asked))
+        letters = [Letter(node, "evaluate", write_exam(exam)) for node, exam in exams.items()]
+        for node, payload in self._asked(letters):
+            try:
+                marks = read_marks(payload, exams[node])
+            except PacketError as error:
+                self._tell(f"scores of machine {node} are not used: {error}")
+                continue
+            for place, scored in zip(places[node], marks, strict=True):
+                found[place] |= scored.clients
+                no_room[place] += scored.no_room
+        return [
+            Marks({id: each[id] for id in one.clients if id in each}, none)
+            for one, each, none in zip(questions, found, no_room, strict=True)
+        ]
+
+    def _asked(self, letters: Sequence[Letter]) -> list[tuple[int, bytes]]:
+        """Return the packets that come back in time, by machine."""
+        tickets = self._post.send(letters, self._seconds)
+        waiting = {
+            ticket: letter.node
+            for ticket, letter in zip(tickets, letters, strict=True)
+            if ticket is not None
+        }
+        until = time.monotonic() + self._seconds
+        came = []
+        while waiting and time.monotonic() < until:
+            self._on_step()
+            for delivery in self._post.receive(waiting):
+                node = waiting.pop(delivery.ticket)
+                if delivery.payload is None:
+                    self._tell(f"machine {node} has no scores: {delivery.lost}")
+                else:
+                    came.append((node, delivery.payload))
+        for node in waiting.values():
+            self._tell(f"machine {node} has no scores: none came within {self._seconds:.0f} s")
+        return came
