@@ -210,6 +210,25 @@ def export(
     typer.echo(report.loading(target))
 
 
+@app.command("app")
+def flower_app(
+    recipe: Annotated[Path, typer.Argument(help="A recipe in TOML.", metavar="RECIPE")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.", metavar="DIR")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to it, e.g. data.source=client."),
+    ] = None,
+) -> None:
+    """Write a recipe as a Flower app, to simulate, or to run on other machines."""
+    from polyrank import config
+    from polyrank.app_folder import write_app
+
+    written = write_app(config.read(recipe, overrides or []), folder)
+    typer.echo(f"{folder}: a Flower app")
+    for line in (*written.notes, *written.next):
+        typer.echo(line)
+
+
 @app.command()
 def inspect(folder: RunFolderArgument) -> None:
     """Show a run's ranks, rounds, spectra and discarded energy; also while it goes on."""

@@ -68,8 +68,8 @@ class OwnModel(Section):
     """Where the base model lies and runs on this machine; left out, as the recipe says."""
 
     source: str | None = None
-    """A folder with the recipe's base, seen from the folder of client.toml. Sizes that differ are
-    found out, weights that differ are not."""
+    """A folder with the recipe's base, seen from the folder of client.toml. A configuration
+    that differs is found out, weights that differ are not."""
     device: str = "auto"
     """`auto` (cuda, else mps, else cpu) or a torch device such as `cuda:1`."""
     threads: int = Field(default=0, ge=0)
