@@ -1,4 +1,4 @@
-"""What every link must give, whatever carries it: in process, and between two processes."""
+"""What every link must give, whatever carries it: in process, over pipes, over gRPC and TLS."""
 
 import multiprocessing
 import threading
@@ -28,6 +28,8 @@ from polyrank.transport import (
     encode,
     serve_pipe,
 )
+from polyrank.transport.remote import GrpcLink, ServeSettings, SplitServer
+from remote import IDENTITY
 
 D = 6
 TOKENS = 8
@@ -114,6 +116,24 @@ class Piped:
         assert not self._server.is_alive()
 
 
+class Grpc:
+    """Links over gRPC, through the machine's own network."""
+
+    def __init__(self, tail, limits):
+        self.tail = tail
+        self._server = SplitServer("127.0.0.1:0", IDENTITY, "run", ServeSettings(gather=0.0))
+        self._server.start()
+        own = dict.fromkeys(CLIENTS, limits)
+        self._access = self._server.open([(tail, CLIENTS)], 2, 1, own, SOON)
+
+    def link(self, client, wire=None):
+        access = self._access[client]
+        return GrpcLink(replace(access, limits=with_wire(access.limits, wire)))
+
+    def end(self):
+        self._server.stop()
+
+
 class Patient(Doubling):
     """A tail whose steps wait until all who have not left ask for them."""
 
@@ -148,7 +168,7 @@ def served(tail, theirs, limits):
     return server
 
 
-@pytest.fixture(params=[InProcess, Piped])
+@pytest.fixture(params=[InProcess, Piped, Grpc])
 def meeting(request):
     """Make a tail with links to it; all links are closed in the end."""
     with ExitStack() as stack:

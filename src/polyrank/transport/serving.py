@@ -25,12 +25,16 @@ class Serving:
 
     A frame is known to come from one client, that of its connection; it is refused if it says
     otherwise, if it is malformed, or if it is no request. A request that the tail lets wait for
-    other clients is kept, and so are the frames of its client that come after it. Not thread-safe.
+    other clients is kept, and so are the frames of its client that come after it. `limits` hold for
+    the clients that have none of their own in `special`. Not thread-safe.
     """
 
-    def __init__(self, tail: Tail, limits: Limits) -> None:
+    def __init__(
+        self, tail: Tail, limits: Limits, special: Mapping[str, Limits] | None = None
+    ) -> None:
         self._tail = tail
         self._limits = limits
+        self._special = dict(special or {})
         self._waiting: dict[str, deque[bytes]] = {}
 
     def answer(self, frames: Mapping[str, bytes]) -> list[tuple[str, bytes]]:
@@ -74,7 +78,16 @@ class Serving:
 
     def refuse(self, client: str, reason: str) -> bytes:
         """Return the reply to a frame of which nothing can be believed but where it came from."""
-        return encode(Refused(At(client, 0, 0, 0), reason), self._limits.codec)
+        return encode(Refused(At(client, 0, 0, 0), reason), self._limits_of(client).codec)
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """The clients that have a request here that waits for others."""
+        return frozenset(self._waiting)
+
+    def forget(self, client: str) -> None:
+        """Drop what waits here of a client, which will send it again; nothing of it was done."""
+        self._waiting.pop(client, None)
 
     def leave(self, client: str) -> None:
         """Tell the tail that a client's connection is closed; finished work stays there."""
@@ -82,7 +95,7 @@ class Serving:
         self._tail.leave(client)
 
     def _read(self, client: str, frame: bytes) -> Request:
-        message = decode(frame, self._limits)
+        message = decode(frame, self._limits_of(client))
         if message.at.client != client:
             raise FrameError(
                 f"a frame of another client: expected one of {client!r} on this link; one of "
@@ -93,7 +106,11 @@ class Serving:
         return message
 
     def _write(self, request: Request, reply: Reply) -> bytes:
+        wire = self._limits_of(request.at.client).codec
         try:
-            return encode(reply, self._limits.codec, request)
+            return encode(reply, wire, request)
         except FrameError as error:  # not finite: the client must not train on it
-            return encode(Refused(request.at, str(error)), self._limits.codec)
+            return encode(Refused(request.at, str(error)), wire)
+
+    def _limits_of(self, client: str) -> Limits:
+        return self._special.get(client, self._limits)

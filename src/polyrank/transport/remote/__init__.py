@@ -1,0 +1,15 @@
+"""Split training across machines: one gRPC stream per client, over TLS."""
+
+from polyrank.transport.remote.access import Access
+from polyrank.transport.remote.identity import Identity, new_identity
+from polyrank.transport.remote.link import GrpcLink
+from polyrank.transport.remote.server import ServeSettings, SplitServer
+
+__all__ = [
+    "Access",
+    "GrpcLink",
+    "Identity",
+    "ServeSettings",
+    "SplitServer",
+    "new_identity",
+]

@@ -1,0 +1,55 @@
+"""What both ends of a stream have in common: the names, the bounds, and frames in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from polyrank.errors import FrameError
+from polyrank.transport.remote import split_pb2 as pb
+
+VERSION = 1
+PART_BYTES = 2**18
+"""The most bytes of a frame in one message: little enough that a slow line shows that it moves."""
+MESSAGE_BYTES = PART_BYTES + 1024
+"""The most bytes of a message; gRPC ends a stream that brings a longer one."""
+HELLO_SECONDS = 5.0
+REASON_BYTES = 4096
+SERVICE = pb.DESCRIPTOR.services_by_name["Split"].full_name
+METHOD = f"/{SERVICE}/Train"
+
+
+def parts(frame: bytes) -> Iterator[pb.Part]:
+    """Return the pieces of a frame in order, the last one marked."""
+    view = memoryview(frame)
+    for start in range(0, max(1, len(frame)), PART_BYTES):
+        stop = start + PART_BYTES
+        yield pb.Part(data=bytes(view[start:stop]), last=stop >= len(frame))
+
+
+class Joined:
+    """Puts the pieces of frames together; no frame is longer than `longest` bytes."""
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._held = bytearray()
+
+    def add(self, part: pb.Part) -> bytes | None:
+        """Return the frame whose last piece this is, or None; FrameError beyond the bounds."""
+        if not 0 < len(part.data) <= PART_BYTES:
+            raise FrameError(
+                f"a part of a frame: expected 1 to {PART_BYTES} bytes; {len(part.data)} came"
+            )
+        if len(self._held) + len(part.data) > self._longest:
+            raise FrameError(f"frame, length: expected at most {self._longest} bytes; more came")
+        if part.last and not self._held:
+            return part.data
+        self._held += part.data
+        if not part.last:
+            return None
+        frame, self._held = bytes(self._held), bytearray()
+        return frame
+
+
+def shortened(reason: str) -> str:
+    """Return a reason in at most 4096 bytes of UTF-8."""
+    return reason.encode("utf-8", "replace")[:REASON_BYTES].decode("utf-8", "ignore")
