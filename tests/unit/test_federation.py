@@ -428,6 +428,34 @@ def test_a_bad_update_is_counted_and_the_round_is_that_of_the_others(model):
         assert spoiled.adapter.factors.hash() == alone.adapter.factors.hash()
 
 
+def test_updates_that_are_shortened_are_told_of_and_a_killed_round_tells_the_same(tmp_path, model):
+    conduct = replace(PLAIN, faults=Faults(clip_increment=0.05), weights=Weighting(most=0.3))
+    records, summary = play(federation(tmp_path / "whole", model=model, conduct=conduct))
+    assert all(0 < c < 1 for record in records for c in record.clipped.values())
+    assert sum(len(record.clipped) for record in records) > 0
+    for way in ("up", "down"):
+        told = [sum(one[way] for one in record.traffic.values()) for record in records]
+        assert told == [getattr(record, f"bytes_{way}") for record in records]
+        assert sum(c[f"bytes_{way}"] for c in summary["clients"].values()) == sum(told)
+    assert {c["rounds_joined"] for c in summary["clients"].values()} == {2}
+    with federation(tmp_path / "parts", model=model, conduct=conduct) as parts:
+        spoil(parts, lambda a: a.round == 2 and a.client == "c3", interrupt)
+        with pytest.raises(InterruptedRunError):
+            list(parts.rounds(2))
+        assert any((tmp_path / "parts" / "updates").rglob("*.safetensors"))
+    play(federation(tmp_path / "parts", model=model, conduct=conduct, resume=True))
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    told = [
+        [timeless(json.loads(line)) for line in (path / "rounds.jsonl").read_text().splitlines()]
+        for path in (tmp_path / "parts", tmp_path / "whole")
+    ]
+    assert told[0] == told[1]
+
+
+def interrupt(_):
+    raise InterruptedRunError("here")
+
+
 def test_a_client_that_diverges_does_not_stop_its_cohort(model, monkeypatch):
     with federation(model=model, conduct=replace(PLAIN, cohort=4)) as parts:
         whole = engine.Job

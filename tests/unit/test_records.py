@@ -10,6 +10,7 @@ from polyrank.aggregation import SiteReport
 from polyrank.errors import RunError
 from polyrank.federation import RoundRecord
 from polyrank.federation.answers import Receipt, TurnedAway
+from polyrank.federation.attendance import attendance
 from polyrank.federation.records import summary, to_target, to_target_perplexity
 
 KINDS = {"b": "late"}
@@ -75,6 +76,93 @@ def test_a_record_of_before_there_were_cuts_can_be_read():
     read = RoundRecord.from_json(found)
     assert (read.cuts, read.wire_up, read.wire_down) == ({}, 0, 0)
     assert (read.bytes_up, read.ranks) == (120, {"T1": 2, "T2": 1})
+
+
+def test_a_record_tells_who_was_turned_away_in_all_attempts():
+    made = record()
+    assert made.turned_away == [
+        {"client": "c", "kind": "invalid", "reason": "NaN"},
+        {"client": "b", "kind": "late", "reason": "late"},
+        {"client": "d", "kind": "invalid", "reason": "rank 1"},
+    ]
+    assert made.late == ["b"]
+    assert made.clipped == {"a": 0.25}, "b's whole way counts"
+
+
+def test_a_record_tells_the_bytes_of_all_attempts_per_client():
+    made = record()
+    assert made.traffic is not None
+    assert [*made.traffic] == ["a", "b", "c", "d"]
+    assert made.traffic["a"] == {"up": 120, "down": 200}
+    for way, total in (("up", made.bytes_up), ("down", made.bytes_down)):
+        assert sum(count[way] for count in made.traffic.values()) == total
+
+
+NEW = ("turned_away", "clipped", "traffic")
+
+
+def test_a_record_of_before_answers_were_counted_can_be_read():
+    found = {name: value for name, value in record().to_json().items() if name not in NEW}
+    read = RoundRecord.from_json(found)
+    assert (read.turned_away, read.clipped, read.traffic, read.late) == ([], {}, None, [])
+    assert read.rejected == {"d": "rank 1"}
+
+
+def test_a_round_of_eighty_clients_has_a_line_of_modest_length():
+    away = [TurnedAway.of(f"client-{i:05}", "invalid", "x" * 5000) for i in range(8)]
+    full = replace(
+        record(),
+        clients=[f"client-{i:05}" for i in range(80)],
+        traffic={f"client-{i:05}": {"up": 10**9, "down": 10**9} for i in range(80)},
+        turned_away=[vars(one) for one in away],
+    )
+    assert len(json.dumps(full.to_json())) < 12_000
+
+
+# --- what clients did ---
+
+
+def test_attendance_counts_what_each_client_did_in_all_rounds():
+    kept = replace(record(), clients=["a", "d"], rejected={}, turned_away=[], round=5)
+    found = attendance(iter([record().to_json(), kept.to_json()]))
+    nothing = dict.fromkeys(("rounds_joined", "bytes_up", "bytes_down"), 0)
+    assert found == {
+        "a": {
+            **{"rounds_joined": 2, "bytes_up": 240, "bytes_down": 400},
+            **{"refused": 0, "late": 0, "lost": 0},
+        },
+        "b": {**nothing, "rounds_joined": 1, "refused": 0, "late": 1, "lost": 0},
+        "c": {**nothing, "refused": 1, "late": 0, "lost": 0},
+        "d": {**nothing, "rounds_joined": 1, "refused": 1, "late": 0, "lost": 0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "counted"),
+    [
+        ("invalid", "refused"),
+        ("failed", "refused"),
+        ("refused", "refused"),
+        ("late", "late"),
+        ("lost", "lost"),
+        ("stale", None),
+        ("duplicate", None),
+    ],
+)
+def test_each_kind_counts_as_one_thing(kind, counted):
+    made = replace(record(), turned_away=[{"client": "a", "kind": kind, "reason": ""}])
+    found = attendance([made.to_json()])["a"]
+    for name in ("refused", "late", "lost"):
+        assert found[name] == (name == counted)
+
+
+def test_attendance_of_records_of_before_says_what_they_say():
+    old = {name: value for name, value in record().to_json().items() if name not in NEW}
+    found = attendance([old, record().to_json()])
+    assert found["a"]["rounds_joined"] == 2
+    assert {one["bytes_up"] for one in found.values()} == {None}
+    assert [found[client]["refused"] for client in "abcd"] == [0, 1, 2, 2]
+    assert attendance(map(vars, map(RoundRecord.from_json, [old])))["c"]["refused"] == 1
 
 
 def test_a_record_is_one_line_for_people():
@@ -157,6 +245,8 @@ def test_a_summary_holds_what_readers_rely_on():
             assert {"loss", "exact_match", "rouge_l"} <= set(made[when][who])
     assert made["per_category"] == {"a": {}}
     assert "benchmark" not in made
+    assert made["clients"]["b"]["rounds_joined"] == 2
+    assert made["clients"]["a"]["bytes_up"] == 240
     json.dumps(made, allow_nan=False)
 
 

@@ -209,3 +209,39 @@ def test_the_adapter_is_loaded_in_two_lines() -> None:
     assert lines[0] == "adapter: runs/x/adapter"
     assert lines[-1].strip().endswith('from_pretrained("runs/x/adapter")')
     assert len(lines) == 3
+
+
+def test_remarks_tell_who_is_missing_in_a_round_and_what_was_shortened() -> None:
+    away = [{"client": "d", "kind": "late", "reason": "took too long"}]
+    made = record(
+        rejected={"c": "NaN", "d": "took too long"},
+        turned_away=away,
+        clipped={"a": 0.75, "b": 0.125},
+    )
+    assert report.remarks(made) == [
+        "refused c: NaN",
+        "late d: took too long",
+        "shortened 2 updates, most of all b: 0.125 of its way counts",
+    ]
+    assert report.remarks(record(rejected={})) == []
+
+
+def attended(**counts: int) -> dict[str, int | None]:
+    return {"rounds_joined": 3, "refused": 0, "late": 0, "lost": 0, "bytes_up": None} | counts
+
+
+def test_clients_with_refusals_or_lateness_have_a_table_and_only_they() -> None:
+    assert report.attendance({}) is None
+    assert report.attendance({"a": attended()}) is None
+    made = report.attendance({"a": attended(), "b": attended(late=1), "c": attended(refused=2)})
+    rows = [re.split("  +", line.strip()) for line in shown(made).splitlines()]
+    assert [row for row in rows if row[0] in "abc" and row[0]] == [
+        ["c", "3", "2", "0", "0"],
+        ["b", "3", "0", "1", "0"],
+    ]
+
+
+def test_a_long_table_of_clients_is_cut_and_says_so() -> None:
+    text = shown(report.attendance({f"client-{i}": attended(late=1) for i in range(25)}))
+    assert text.count("client-") == 20
+    assert "and 5 more, in summary.json" in text

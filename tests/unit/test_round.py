@@ -33,7 +33,8 @@ def state(chosen: RoundSettings):
 
 def begin(chosen: RoundSettings | None = None, clients=("a", "b", "c", "d")) -> Round:
     chosen = chosen or settings()
-    before = state(replace(chosen, max_increment=None, cut_of=None))
+    free = replace(chosen, max_increment=None, clip_increment=None, max_share=None, cut_of=None)
+    before = state(free)
     return Round(chosen, before, 2, 0, list(clients))
 
 

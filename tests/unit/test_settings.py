@@ -1,8 +1,12 @@
-"""How many clients take part in a round."""
+"""How many clients take part in a round, and the bounds on what they send."""
+
+import math
 
 import pytest
 
-from polyrank.federation import Sampling
+from polyrank.errors import RecipeError
+from polyrank.federation import Conduct, Faults, Sampling, Weighting
+from polyrank.federation.setup import _fields
 
 
 @pytest.mark.parametrize(
@@ -20,3 +24,27 @@ from polyrank.federation import Sampling
 )
 def test_a_fraction_is_rounded_down_and_nobody_is_asked_twice(sampling, clients, expected):
     assert sampling.count(clients) == expected
+
+
+@pytest.mark.parametrize("name", ["deadline", "clip_increment", "max_increment"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_bound_that_means_nothing_is_refused_by_its_name(name, value):
+    with pytest.raises(RecipeError, match=f"faults.{name}: expected a number above 0, got"):
+        Faults(**{name: value})
+    assert getattr(Faults(**{name: 0.5}), name) == 0.5
+
+
+@pytest.mark.parametrize("most", [0.0, -0.5, 1.5, math.nan])
+def test_a_largest_share_is_one(most):
+    with pytest.raises(RecipeError, match=r"aggregation\.max_share: expected more than 0, up to 1"):
+        Weighting(most=most)
+
+
+def test_bounds_that_are_not_set_are_not_in_a_run_s_description():
+    plain = _fields(Conduct())
+    assert not {"deadline", "clip_increment"} & plain["faults"].keys()
+    assert "most" not in plain["weights"]
+    chosen = Conduct(faults=Faults(deadline=9.0, clip_increment=2.0), weights=Weighting(most=0.3))
+    found = _fields(chosen)
+    assert (found["faults"]["deadline"], found["faults"]["clip_increment"]) == (9.0, 2.0)
+    assert found["weights"]["most"] == 0.3

@@ -48,19 +48,18 @@ def capped(weights: Mapping[str, float], most: float | None) -> dict[str, float]
         return dict(weights)
     if not 0 < most <= 1:
         raise RuleError(f"aggregation: expected a largest share in (0, 1], got {most}")
-    shares = dict(zip(weights, normalised(weights), strict=True))
     rounding = most * (1 + 1e-12)  # Shares that were capped and summed again are not above it.
-    if max(shares.values()) <= rounding:
+    if max(normalised(weights)) <= rounding:
         return dict(weights)
-    rest = {client: share for client, share in shares.items() if share > 0}
+    rest = {client: weight for client, weight in weights.items() if weight > 0}
     if most * len(rest) <= 1:
-        return {client: 1 / len(rest) if client in rest else 0.0 for client in shares}
+        return {client: 1 / len(rest) if client in rest else 0.0 for client in weights}
     at_cap: dict[str, float] = {}
     while True:  # Each that reaches the cap makes the others heavier.
         room = 1 - most * len(at_cap)
         scaled = {c: room * s for c, s in zip(rest, normalised(rest), strict=True)}
         over = [client for client, share in scaled.items() if share > rounding]
-        if not over:
-            return {client: (at_cap | scaled).get(client, 0.0) for client in shares}
+        if len(over) in (0, len(rest)):  # All of them only by rounding.
+            return {client: (at_cap | scaled).get(client, 0.0) for client in weights}
         at_cap |= dict.fromkeys(over, most)
-        rest = {client: share for client, share in rest.items() if client not in at_cap}
+        rest = {client: weight for client, weight in rest.items() if client not in at_cap}
