@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def attending(allow_inexact: bool = False) -> Iterator[Attendance]:
     """Show a run on stderr, and turn the first Ctrl-C or SIGTERM into a wish to stop."""
     console = Console(stderr=True)
-    with wish_to_stop(console) as stop:
+    with _wish_to_stop(console) as stop:
         from polyrank.runner import Attendance
         from polyrank.terminal import Terminal
 
@@ -31,7 +31,7 @@ def attending(allow_inexact: bool = False) -> Iterator[Attendance]:
 def comparing(allow_inexact: bool = False) -> Iterator[tuple[Attendance, Following]]:
     """Do the same for a comparison."""
     console = Console(stderr=True)
-    with wish_to_stop(console) as stop:
+    with _wish_to_stop(console) as stop:
         from polyrank.compare import Following
         from polyrank.runner import Attendance
 
@@ -40,7 +40,7 @@ def comparing(allow_inexact: bool = False) -> Iterator[tuple[Attendance, Followi
 
 
 @contextmanager
-def wish_to_stop(console: Console) -> Iterator[Callable[[], bool]]:
+def _wish_to_stop(console: Console) -> Iterator[Callable[[], bool]]:
     """Yield whether Ctrl-C or SIGTERM came; the second one ends at once."""
     wish = threading.Event()
 

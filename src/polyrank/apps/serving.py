@@ -11,7 +11,6 @@ from rich.console import Console
 
 from polyrank.apps.roll import Roll, call
 from polyrank.apps.tail_settings import HostedModel, TailSettings
-from polyrank.attending import wish_to_stop
 from polyrank.config import Recipe
 from polyrank.config.flower import AppSettings
 from polyrank.data import Clients, Skipped
@@ -47,8 +46,9 @@ def serve(recipe: Recipe, settings: AppSettings, post: Post, run: str) -> Outcom
     folder = settings.folder(recipe.name).resolve()
     torch.set_num_threads(recipe.resolved().engine.threads)
     console = Console(file=sys.stderr, width=WIDTH)
-    with wish_to_stop(console) as stop, Terminal(console) as terminal:
-        attendance = Attendance(terminal, stop, settings.allow_inexact)
+    with Terminal(console) as terminal:
+        # Flower ends this process, whenever it is told to; the folder is whole at any moment.
+        attendance = Attendance(terminal, lambda: False, settings.allow_inexact)
         console.print(f"run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
         with resumable(folder, folder / RECIPE, f"flwr run, with app.out = {str(folder)!r}"):
             parts = PartsElsewhere(recipe.resolved(), settings, post, run, attendance, console)
@@ -63,9 +63,7 @@ def serve(recipe: Recipe, settings: AppSettings, post: Post, run: str) -> Outcom
 def check(recipe: Recipe) -> None:
     """Raise RecipeError for what needs all data in one process."""
     if recipe.data.pooled:
-        raise RecipeError(
-            "data.pooled: clients elsewhere keep their data; use polyrank run"
-        )
+        raise RecipeError("data.pooled: clients elsewhere keep their data; use polyrank run")
     if recipe.control is not None:
         raise RecipeError(
             "control: a run over Flower has none; make a second app, with fleet.force = "

@@ -48,8 +48,11 @@ def fingerprint(model: LoadedModel) -> str:
     """Return a SHA-256 (hex) over the configuration and every parameter's name, shape and bits.
 
     Of the bits only their sum and a sample are taken: cheap, exact in any order, and not
-    cryptographic. It tells another checkpoint or a changed file, not a forgery.
+    cryptographic. It tells another checkpoint or a changed file, not a forgery. Of a model without
+    weights it is that of the configuration alone.
     """
+    if model.device.type == "meta":
+        return config_fingerprint(model)
     digest = hashlib.sha256(_config(model))
     for name, parameter in model.module.named_parameters():
         flat = parameter.detach().reshape(-1).cpu()
