@@ -82,7 +82,7 @@ class ModelSection(Section):
     def options(self) -> dict[str, Any]:
         """Return how the model is loaded wherever it is: all but the device."""
         kept = ("revision", "dtype", "sites", "exclude", "groups", "checkpointing")
-        source = MODEL if self.source == SAMPLE else self.source
+        source = str(MODEL) if self.source == SAMPLE else self.source
         return {"source": source, **{key: getattr(self, key) for key in kept}}
 
 
