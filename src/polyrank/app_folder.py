@@ -99,9 +99,13 @@ flwr stop RUN_ID
 ```
 
 (with the SuperLink's `NAME` behind them if it is not the default). The adapter, the records and
-`summary.json` lie on the server, in the run's folder. A run that was stopped or killed goes on
-from its last checkpoint when it is started again with the same folder, on the same SuperLink or
-another one: `flwr run . -c 'app.out="runs/{run}"' --stream`.
+`summary.json` lie on the server, in the run's folder. A run that was stopped or killed goes on from
+its last checkpoint when it is started again with the same folder, on the same SuperLink or another
+one; a new run needs a folder of its own:
+
+```
+flwr run . --stream -c 'app.out="runs/{run}-2"'
+```
 """
 
 _SIMULATE = """\

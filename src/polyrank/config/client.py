@@ -9,7 +9,7 @@ import difflib
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
@@ -20,11 +20,9 @@ from polyrank.config.recipe import Recipe, cores
 from polyrank.config.section import Expected, Section
 from polyrank.data import Clients, single
 from polyrank.errors import PolyrankError, RecipeError
+from polyrank.federation.remote import Terms
 from polyrank.planning import DEVICES, DeviceProfile, device
 from polyrank.seeds import derive
-
-if TYPE_CHECKING:
-    from polyrank.federation.remote.packets import Terms
 
 LONGEST_NAME = 200
 
@@ -163,8 +161,6 @@ class ClientSettings(Section):
 
     def terms(self) -> Terms:
         """Return the limits as they are told to the server."""
-        from polyrank.federation.remote.packets import Terms
-
         return Terms(**self.limits.model_dump())
 
 
