@@ -116,6 +116,26 @@ def test_what_no_number_can_hold_is_refused():
         clipped(update, assignment, 1e-6)  # 1.001 is no bfloat16.
 
 
+def test_rounding_on_a_coarse_grid_costs_little_of_the_way():
+    # One float32 near 3: the grid of results is coarser than what they are beyond the bound.
+    start = LowRank(torch.tensor([[3.0]]), torch.tensor([[1.0]]))
+    for step in range(200):
+        bound = 0.05 + 1e-9 * step
+        update, assignment = answered({"q": start}, {"q": LowRank(start.b + 5, start.a)})
+        found, _ = clipped(update, assignment, bound)
+        length = increment(start, found.adapter["q"])
+        assert bound - 1e-6 <= length <= bound
+
+
+def test_an_a_that_was_not_trained_stays_in_the_dtype_that_came():
+    start = LowRank(torch.zeros(1, 1), torch.tensor([[1 + 2**-8]]))  # Half way between bfloat16s.
+    came = LowRank(torch.ones(1, 1), start.a).to(dtype=torch.bfloat16)
+    update, assignment = answered({"q": start}, {"q": came})
+    found, factor = clipped(update, assignment, 0.25)
+    assert factor < 1
+    assert found.adapter["q"].a is came.a
+
+
 def test_the_same_update_is_shortened_the_same_again():
     rng = torch.Generator().manual_seed(3)
     start = LowRank(torch.randn(9, 3, generator=rng), torch.randn(3, 8, generator=rng))

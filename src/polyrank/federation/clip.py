@@ -55,8 +55,9 @@ def clipped(update: Update, assignment: Assignment, bound: float) -> tuple[Updat
     1e-12). If F(1) meets it, c = 1 and the update is the same object.
 
     The bound holds for the result as it is kept: where rounding to its dtype leads beyond it, c is
-    lowered until it does not. In float32 that costs about 1e-6 of the length, more where the bound
-    is near the rounding of what was dealt. Ours; clipping as such is usual in robust aggregation.
+    lowered, by little at first, until it does not. In float32 that costs about 1e-6 of the length,
+    more where the bound is near the rounding of what was dealt. Ours; clipping as such is usual in
+    robust aggregation.
 
     Raises UpdateError if the norm is beyond float64, or no c > 0 meets the bound in this dtype.
     """
@@ -75,7 +76,7 @@ def clipped(update: Update, assignment: Assignment, bound: float) -> tuple[Updat
         length = moved(adapter, assignment)
         if length <= bound:
             return replace(update, adapter=adapter), c
-        aim *= bound / length * (1 - 1e-9) if attempt < _TRIES // 2 else 1e-3
+        aim *= min(bound / length, 1 - min(0.999, 1e-9 * 4**attempt))
     raise UpdateError(
         f"its increment of norm {reached:.4g} cannot be shortened to {bound:g}: that is below the "
         "rounding of its numbers; raise clip_increment"
