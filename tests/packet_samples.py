@@ -29,7 +29,7 @@ def assignments(rule: Rule, equal: bool = False) -> Iterator[tuple[Round, str]]:
     """Yield every client of three rounds, between which all were trained with noise."""
     ranks = {"c0": RANKS["c1"], "c1": RANKS["c1"]} if equal else RANKS
     settings = RoundSettings(rule, ranks, {"c0": 1.0, "c1": 2.0}, Scaling("fixed", 3.7), seed=5)
-    largest = {site: 3 for site in SHAPES}
+    largest = dict.fromkeys(SHAPES, 3)
     state = rule.init(FleetSpec(SHAPES, ranks, largest, seed=5))
     for number in (1, 2, 3):
         round = Round(settings, state, number, 0, ["c0", "c1"])

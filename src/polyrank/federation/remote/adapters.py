@@ -111,7 +111,7 @@ def write_trained(
     PacketError if it changed what was not to be trained, or has other sites: neither would travel.
     """
     _check_sites(trained, dealt, place)
-    found = {}
+    found: dict[str, Tensor] = {}
     for site, delta in trained.items():
         start, at = dealt.start[site], f"{place}, {site!r}"
         if type(delta) is not type(start) or delta.shape != start.shape:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from polyrank.aggregation import Assignment, Penalty
+from polyrank.aggregation import Assignment, Penalty, Train
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
 from polyrank.errors import PacketError, PolyrankError
 from polyrank.federation.remote import fields as reading
@@ -138,7 +138,7 @@ def _assignment(packet: Packet) -> Assignment:
     if len(scales) != len(start):
         raise refusal(at, f"{len(start)} numbers, one of each site", len(scales))
     scale = {site: _real(value, at) for site, value in zip(start, scales, strict=True)}
-    train = "b" if fields.choice("train", ("both", "b")) == "b" else "both"
+    train: Train = "b" if fields.choice("train", ("both", "b")) == "b" else "both"
     return Assignment(start, scale, frozen, merged, train, _penalty(fields, start))
 
 
@@ -211,7 +211,7 @@ def _access(fields: Fields, task: Task) -> Access | None:
     except PacketError:
         raise
     except (PolyrankError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise PacketError(f"{at}: {error}") from error
+        raise PacketError(f"{at}: {str(error)[:500]}") from error
     for name in ("client", "round", "attempt"):
         if getattr(access, name) != getattr(task, name):
             raise refusal(
