@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from polyrank.errors import FrameError
 from polyrank.training.split.link import Tail, Traffic
 from polyrank.transport.layout import Limits
 from polyrank.transport.remote.gathering import Gathering
+from polyrank.transport.remote.places import Call, Place, Table
 from polyrank.transport.remote.sessions import Work
 from polyrank.transport.remote.stream import Stream, Terms
 from polyrank.transport.serving import Serving
@@ -19,56 +19,21 @@ from polyrank.transport.serving import Serving
 T = TypeVar("T")
 
 
-@dataclass(eq=False)
-class _Table:
-    """A tail and those whom it serves."""
-
-    serving: Serving
-    gathering: Gathering
-    clients: tuple[str, ...]
-    failed: bool = False
-
-
-@dataclass(eq=False)
-class _Place:
-    """A client of this round: its table, its newest stream, and what is known of it."""
-
-    table: _Table
-    terms: Terms
-    work: Work
-    stream: Stream | None = None
-    heard: float | None = None
-    over: str | None = None
-    failure: str | None = None
-    up: int = 0
-    down: int = 0
-
-
-@dataclass(eq=False)
-class _Call:
-    """A function that waits to be run on the thread."""
-
-    run: Callable[[], object]
-    done: threading.Event = field(default_factory=threading.Event)
-    result: object = None
-    error: BaseException | None = None
-
-
 class Bench:
     """Serves the frames of one round's clients; a `Floor`.
 
-    Everything that touches a tail runs on one thread, from `start` to `stop`. Whoever was welcome
-    and has then been silent for longer than its terms say leaves. A tail that raises ends the work
+    Everything that touches a tail runs on one thread, from `start` to `stop`. Who does not come in
+    time, or is then silent for longer than its terms say, leaves. A tail that raises ends the work
     of its clients and is asked no more; the others go on. At most `streams` clients have a stream
     at a time. `clock` is in seconds.
     """
 
     def __init__(self, clock: Callable[[], float], streams: int) -> None:
         self._clock, self._streams = clock, streams
-        self._places: dict[str, _Place] = {}
-        self._tables: list[_Table] = []
-        self._calls: deque[_Call] = deque()
-        self._leaving: deque[_Place] = deque()
+        self._places: dict[str, Place] = {}
+        self._tables: list[Table] = []
+        self._calls: deque[Call] = deque()
+        self._leaving: deque[Place] = deque()
         self._changed = threading.Condition()
         self._stopped = True
         self._thread = threading.Thread(target=self._work, name="split tails", daemon=True)
@@ -94,23 +59,28 @@ class Bench:
         limits: Mapping[str, Limits],
         gather: float | None,
         terms: Mapping[str, Terms],
+        seconds: float,
     ) -> None:
-        """Begin a round with these tails, each with its clients; the round before is forgotten."""
+        """Begin a round with these tails, each with its clients; the round before is forgotten.
+
+        Clients are to come within so many seconds.
+        """
+        until = self._clock() + seconds
         with self._changed:
             self._tables, self._places = [], {}
             for tail, clients in tails:
                 names = tuple(clients)
                 serving = Serving(tail, limits[names[0]], {one: limits[one] for one in names})
-                table = _Table(serving, Gathering(names, gather), names)
+                table = Table(serving, Gathering(names, gather), names)
                 self._tables.append(table)
                 for one in names:
-                    self._places[one] = _Place(table, terms[one], works[one])
+                    self._places[one] = Place(table, terms[one], works[one], until)
 
     def call(self, fn: Callable[[], T]) -> T:
         """Run a function on the thread, between two requests; return or raise what it does."""
         if threading.current_thread() is self._thread:
             return fn()
-        call = _Call(fn)
+        call = Call(fn)
         with self._changed:
             if self._stopped:
                 raise FrameError("split server: it is not running; start it first")
@@ -159,7 +129,8 @@ class Bench:
             )
             if others >= self._streams:
                 return None
-            old, place.stream, place.heard = place.stream, stream, self._clock()
+            old, place.stream = place.stream, stream
+            place.heard(self._clock())
 
             def count(nbytes: int) -> None:
                 with self._changed:
@@ -178,7 +149,7 @@ class Bench:
         with self._changed:
             place = self._places.get(stream.client)
             if place is not None and place.stream is stream:
-                place.heard = self._clock()
+                place.heard(self._clock())
 
     def add(self, stream: Stream, frame: bytes) -> None:
         """Take in a request; one of a stream that is not its client's newest is dropped."""
@@ -205,7 +176,7 @@ class Bench:
                 place.table.gathering.disconnect(stream.client)
                 self._changed.notify_all()
 
-    def _place(self, client: str) -> _Place:
+    def _place(self, client: str) -> Place:
         if client not in self._places:
             raise FrameError(
                 f"split server: there is no client {client!r} in this round; there are "
@@ -213,7 +184,7 @@ class Bench:
             )
         return self._places[client]
 
-    def _end(self, place: _Place, reason: str, failure: str | None) -> None:
+    def _end(self, place: Place, reason: str, failure: str | None) -> None:
         """End a client's work, if it is not over; its tail lets it go on the thread."""
         if place.over is not None:
             return
@@ -240,17 +211,14 @@ class Bench:
         """Return what is to be done now: who leaves goes before who asks, and asking goes last."""
         now = self._clock()
         for place in self._places.values():
-            if place.over is None and place.heard is not None:
-                silent = now - place.heard
-                if silent > place.terms.silence:
-                    reason = f"nothing came of the client for {place.terms.silence:g} s"
-                    self._end(place, reason, reason)
+            if place.over is None and now > place.until:
+                self._end(place, place.silence, place.silence)
         if self._leaving:
             left = self._leaving.popleft()
             return lambda: self._let_go(left)
         if self._calls:
             call = self._calls.popleft()
-            return lambda: _carry_out(call)
+            return call.carry_out
         for table in self._tables:
             if table.gathering.wait(now) == 0.0:
                 self._tables.remove(table)  # the others come first next time
@@ -263,13 +231,13 @@ class Bench:
         now = self._clock()
         waits = [table.gathering.wait(now) for table in self._tables]
         waits += [
-            max(0.0, place.heard + place.terms.silence - now) + 0.001
+            max(0.0, place.until - now) + 0.001
             for place in self._places.values()
-            if place.over is None and place.heard is not None
+            if place.over is None
         ]
         return min((wait for wait in waits if wait is not None), default=None)
 
-    def _serve(self, table: _Table) -> None:
+    def _serve(self, table: Table) -> None:
         with self._changed:
             taken = table.gathering.take()
             streams = {one: self._places[one].stream for one in table.clients}
@@ -287,7 +255,7 @@ class Bench:
             if stream is not None:  # one that was replaced meanwhile drops it
                 stream.reply(reply)
 
-    def _let_go(self, place: _Place) -> None:
+    def _let_go(self, place: Place) -> None:
         if place.table.failed:
             return
         try:
@@ -295,7 +263,7 @@ class Bench:
         except Exception as error:
             self._drop(place.table, error)
 
-    def _drop(self, table: _Table, error: Exception) -> None:
+    def _drop(self, table: Table, error: Exception) -> None:
         """Give up a tail that has raised, and the work of its clients."""
         with self._changed:
             table.failed = True
@@ -304,11 +272,3 @@ class Bench:
                 if place.over is None:
                     reason = "the tail failed at the server; its log says why"
                     self._end(place, reason, f"the tail failed: {type(error).__name__}: {error}")
-
-
-def _carry_out(call: _Call) -> None:
-    try:
-        call.result = call.run()
-    except BaseException as error:
-        call.error = error
-    call.done.set()

@@ -17,21 +17,14 @@ from polyrank.errors import FrameError
 from polyrank.training.split.link import Traffic
 from polyrank.transport.remote import split_pb2 as pb
 from polyrank.transport.remote.access import Access
+from polyrank.transport.remote.channel import channel, hopeless
 from polyrank.transport.remote.sessions import NONCE_BYTES, SECRET_BYTES, Work, proof
-from polyrank.transport.remote.wire import MESSAGE_BYTES, METHOD, VERSION, Joined, parts
+from polyrank.transport.remote.wire import METHOD, VERSION, Joined, parts
 
 _SOONEST, _LATEST = 0.05, 2.0
 """Seconds until a broken stream is tried again: doubled each time, from and up to."""
 _GOODBYE = 2.0
 """The most seconds that saying Bye may take."""
-_ANOTHER_SERVER = (
-    "CERTIFICATE_VERIFY_FAILED",
-    "WRONG_VERSION_NUMBER",
-    "Hostname Verification Check failed",
-    "is not in peer certificate",
-)
-"""What gRPC says of a server that is another one than the certificate says, or speaks no TLS."""
-_REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
 
 
 @dataclass(eq=False)
@@ -74,6 +67,9 @@ class Line:
         self._failure: str | None = None
         self._state = "it could not be reached yet"
         self._progress = time.monotonic()
+        self._lost: float | None = None
+        """Since when a client that was welcome has had no stream."""
+        self._silence = 0.0
         self._up = self._down = 0
         self._thread = threading.Thread(
             target=self._run, name=f"split link of {access.client}", daemon=True
@@ -124,14 +120,22 @@ class Line:
         return _Stream(resumes, Joined(self.access.limits.nbytes))
 
     def _wait(self, since: float) -> None:
-        """Wait for a change; the line fails once patience is at its end."""
-        left = max(since, self._progress) + self.access.patience - time.monotonic()
+        """Wait for a change; the line fails once patience is at its end.
+
+        A server that could not be reached for as long as it waits for silent clients has given
+        this one up.
+        """
+        now = time.monotonic()
+        left = max(since, self._progress) + self.access.patience - now
+        seconds = self.access.patience
+        if self._lost is not None and self._lost + self._silence - now < left:
+            left, seconds = self._lost + self._silence - now, self._silence
         if left > 0:
             self._changed.wait(left)
         else:
             self._failure = (
-                f"nothing came from the split server at {self.access.address} for "
-                f"{self.access.patience:g} s: {self._state}"
+                f"nothing came from the split server at {self.access.address} for {seconds:g} s: "
+                f"{self._state}"
             )
 
     def _fail(self, reason: str) -> None:
@@ -148,19 +152,22 @@ class Line:
             with self._changed:
                 if self._dead or (stream.said_bye and ended):
                     return
-                pause = _SOONEST if stream.credit else min(_LATEST, 2 * pause)
-                until = time.monotonic() + pause * random.uniform(0.5, 1.0)
-                self._changed.wait_for(lambda: self._dead, until - time.monotonic())
+                closing = self._closing
+                soon = closing or stream.credit
+                pause = _SOONEST if soon else min(_LATEST, 2 * pause)
+                self._changed.wait_for(
+                    lambda: self._dead or self._closing > closing,  # noqa: B023
+                    pause * random.uniform(0.5, 1.0),
+                )
                 if self._dead:
                     return
 
     def _carry(self, stream: _Stream) -> bool:
         """Carry one stream, and say whether the server ended it in order; make the next one."""
-        access, error = self.access, None
-        credentials = grpc.ssl_channel_credentials(root_certificates=access.certificate)
-        channel = grpc.secure_channel(access.address, credentials, _options(access.address))
+        error = None
+        dialled = channel(self.access)
         try:
-            call = channel.stream_stream(METHOD)(self._messages(stream))
+            call = dialled.stream_stream(METHOD)(self._messages(stream))
             with self._changed:
                 stream.call = call
                 if self._dead:
@@ -176,8 +183,10 @@ class Line:
         finally:
             with self._changed:
                 stream.over = True
+                if self._known and self._lost is None:
+                    self._lost = time.monotonic()
                 self._changed.notify_all()
-            channel.close()
+            dialled.close()
         with self._changed:
             if self._dead:
                 return error is None
@@ -206,8 +215,8 @@ class Line:
                 self._fail(details)
             self._last_chance = True
             return True
-        if code in _REFUSALS or any(words in details for words in _ANOTHER_SERVER):
-            self._fail(details)
+        if (why := hopeless(code, details)) is not None:
+            self._fail(why)
         return self._hellos > 0
 
     def _take(self, stream: _Stream, message: bytes) -> None:
@@ -218,7 +227,6 @@ class Line:
             self._fail("a message that cannot be read came")
             return
         what = down.WhichOneof("what")
-        self._progress = time.monotonic()
         if what == "challenge" and stream.nonce is None and stream.resumes:
             if len(down.challenge.nonce) == NONCE_BYTES:
                 stream.nonce = down.challenge.nonce
@@ -227,7 +235,8 @@ class Line:
             if down.welcome.credit > 0 and down.welcome.silence > 0:
                 self._known = True
                 self._state = "it is connected, and has not answered"
-                stream.silence = down.welcome.silence
+                self._silence = stream.silence = down.welcome.silence
+                self._lost = None
                 self._credit = stream.credit = down.welcome.credit
                 return
         elif what == "part" and stream.credit:
@@ -239,6 +248,7 @@ class Line:
         self._fail(f"a message that is not due came: {what}")
 
     def _take_part(self, stream: _Stream, part: pb.Part) -> None:
+        self._progress = time.monotonic()
         try:
             frame = stream.joined.add(part)
         except FrameError as error:
@@ -314,17 +324,3 @@ class Line:
         with self._changed:
             self._changed.wait_for(lambda: reached() or stream.over or self._dead)
             return reached() and not (stream.over or self._dead)
-
-
-def _options(address: str) -> list[tuple[str, int]]:
-    host = address.rpartition(":")[0].strip("[]")
-    options = [
-        ("grpc.use_local_subchannel_pool", 1),  # no connection or pause is shared between links
-        ("grpc.max_receive_message_length", MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MESSAGE_BYTES),
-        ("grpc.keepalive_time_ms", 15_000),
-        ("grpc.keepalive_timeout_ms", 15_000),
-    ]
-    if host == "localhost" or host.startswith("127.") or host == "::1":
-        options.append(("grpc.enable_http_proxy", 0))
-    return options

@@ -91,11 +91,9 @@ class SplitServer:
         if self._server is not None:
             raise FrameError("split server: it was started already")
         most = self._settings.streams + STRANGERS + 1
-        server = grpc.server(
-            ThreadPoolExecutor(most, thread_name_prefix="split stream"),
-            maximum_concurrent_rpcs=most,
-            options=_OPTIONS,
-        )
+        self._pool = ThreadPoolExecutor(most, thread_name_prefix="split stream")
+        options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", 2 * most))
+        server = grpc.server(self._pool, maximum_concurrent_rpcs=most, options=options)
         handler = grpc.stream_stream_rpc_method_handler(self._train)  # bytes, read by `Stream`
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, {"Train": handler}),)
@@ -121,6 +119,7 @@ class SplitServer:
             return
         self.close()
         self._server.stop(grace=0.5).wait()
+        self._pool.shutdown(wait=False)
         self._bench.stop()
         self._server = None
 
@@ -148,8 +147,8 @@ class SplitServer:
     ) -> dict[str, Access]:
         """Serve these tails, each to its clients, until `close`; return how clients reach them.
 
-        Tokens are accepted for `seconds`. `patience` is how long a client waits for an answer:
-        by default twice the silence after which others leave, and no longer than `seconds`.
+        Tokens are accepted for `seconds`; who has not come by then has left. `patience` is how long
+        a client waits for an answer of a server that it can reach, by default `seconds` too.
 
         Raises FrameError if a round is open, or a client is named twice or has no limits.
         """
@@ -168,7 +167,7 @@ class SplitServer:
             client: Terms(settings.credit, limits[client].nbytes, settings.silence)
             for client in names
         }
-        self._bench.seat(tails, works, limits, settings.gather, terms)
+        self._bench.seat(tails, works, limits, settings.gather, terms, seconds)
         self._open = True
         return {
             client: Access(
@@ -180,7 +179,7 @@ class SplitServer:
                 client=client,
                 token=self._sessions.issue(works[client], seconds),
                 limits=limits[client],
-                patience=min(seconds, 2 * settings.silence) if patience is None else patience,
+                patience=seconds if patience is None else patience,
             )
             for client in names
         }
