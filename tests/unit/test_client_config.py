@@ -8,7 +8,9 @@ import tomli_w
 
 from polyrank import config
 from polyrank.config import Recipe
-from polyrank.config.client import ClientSettings, read_client
+from polyrank.config.client import ClientSettings, OwnData, read_client
+from polyrank.config.inputs import DataSection
+from polyrank.config.own_data import DEALING, READING
 from polyrank.config.recipe import cores
 from polyrank.config.reference import client_page
 from polyrank.data import Clients
@@ -212,6 +214,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, s
         path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=said):
         read_client(path)
+
+
+def test_every_key_of_data_is_the_recipes_or_the_clients() -> None:
+    shared = {"fractions", "template", "max_length", "loss_on", "too_long"}
+    both = {"source", "limit"}
+    assert {*DEALING, *READING} | shared | both == {*DataSection.model_fields}
+    assert {*READING} | both == {*OwnData.model_fields}
 
 
 def test_the_page_of_all_keys_is_up_to_date() -> None:

@@ -141,6 +141,11 @@ def test_lists_and_tables_are_texts_in_toml() -> None:
     assert flat["data.fractions"] == "[0.8, 0.1, 0.1]"
 
 
+def test_brackets_are_text_where_a_key_takes_no_list() -> None:
+    again = from_run_config(changed(recipe_of(), data__separator="[1]", data__prompt="{a = 1}"))
+    assert (again.data.separator, again.data.prompt) == ("[1]", "{a = 1}")
+
+
 def test_what_is_left_out_is_the_empty_text() -> None:
     flat = to_run_config(recipe_of())
     assert {flat[key] for key in ("control", "local.steps", "fleet.force")} == {""}

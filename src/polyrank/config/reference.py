@@ -36,7 +36,7 @@ The recipes in `recipes/` are worked examples. This page is made from the code b
 CLIENT_HEAD = """\
 # client.toml: every key
 
-In a [deployment](deployment.md) the owner of a client's machine says in this file where the data
+In a deployment the owner of a client's machine says in this file where the data
 lies, what the machine offers, and what it consents to. It stays on the machine, whose SuperNode is
 started with its path:
 
