@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import IO, Any
 
@@ -57,7 +58,7 @@ class SplitProcess:
         self._lock = threading.Lock()
         self._child: _Child | None = None
         self._served = False
-        self._starts: tuple[int, int] = (-1, 0)
+        self._again: tuple[int, int] = (-1, 0)
         self._dealt: dict[str, Dealt] = {}
         self._lost: str | None = None
         self._status: dict[str, ClientStatus] = {}
@@ -96,19 +97,28 @@ class SplitProcess:
     ) -> Mapping[str, Access | str]:
         with self._lock:
             self._dealt, self._lost, self._status = {}, None, {}
-            try:
-                child = self._there(round)
-            except SplitServerError as error:
-                if not self._served:
-                    raise
-                log.error("%s", error)
-                return {job.client: str(error) for job in jobs}
-            try:
-                found = self._asked_to_open(child, round, attempt, jobs, merged, tokens, seconds)
-            except SplitServerError as error:
-                return {job.client: str(error) for job in jobs}
-            self._dealt = {job.client: Dealt.of(job) for job in jobs if job.client in found}
-            return found
+            while True:
+                try:
+                    child = self._there(round)
+                except SplitServerError as error:
+                    if not self._served:
+                        raise
+                    log.error("%s", error)
+                    return {job.client: str(error) for job in jobs}
+                try:
+                    found = self._asked_to_open(
+                        child, round, attempt, jobs, merged, tokens, seconds
+                    )
+                except SplitServerError as error:
+                    if child.ended:  # It had died, or did so at this.
+                        continue
+                    return {job.client: str(error) for job in jobs}
+                self._dealt = {
+                    job.client: Dealt.of(job)
+                    for job in jobs
+                    if not isinstance(found[job.client], str)
+                }
+                return found
 
     def collect(self, client: str) -> Collected:  # noqa: D102
         with self._lock:
@@ -151,7 +161,10 @@ class SplitProcess:
         if self._lock.acquire(blocking=False):
             try:
                 child = self._child
-                if self._dealt and child is not None and not child.ended:
+                if child is None or child.ended:
+                    gone = {c: replace(one, connected=False) for c, one in self._status.items()}
+                    self._status = gone
+                elif self._dealt:
                     with suppress(SplitServerError, PacketError):
                         self._status = _statuses(self._ask(child, "status"))
             finally:
@@ -162,19 +175,19 @@ class SplitProcess:
         """Return a child that lives, started now if there was none."""
         if self._child is not None and not self._child.ended:
             return self._child
-        begun = self._starts[1] if self._starts[0] == round else 0
-        if begun > self._restarts:
+        again = self._again[1] if self._again[0] == round else 0
+        if self._served and again >= self._restarts:
             raise SplitServerError(
-                f"the split server was started {begun} times in round {round}, and is gone each "
-                f"time; {self._child.why() if self._child else 'it cannot start'}"
+                f"the split server was started {again} times more in round {round}, and has died "
+                f"each time; {self._child.why() if self._child else 'it cannot start'}"
             )
-        self._starts = (round, begun + 1)
+        self._again = (round, again + self._served)
         if self._child is not None:
             self._child.stop()
         self._child = _Child()
         try:
             self._child.start(self._settings, self._start_in)
-        except SplitServerError:
+        except BaseException:
             self._child.stop()
             raise
         log.info("split server %d listens at %s", self._child.process.pid, self._child.address)

@@ -1,0 +1,143 @@
+"""Split clients against a split server: each on a thread, with a model of its own blocks.
+
+trained = train_all(source, jobs, accesses, SPLIT)   # what each client learned, by name
+expected = in_process(model, jobs, SPLIT)            # train_split, one client after the other
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from jobs import job
+from polyrank.algebra import Adapter, Dense
+from polyrank.federation.remote.desk import Collected
+from polyrank.model import LoadedModel, Span, load_model
+from polyrank.planning import Split
+from polyrank.training import LocalTraining, Scoring
+from polyrank.training.course import Trained
+from polyrank.training.split import (
+    Link,
+    SplitJob,
+    SplitSettings,
+    Tail,
+    TailJob,
+    train_head,
+    train_split,
+)
+from polyrank.transport import InProcessLinks
+from polyrank.transport.remote import Access, GrpcLink
+
+BLOCKS, LOWEST, TOKENS, ROUND, ATTEMPT = 4, 1, 24, 3, 1
+LOCAL = LocalTraining(lr=0.02, batch=2, accumulation=2, epochs=1, dropout=0.1, clip=0.5)
+SPLIT = SplitSettings(wire="float32")
+CUTS: Mapping[str, Split] = {"a": Split(1), "b": Split(3), "u": Split(1, 3)}
+NOTHING: Adapter[Dense] = Adapter({})
+
+
+def split_job(
+    model: LoadedModel,
+    client: str,
+    cut: Split,
+    *,
+    seed: int = 0,
+    count: int = 9,
+    local: LocalTraining = LOCAL,
+    merged: Adapter[Dense] = NOTHING,
+) -> SplitJob:
+    """Return a client's work, scored in every other step."""
+    made = job(model, client, seed=seed, count=count, local=local)
+    dealt = replace(made.assignment, merged=merged)
+    scored = replace(made, assignment=dealt, scoring=Scoring(2))
+    return SplitJob(scored, cut, ROUND, ATTEMPT)
+
+
+def tails_of(model: LoadedModel, jobs: Sequence[SplitJob]) -> list[TailJob]:
+    """Return the jobs as a desk gets them: of the server's sites, without what is merged."""
+    found = []
+    for one in jobs:
+        tail = one.at_server(model)
+        found.append(replace(tail, assignment=replace(tail.assignment, merged=NOTHING)))
+    return found
+
+
+def random_sums(model: LoadedModel, *, dtype: torch.dtype = torch.float32) -> Adapter[Dense]:
+    """Return a dense update at every site, large enough that leaving it out would show."""
+    draw = torch.Generator().manual_seed(9)
+    return Adapter(
+        {
+            site: Dense(0.2 * torch.randn(*shape, generator=draw, dtype=dtype))
+            for site, shape in model.spec.shapes.items()
+        }
+    )
+
+
+def train_one(
+    source: Path,
+    one: SplitJob,
+    access: Access,
+    split: SplitSettings = SPLIT,
+    on_step: Callable[[], None] | None = None,
+    dtype: str = "float32",
+) -> Trained:
+    """Train a client that holds its own blocks alone; it reaches its tail through a socket."""
+    own = [Span(0, one.cut.lower)] + ([] if one.cut.upper is None else [Span(one.cut.upper)])
+    model = load_model(source, device="cpu", dtype=dtype, spans=own)
+    merged = {s: d for s, d in one.job.assignment.merged.items() if s in model.spec.shapes}
+    mine = one.changed(replace(one.job.assignment.only(model.spec.shapes), merged=Adapter(merged)))
+    return train_head(model, mine, GrpcLink(access), split, on_step=on_step)
+
+
+def train_all(
+    source: Path,
+    jobs: Sequence[SplitJob],
+    accesses: Mapping[str, Access | str],
+    split: SplitSettings = SPLIT,
+    dtype: str = "float32",
+) -> dict[str, Trained]:
+    """Train all clients at once, each on a thread."""
+
+    def train(one: SplitJob) -> Trained:
+        access = accesses[one.job.client]
+        assert isinstance(access, Access), access
+        return train_one(source, one, access, split, dtype=dtype)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return dict(zip([one.job.client for one in jobs], pool.map(train, jobs), strict=True))
+
+
+def in_process(
+    model: LoadedModel, jobs: Sequence[SplitJob], split: SplitSettings = SPLIT
+) -> dict[str, Trained]:
+    """Return what `train_split` gives: one by one, or together where they share an adapter."""
+
+    def connect(tail: Tail) -> Callable[[str], Link]:
+        return InProcessLinks(tail, split.wire, model.spec.hidden, TOKENS).link
+
+    groups = [list(jobs)] if split.adapters == "shared" else [[one] for one in jobs]
+    found = {}
+    for group in groups:
+        trained = train_split(model, group, split, connect, cohort=1)
+        found |= zip([one.job.client for one in group], trained, strict=True)
+    return found
+
+
+def whole(head: Trained, tail: Collected) -> Trained:
+    """Return what a client and its server have trained, together."""
+    assert head.failure is None, head.failure
+    assert not head.adapter.keys() & tail.adapter.keys()
+    return replace(
+        head,
+        adapter=Adapter({**head.adapter, **tail.adapter}),
+        importance={**head.importance, **tail.importance},
+    )
+
+
+def assert_identical(found: Trained, expected: Trained) -> None:
+    """Fail unless adapters, scores and numbers are the same bit by bit."""
+    assert found.adapter.keys() == expected.adapter.keys()
+    assert found.adapter.hash() == expected.adapter.hash()
+    assert found.importance == expected.importance
+    assert found.metrics == expected.metrics
