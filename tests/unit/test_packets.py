@@ -132,6 +132,15 @@ def test_views_and_tensors_that_share_memory_are_written_as_they_look():
     assert all(t.is_contiguous() for d in came.adapter.values() for t in d.tensors().values())
 
 
+def test_axes_of_length_one_may_have_any_stride():
+    one = torch.tensor([3.0, 4.0, 5.0])
+    adapter = Adapter(
+        {"s": LowRank(one.as_strided((1, 1), (5, 7), 1), one.as_strided((1, 3), (9, 1)))}
+    )
+    (came,) = read_exam(write_exam(Exam((Question(adapter, (), "test"),)))).questions
+    assert came.adapter.hash() == adapter.hash()
+
+
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_what_was_read_shares_no_memory_with_the_bytes(kind):
     order = samples.order()

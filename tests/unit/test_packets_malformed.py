@@ -110,6 +110,15 @@ def ints(*numbers, dtype=torch.int32):
     return torch.tensor(numbers, dtype=dtype).numpy().tobytes()
 
 
+def gap(data):
+    """Leave four bytes that belong to no tensor before the last one."""
+    head, _, rest = samples.opened(data)
+    last = max((h for h in head if h != "__metadata__"), key=lambda h: head[h]["data_offsets"])
+    begin, end = head[last]["data_offsets"]
+    head[last]["data_offsets"] = [begin + 4, end + 4]
+    return samples.closed(head, None, rest[:begin] + bytes(4) + rest[begin:])
+
+
 def length(number):
     return lambda data: number.to_bytes(8, "little") + data[8:]
 
@@ -121,6 +130,7 @@ CASES = [
     ("answer", ANSWER, lambda d: d + bytes(10**6), "answer packet, length: expected 8 to"),
     ("answer", ANSWER, lambda d: d + b"\0", "answer packet, tensors: expected .* bytes in all"),
     ("answer", ANSWER, lambda d: d[:-1], "data_offsets: expected a whole number of 0 to"),
+    ("answer", ANSWER, gap, "answer packet, tensors: expected one that begins at byte"),
     ("answer", ANSWER, lambda _: "text", "answer packet: expected bytes; str came"),
     ("answer", ANSWER, length(2**63), "length of the header: expected at most"),
     ("profile", PROFILE, length(2**22 + 1), "length of the header: expected at most"),

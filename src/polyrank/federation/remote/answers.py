@@ -17,10 +17,12 @@ from polyrank.federation.remote.adapters import (
 from polyrank.federation.remote.bounds import Bounds
 from polyrank.federation.remote.fields import Fields
 from polyrank.federation.remote.packet import Packet, pack
-from polyrank.federation.round import Failure
+from polyrank.federation.round import Failure, FailureKind
 
 REASON_BYTES = 4096
 """The longest reason of a failure, in UTF-8; a longer one is cut."""
+_KINDS: dict[str, FailureKind] = {"failed": "failed", "late": "late", "refused": "refused"}
+"""What a client can say of itself; the other kinds are the server's to find."""
 _ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -39,7 +41,8 @@ def write_answer(answer: Update | Failure, dealt: Assignment | None = None) -> b
     }
     if isinstance(answer, Failure):
         written = answer.reason.encode("utf-8", "replace")[:REASON_BYTES]
-        return pack("answer", {**about, "reason": written.decode("utf-8", "ignore")}, {})
+        why = {"reason": written.decode("utf-8", "ignore"), "kind": answer.kind}
+        return pack("answer", {**about, **why}, {})
     if dealt is None:
         tensors = write_adapter("trained", answer.adapter)
     else:
@@ -69,7 +72,8 @@ def read_answer(
     attempt, metrics = fields.whole("attempt"), _read_numbers(fields.table("metrics"))
     answer: Update | Failure
     if not fields.gone("reason"):
-        answer = Failure(client, round, attempt, fields.text("reason", REASON_BYTES, 0), metrics)
+        reason, kind = fields.text("reason", REASON_BYTES, 0), fields.choice("kind", _KINDS)
+        answer = Failure(client, round, attempt, reason, metrics, _KINDS[kind])
     else:
         answer = Update(
             client=client,
