@@ -333,8 +333,8 @@ class Federation:
         left = []
         for cohort in self.engine.cohorts(round.clients, cuts.get):
             saved = self._saved(round, cohort)
-            for answer in saved:
-                self._take(round, answer)
+            for update in saved:
+                self._take(round, update)
                 done += 1
             if not saved:
                 left.append([round.task(client) for client in cohort])
@@ -352,11 +352,11 @@ class Federation:
         if (answer.round, answer.attempt) != (round.number, round.attempt):
             round.turn_away(answer)
             return False
-        if isinstance(answer, Failure):
-            round.fail(answer)
-            return True
-        with suppress(UpdateError):
-            self.folder.save_update(round.accept(answer))
+        with suppress(UpdateError):  # It is counted, with its reason, in the round.
+            if isinstance(answer, Failure):
+                round.fail(answer)
+            else:
+                self.folder.save_update(round.accept(answer))
         return True
 
     def _saved(self, round: Round, cohort: list[str]) -> list[Update]:
