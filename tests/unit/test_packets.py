@@ -199,6 +199,12 @@ def test_failures_come_through_with_reasons_of_bounded_length(reason):
     assert math.isnan(came.metrics["wire_down"])
 
 
+@pytest.mark.parametrize("kind", ["failed", "late", "refused"])
+def test_failures_keep_their_kind(kind):
+    failure = Failure("c0", 2, 1, "why", kind=kind)
+    assert read_answer(write_answer(failure), Bounds.of(samples.assignment())) == failure
+
+
 def test_metrics_that_are_not_finite_travel_to_be_judged():
     dealt = samples.assignment()
     update = replace(
