@@ -94,7 +94,7 @@ class RowsElsewhere(Lazy[Encoded]):
         """Raise DataError."""
         raise DataError(f"client {self._owner!r}: its examples are not on this machine")
 
-    def part(self, places: range) -> RowsElsewhere:
+    def part(self, places: Sequence[int]) -> RowsElsewhere:
         """Return as many of them as there are places."""
         tokens, _, targets = self._largest
         return RowsElsewhere(self._owner, len(places), tokens, targets)
