@@ -28,8 +28,7 @@ from polyrank.transport import (
     encode,
     serve_pipe,
 )
-from polyrank.transport.remote import GrpcLink, ServeSettings, SplitServer
-from remote import IDENTITY
+from polyrank.transport.remote import GrpcLink, ServeSettings, SplitServer, new_identity
 
 D = 6
 TOKENS = 8
@@ -117,11 +116,12 @@ class Piped:
 
 
 class Grpc:
-    """Links over gRPC, through the machine's own network."""
+    """Links over gRPC and TLS, through the machine's own network."""
 
     def __init__(self, tail, limits):
         self.tail = tail
-        self._server = SplitServer("127.0.0.1:0", IDENTITY, "run", ServeSettings(gather=0.0))
+        identity = new_identity(["127.0.0.1"])
+        self._server = SplitServer("127.0.0.1:0", identity, "run", ServeSettings(gather=0.0))
         self._server.start()
         own = dict.fromkeys(CLIENTS, limits)
         self._access = self._server.open([(tail, CLIENTS)], 2, 1, own, SOON)

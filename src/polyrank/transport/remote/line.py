@@ -106,8 +106,10 @@ class Line:
         """Say Bye within 2 s, and end."""
         with self._changed:
             self._closing = True
+            hears = self._failure is None or self._stream.credit > 0
             self._changed.notify_all()
-        self._thread.join(_GOODBYE)
+        if hears:
+            self._thread.join(_GOODBYE)
         with self._changed:
             self._dead = self._stream.over = True
             call = self._stream.call
