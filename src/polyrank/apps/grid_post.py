@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -19,6 +19,8 @@ TYPES: dict[Kind, str] = {
 RECORD, FORM = "packet", "polyrank.packet"
 PAUSE = 0.2
 """Seconds between two looks at the grid: asking costs a request."""
+TOGETHER = 16
+"""So many answers at most are in memory at the same time."""
 
 
 class GridPost:
@@ -35,7 +37,7 @@ class GridPost:
         """Return the nodes that Flower holds to be alive."""
         return sorted(self._grid.get_node_ids())
 
-    def send(self, letters: Sequence[Letter], seconds: float) -> list[str | None]:
+    def send(self, letters: Iterable[Letter], seconds: float) -> list[str | None]:
         """Push messages that live a little longer than `seconds`, so that late answers are seen."""
         alive = set(self._grid.get_node_ids())
         tickets: list[str | None] = []
@@ -54,12 +56,17 @@ class GridPost:
             tickets.append(pushed[0] if pushed and pushed[0] else None)
         return tickets
 
-    def receive(self, tickets: Mapping[str, int]) -> list[Delivery]:
-        """Pull what has come; pause a little if nothing has."""
-        found = [_delivered(message) for message in self._grid.pull_messages(list(tickets))]
+    def receive(self, tickets: Mapping[str, int]) -> Iterator[Delivery]:
+        """Pull what has come, a few packets at a time; pause a little if nothing has."""
+        left, found = list(tickets), False
+        while left:
+            few, left = left[:TOGETHER], left[TOGETHER:]
+            for message in self._grid.pull_messages(few):
+                found = True
+                if message.metadata.reply_to_message_id in few:
+                    yield _delivered(message)
         if not found:
             time.sleep(PAUSE)
-        return [one for one in found if one.ticket in tickets]
 
 
 def packed(payload: bytes) -> RecordDict:

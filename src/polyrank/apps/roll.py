@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from polyrank.errors import PacketError, RecipeError
@@ -16,8 +16,12 @@ SETTLED = 3.0
 
 @dataclass
 class Roll:
-    """Who was found: the machines' profiles, and which of them hosts a client."""
+    """Who was found: the machines' profiles, and which of them hosts a client.
 
+    With `names`, nobody else trains.
+    """
+
+    names: Collection[str] | None = None
     profiles: dict[int, Profile] = field(default_factory=dict)
     homes: dict[str, int] = field(default_factory=dict)
 
@@ -28,7 +32,7 @@ class Roll:
             one
             for node, profile in self.profiles.items()
             for one in profile.hosted
-            if self.homes[one.client] == node
+            if self.homes.get(one.client) == node
         ]
         return sorted(found, key=lambda one: one.client)
 
@@ -45,6 +49,9 @@ class Roll:
                     f"{self.homes[one.client]} was first; its name must be its own"
                 )
                 continue
+            if self.names is not None and one.seen and one.client not in self.names:
+                told.append(f"{one.client}: fleet.clients does not name it, so it takes no part")
+                continue
             self.homes[one.client] = node
             rows = one.counts["train"].rows
             kind = f"{rows} training examples" if one.seen else "held out"
@@ -55,45 +62,52 @@ class Roll:
 
 def call(
     post: Post,
-    names: Mapping[str, object] | None,
+    names: Collection[str] | None,
     count: int,
     seconds: float,
     tell: Callable[[str], None],
     check_stop: Callable[[], None],
     fits: Callable[[Profile], str | None] = lambda _: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Roll:
     """Ask machines as they come who they host, until those that are wanted are there.
 
     Wanted are the clients of these `names`, or so many (`count`), or, where neither is known, all
-    machines that come before none has come for a moment. `fits` says why a machine cannot take
-    part. Raises RecipeError if they are not there after `seconds`.
+    machines that come before none has come for a moment. Where `names` are given, others of these
+    machines that would train take no part. `fits` says why a machine cannot take part. Machines
+    that were asked are waited for; after `seconds` the run begins without those that are silent.
+    Raises RecipeError if clients that are wanted are not there then.
     """
-    roll, until = Roll(), time.monotonic() + seconds
+    roll, until = Roll(names), clock() + seconds
     asked: dict[str, int] = {}
     tried: set[int] = set()
-    last = time.monotonic()
+    last = clock()
     while True:
         check_stop()
         fresh = [node for node in post.nodes() if node not in tried]
         if fresh:
-            last = time.monotonic()
             tickets = post.send([Letter(node, "hello", b"") for node in fresh], seconds)
             for node, ticket in zip(fresh, tickets, strict=True):
                 if ticket is not None:
                     asked[ticket] = node
                     tried.add(node)
+                    last = clock()
         for delivery in post.receive(asked):
-            last = time.monotonic()
+            last = clock()
             for line in roll.note(*_profile(asked.pop(delivery.ticket), delivery, fits)):
                 tell(line)
-        missing = _missing(roll, names, count, settled=time.monotonic() - last > SETTLED)
+        missing = _missing(roll, names, count, settled=clock() - last > SETTLED)
         if not missing and not asked:
             return roll
-        if time.monotonic() > until:
+        if clock() <= until:
+            continue
+        if missing:
             raise RecipeError(
-                f"app.wait: after {seconds:.0f} s {missing or 'not all machines have answered'}; "
-                f"there are {sorted(roll.homes)}. Start the others, or raise app.wait"
+                f"app.wait: after {seconds:.0f} s {missing}; there are {sorted(roll.homes)}. "
+                "Start the others, or raise app.wait"
             )
+        tell(f"machines {sorted(asked.values())} take no part: they have not answered")
+        return roll
 
 
 def _profile(
@@ -109,9 +123,7 @@ def _profile(
     return node, profile if refusal is None else Profile((), refusal=refusal)
 
 
-def _missing(
-    roll: Roll, names: Mapping[str, object] | None, count: int, *, settled: bool
-) -> str | None:
+def _missing(roll: Roll, names: Collection[str] | None, count: int, *, settled: bool) -> str | None:
     """Say who is not there yet; None if nobody is missing."""
     if names is not None:
         absent = sorted(set(names) - roll.homes.keys())

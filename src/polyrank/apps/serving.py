@@ -88,7 +88,8 @@ class PartsElsewhere(Parts):
 
     def tell(self, line: str) -> None:
         """Show what happens, as it happens."""
-        self._console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        shown = "".join(c if c.isprintable() else " " for c in line)  # Others wrote parts of it.
+        self._console.print(f"  {shown}", highlight=False, markup=False, soft_wrap=True)
 
     @cached_property
     def roll(self) -> Roll:
@@ -119,10 +120,18 @@ class PartsElsewhere(Parts):
 
     @cached_property
     def model(self) -> LoadedModel:
-        """The model: its weights only where the server itself scores something with them."""
+        """The model: its weights only where the server itself needs them.
+
+        For a benchmark, and to measure how often importance may be scored, with ``plan.every``
+        left at auto.
+        """
         self._attendance.listener.loading("model")
-        section = self._recipe.model
-        return section.load_bare() if self._recipe.benchmark is None else section.load()
+        recipe = self._recipe
+        plan = recipe.plan
+        measures = plan is not None and plan.importance != "none" and plan.every == "auto"
+        if measures or recipe.benchmark is not None:
+            return recipe.model.load()
+        return recipe.model.load_bare()
 
     @cached_property
     def prepared(self) -> tuple[Mapping[str, ClientWork], Skipped]:
@@ -143,6 +152,7 @@ class PartsElsewhere(Parts):
             deadline,
             self._desk(fleet),
             self.tell,
+            cut=[id for id, name in fleet.at(1).items() if name in fleet.cuts],
         )
         examiner = RemoteExaminer(
             self._post,
@@ -152,17 +162,16 @@ class PartsElsewhere(Parts):
             self.tell,
             self._attendance.check_stop,
         )
-        engine.cut |= {id for id, name in fleet.at(1).items() if name in fleet.cuts}
         return engine, examiner
 
     def _desk(self, fleet: Fleet) -> Desk | None:
         """Return the split server, if a client may be cut; it starts when it is needed."""
-        from polyrank.apps.desk import SplitProcess  # gRPC, which whole clients do not need.
-
         recipe, split = self._recipe, self._settings.split
         cuts = [fleet.cuts[name] for name in fleet.possible if name in fleet.cuts]
         if not cuts and recipe.plan is None:
             return None
+        from polyrank.apps.desk import SplitProcess  # gRPC, which whole clients do not need.
+
         uppers = [cut.upper for cut in cuts]
         planned = recipe.plan is not None  # Plans may come to cut anywhere.
         lowest = recipe.plan.lowest_cut if recipe.plan else min(cut.lower for cut in cuts)

@@ -54,6 +54,10 @@ class Models(Protocol):
         ...
 
 
+class Refused(Exception):
+    """The machine's owner does not consent to what is asked."""
+
+
 class Late(Exception):
     """The round's deadline has passed while the client was training."""
 
@@ -103,7 +107,7 @@ class ClientSide:
                 self.device,
                 self.terms,
                 versions,
-                f"fewer than smallest_count = {least} training examples, so that it takes no part",
+                _too_few(least),
             )
         hosted = tuple(self._hosted(client) for client in work.values())
         return Profile(hosted, self.device, self.terms, versions)
@@ -124,9 +128,14 @@ class ClientSide:
             max((size.targets for size in found), default=0),
         )
 
-    def _enough(self, client: ClientWork, part: Part) -> bool:
-        """Whether the part has as many examples as the owner wants a count or score to stand on."""
-        return len(client.rows[part]) >= self.terms.smallest_count
+    def _enough(self, client: ClientWork, part: Part, most: int | None = None) -> bool:
+        """Whether so many examples are used as the owner wants a count or score to stand on.
+
+        A score is of the first `most` examples of a part, or of all.
+        """
+        there = len(client.rows[part])
+        used = there if most is None else min(most, there)
+        return used >= self.terms.smallest_count
 
     # --- training ---
 
@@ -142,6 +151,8 @@ class ClientSide:
             if refusal is not None:
                 return failure(refusal, "refused")
             return self._split(order) if task.cut is not None else self._own(order)
+        except Refused as error:
+            return failure(str(error), "refused")
         except Late:
             return failure("its deadline passed while it was training", "late")
         except PolyrankError as error:
@@ -216,6 +227,8 @@ class ClientSide:
         work = self.prepare(model)
         if client not in work:
             raise DataError(f"client {client!r}: it is not on this machine; here is {[*work]}")
+        if not self._enough(work[client], "train"):
+            raise Refused(_too_few(self.terms.smallest_count))
         return work
 
     def _until(self, order: Order) -> Callable[[], None]:
@@ -234,8 +247,14 @@ class ClientSide:
         """Return the scores that are asked for, of parts with enough examples to tell them."""
         model = self.models.whole()
         work = self.prepare(model)
-        asked = []
+        settings, asked = self.evaluation, []
         for one in questions:
-            told = [id for id in one.clients if id in work and self._enough(work[id], one.part)]
-            asked.append(Question(one.adapter, tuple(told), one.part, one.texts))
-        return OwnExaminer(model, work, self.evaluation).answer(asked)
+            here = [work[id] for id in one.clients if id in work]
+            told = [c.id for c in here if self._enough(c, one.part, settings.examples or None)]
+            texts = one.texts and all(self._enough(c, one.part, settings.generate) for c in here)
+            asked.append(Question(one.adapter, tuple(told), one.part, texts))
+        return OwnExaminer(model, work, settings).answer(asked)
+
+
+def _too_few(least: int) -> str:
+    return f"limits.smallest_count = {least}, and it has fewer training examples"

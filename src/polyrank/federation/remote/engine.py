@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from polyrank.aggregation import Assignment, Update
@@ -23,6 +23,8 @@ from polyrank.transport.remote.access import Access
 
 LONGEST = 24 * 3600.0
 """Seconds that an answer may take where the round has no deadline."""
+PATIENCE = 3.0
+"""So many deadlines after it was asked, a client that was late is not listened to any more."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,17 @@ class Asked:
 
     task: Task
     own: Assignment
-    assignment: str
     sent: float
 
     @property
     def client(self) -> str:
         """Who was asked."""
         return self.task.client
+
+    def light(self) -> Asked:
+        """Return it without what is merged into the base, which is large and not answered."""
+        own = replace(self.own, merged=Adapter({}))
+        return Asked(replace(self.task, assignment=own), own, self.sent)
 
 
 class Remote:
@@ -46,8 +52,11 @@ class Remote:
     `homes` says which machine hosts a client, `work` how much data it has. With `deadline` the
     clients of a round have so many seconds; who has not answered then is late, and what comes of it
     in later rounds is passed on as the answer to an earlier one. A split client's tail is trained
-    by the `desk`, whose part is put together with the client's when its answer comes. `tell` is
-    told what happens as it happens.
+    by the `desk`, whose part is put together with the client's when its answer comes. `cut` are the
+    clients that are cut before any is asked. `tell` is told what happens as it happens.
+
+    Orders are made one by one as they are sent, and answers are passed on one by one as they come;
+    those to clients that share an adapter at the server are kept until all of them have answered.
     """
 
     cohort = 1
@@ -63,13 +72,16 @@ class Remote:
         deadline: float | None = None,
         desk: Desk | None = None,
         tell: Callable[[str], None] = lambda _: None,
+        cut: Collection[str] = (),
+        clock: Callable[[], float] = time.monotonic,
     ):
         self._post, self._homes, self._desk, self._tell = post, homes, desk, tell
+        self._clock = clock
         self._model, self._work, self._local, self._split = model, work, local, split
         self._seconds = deadline or LONGEST
         self.scoring = Scoring(0)
         self._late: dict[str, Asked] = {}
-        self.cut: set[str] = set()
+        self.cut = set(cut)
         """The clients whose model was cut when they were last asked."""
 
     def cohorts(self, clients: Sequence[str], cut_of: CutOf) -> list[list[str]]:
@@ -105,19 +117,23 @@ class Remote:
         accesses: Mapping[str, Access | str],
         on_step: OnStep,
     ) -> Iterator[Update | Failure]:
-        began = time.monotonic()
+        began = self._clock()
+        self._forget(began)
         waiting: dict[str, Asked] = {}
         for one, ticket in self._sent(tasks, accesses):
-            if ticket is None:
-                reason = accesses.get(one.client)
-                why = reason if isinstance(reason, str) else "its machine cannot be reached"
-                yield self._failure(one, why, "lost")
-            else:
+            if ticket is not None:
                 waiting[ticket] = one
+                continue
+            reason = accesses.get(one.client)
+            why = reason if isinstance(reason, str) else "its machine cannot be reached"
+            self._tell(f"{one.client}: {why}")
+            self._leave(one)
+            yield self._failure(one, why, "lost")
         self._tell(f"asked {len(waiting)} clients: {_names(waiting.values())}")
         together: list[tuple[Asked, Update]] = []
-        warned = False
-        while waiting and time.monotonic() - began < self._seconds:
+        warned = over = False
+        while waiting and not over:  # What has come by the deadline is looked at, at least once.
+            over = self._clock() - began >= self._seconds
             if on_step is not None:
                 on_step()
             tickets = {t: self._homes[one.client] for t, one in (self._late | waiting).items()}
@@ -129,26 +145,35 @@ class Remote:
                     continue
                 one = waiting.pop(delivery.ticket)
                 answer = self._read(one, delivery)
-                self._tell(self._told(one, answer, delivery, time.monotonic() - began))
+                self._tell(self._told(one, answer, delivery, self._clock() - began))
                 if isinstance(answer, Update) and one.task.cut is not None:
                     if self._split.adapters == "shared":  # Trained on while others are at work.
                         together.append((one, answer))
                         continue
                     answer = self._whole(one, answer)
-                elif one.task.cut is not None and self._desk is not None:
-                    self._desk.leave(one.client)
+                else:
+                    self._leave(one)
                 yield answer
-            if not warned and waiting and time.monotonic() - began > self._seconds / 2:
+            if not warned and waiting and self._clock() - began > self._seconds / 2:
                 warned = True
                 self._tell(f"still waiting for {_names(waiting.values())}")
         for ticket, one in waiting.items():
-            self._late[ticket] = one
-            if one.task.cut is not None and self._desk is not None:
-                self._desk.leave(one.client)
+            self._late[ticket] = one.light()
+            self._leave(one)
             self._tell(f"{one.client}: no answer within {self._seconds:.0f} s")
             yield self._failure(one, f"no answer within {self._seconds:.0f} s", "late")
         for one, update in together:
             yield self._whole(one, update)
+
+    def _leave(self, one: Asked) -> None:
+        """Give up the tail of a client without a usable answer, so that no other waits for it."""
+        if one.task.cut is not None and self._desk is not None:
+            self._desk.leave(one.client)
+
+    def _forget(self, now: float) -> None:
+        """Listen no more to clients that were late long ago: their machines may be gone."""
+        oldest = now - PATIENCE * self._seconds
+        self._late = {t: one for t, one in self._late.items() if one.sent > oldest}
 
     # --- what is sent ---
 
@@ -190,25 +215,24 @@ class Remote:
         self, tasks: Sequence[Task], accesses: Mapping[str, Access | str]
     ) -> list[tuple[Asked, str | None]]:
         """Send every client's order; return what was asked, each with its ticket if it went."""
-        asked, letters = [], []
-        for task in tasks:
-            access = accesses.get(task.client)
-            one = Asked(task, self._own(task), task.assignment.hash(), time.monotonic())
-            asked.append(one)
-            if isinstance(access, str):
-                continue
-            order = Order(
-                replace(task, assignment=one.own),
-                one.assignment,
-                self.scoring.every,
-                self.scoring.metric,
-                self._seconds,
-                access,
-            )
-            letters.append((one, Letter(self._homes[task.client], "train", write_order(order))))
-        tickets = self._post.send([letter for _, letter in letters], self._seconds)
-        by_client = {one.client: t for (one, _), t in zip(letters, tickets, strict=True)}
+        now = self._clock()
+        asked = [Asked(task, self._own(task), now) for task in tasks]
+        open_ = [one for one in asked if not isinstance(accesses.get(one.client), str)]
+        letters = (self._letter(one, accesses.get(one.client)) for one in open_)
+        tickets = self._post.send(letters, self._seconds)
+        by_client = {one.client: t for one, t in zip(open_, tickets, strict=True)}
         return [(one, by_client.get(one.client)) for one in asked]
+
+    def _letter(self, one: Asked, access: Access | str | None) -> Letter:
+        order = Order(
+            replace(one.task, assignment=one.own),
+            one.task.assignment.hash(),
+            self.scoring.every,
+            self.scoring.metric,
+            self._seconds,
+            None if isinstance(access, str) else access,
+        )
+        return Letter(self._homes[one.client], "train", write_order(order))
 
     def _own(self, task: Task) -> Assignment:
         """Return what is sent of an assignment: that of the sites that the client holds."""
@@ -229,6 +253,14 @@ class Remote:
             return self._failure(one, str(error), "invalid")
         if answer.client != one.client:
             return self._failure(one, f"it answers as client {answer.client!r}", "invalid")
+        asked = (one.task.round, one.task.attempt)
+        if (answer.round, answer.attempt) != asked:
+            return self._failure(
+                one,
+                f"it was asked in round {asked[0]}, attempt {asked[1]}, and answers round "
+                f"{answer.round}, attempt {answer.attempt}",
+                "invalid",
+            )
         return answer
 
     def _bounds(self, one: Asked) -> Bounds:
@@ -242,6 +274,7 @@ class Remote:
             tail = self._desk.collect(one.client)
         except SplitServerError as error:
             self._tell(f"{one.client}: {error}")
+            self._leave(one)
             return self._failure(one, str(error), "lost")
         sites = one.task.assignment.start
         both = Adapter({**update.adapter, **tail.adapter})

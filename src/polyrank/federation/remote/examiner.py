@@ -28,9 +28,10 @@ class RemoteExaminer:
         seconds: float,
         tell: Callable[[str], None],
         on_step: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ):
         self._post, self._homes, self._whole = post, homes, whole
-        self._seconds, self._tell, self._on_step = seconds, tell, on_step
+        self._seconds, self._tell, self._on_step, self._clock = seconds, tell, on_step, clock
 
     def answer(self, questions: Sequence[Question]) -> list[Marks]:
         """Return each question's scores of the clients that could be asked and answered."""
@@ -49,8 +50,7 @@ class RemoteExaminer:
                     places.setdefault(node, []).append(place)
             if asked:
                 exams[node] = Exam(tuple(asked))
-        letters = [Letter(node, "evaluate", write_exam(exam)) for node, exam in exams.items()]
-        for node, payload in self._asked(letters):
+        for node, payload in self._asked(exams):
             try:
                 marks = read_marks(payload, exams[node])
             except PacketError as error:
@@ -64,18 +64,20 @@ class RemoteExaminer:
             for one, each, none in zip(questions, found, no_room, strict=True)
         ]
 
-    def _asked(self, letters: Sequence[Letter]) -> list[tuple[int, bytes]]:
+    def _asked(self, exams: Mapping[int, Exam]) -> list[tuple[int, bytes]]:
         """Return the packets that come back in time, by machine."""
-        tickets = self._post.send(letters, self._seconds)
-        waiting = {
-            ticket: letter.node
-            for ticket, letter in zip(tickets, letters, strict=True)
-            if ticket is not None
-        }
-        until = time.monotonic() + self._seconds
-        came = []
-        while waiting and time.monotonic() < until:
+        until = self._clock() + self._seconds
+        letters = (Letter(node, "evaluate", write_exam(exam)) for node, exam in exams.items())
+        waiting: dict[str, int] = {}
+        for node, ticket in zip(exams, self._post.send(letters, self._seconds), strict=True):
+            if ticket is None:
+                self._tell(f"machine {node} has no scores: it cannot be reached")
+            else:
+                waiting[ticket] = node
+        came, over = [], False
+        while waiting and not over:
             self._on_step()
+            over = self._clock() >= until
             for delivery in self._post.receive(waiting):
                 node = waiting.pop(delivery.ticket)
                 if delivery.payload is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -35,15 +35,15 @@ class Post(Protocol):
         """Return the machines that can be reached now."""
         ...
 
-    def send(self, letters: Sequence[Letter], seconds: float) -> list[str | None]:
+    def send(self, letters: Iterable[Letter], seconds: float) -> list[str | None]:
         """Send letters that need no answer after so many seconds; return a ticket for each.
 
-        None where the machine cannot be reached.
+        None where the machine cannot be reached. Letters are taken one by one, as they are large.
         """
         ...
 
-    def receive(self, tickets: Mapping[str, int]) -> list[Delivery]:
-        """Return what has come for these tickets since; waits a moment if there is nothing.
+    def receive(self, tickets: Mapping[str, int]) -> Iterable[Delivery]:
+        """Yield what has come for these tickets since; waits a moment if there is nothing.
 
         Nothing is delivered twice.
         """
