@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart test test-all check format bench clean
+.PHONY: quickstart deploy-demo test test-all check format bench clean
 
 quickstart: $(READY)  ## an unequal fleet learns together, in about two minutes
 	$(BIN)/polyrank run recipes/quickstart.toml
+
+deploy-demo: $(READY)  ## server and clients as processes that talk over TLS, one split; three minutes
+	$(BIN)/python examples/deploy/demo.py
 
 test: $(READY)  ## everything but the slow tests
 	$(BIN)/python -m pytest -m "not slow"
