@@ -74,19 +74,22 @@ def random_sums(model: LoadedModel, *, dtype: torch.dtype = torch.float32) -> Ad
     )
 
 
+def head_model(source: Path, cut: Split, dtype: str = "float32") -> LoadedModel:
+    """Return a model that holds a client's own blocks alone."""
+    own = [Span(0, cut.lower)] + ([] if cut.upper is None else [Span(cut.upper)])
+    return load_model(source, device="cpu", dtype=dtype, spans=own)
+
+
 def train_one(
-    source: Path,
+    model: LoadedModel,
     one: SplitJob,
-    access: Access,
+    access: Access | str,
     split: SplitSettings = SPLIT,
     on_step: Callable[[], None] | None = None,
-    dtype: str = "float32",
 ) -> Trained:
-    """Train a client that holds its own blocks alone; it reaches its tail through a socket."""
-    own = [Span(0, one.cut.lower)] + ([] if one.cut.upper is None else [Span(one.cut.upper)])
-    model = load_model(source, device="cpu", dtype=dtype, spans=own)
-    merged = {s: d for s, d in one.job.assignment.merged.items() if s in model.spec.shapes}
-    mine = one.changed(replace(one.job.assignment.only(model.spec.shapes), merged=Adapter(merged)))
+    """Train a client on a model of its own blocks; it reaches its tail through a socket."""
+    assert isinstance(access, Access), access
+    mine = one.changed(one.job.assignment.only(model.spec.shapes))
     return train_head(model, mine, GrpcLink(access), split, on_step=on_step)
 
 
@@ -98,14 +101,15 @@ def train_all(
     dtype: str = "float32",
 ) -> dict[str, Trained]:
     """Train all clients at once, each on a thread."""
+    # Loaded before anyone trains: transformers changes torch's default dtype while it loads.
+    models = [head_model(source, one.cut, dtype) for one in jobs]
 
-    def train(one: SplitJob) -> Trained:
-        access = accesses[one.job.client]
-        assert isinstance(access, Access), access
-        return train_one(source, one, access, split, dtype=dtype)
+    def train(model: LoadedModel, one: SplitJob) -> Trained:
+        return train_one(model, one, accesses[one.job.client], split)
 
     with ThreadPoolExecutor(len(jobs)) as pool:
-        return dict(zip([one.job.client for one in jobs], pool.map(train, jobs), strict=True))
+        names = [one.job.client for one in jobs]
+        return dict(zip(names, pool.map(train, models, jobs), strict=True))
 
 
 def in_process(

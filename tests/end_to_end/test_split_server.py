@@ -25,6 +25,7 @@ from desks import (
     SPLIT,
     TOKENS,
     assert_identical,
+    head_model,
     in_process,
     random_sums,
     split_job,
@@ -163,10 +164,10 @@ def test_a_client_that_leaves_has_no_update_and_the_others_go_on(
         desk.collect("a")
     with pytest.raises(SplitServerError, match="given this client up"):
         desk.collect("u")
-    refused = train_one(source, jobs[2], accesses["u"])
+    refused = train_one(head_model(source, jobs[2].cut), jobs[2], accesses["u"])
     assert refused.failure is not None
     assert "given this client up" in refused.failure
-    head = train_one(source, jobs[1], accesses["b"])
+    head = train_one(head_model(source, jobs[1].cut), jobs[1], accesses["b"])
     expected = in_process(model, [jobs[1]])["b"]
     assert_identical(whole(head, desk.collect("b")), expected)
 
@@ -207,7 +208,7 @@ def training(
             act()
             acted[0] = time.monotonic()
 
-    found = train_one(source, job, access, on_step=on_step)
+    found = train_one(head_model(source, job.cut), job, access, on_step=on_step)
     return found, time.monotonic() - acted[0]
 
 
@@ -232,7 +233,7 @@ def test_a_server_that_dies_is_noticed_by_all_and_started_again_but_not_for_ever
     trained_by(desk, source, model, [job])  # by another, which takes no token of the first
     hanging = desk.pid
     assert hanging not in (None, killed)
-    assert train_one(source, job, old).failure is not None
+    assert train_one(head_model(source, job.cut), job, old).failure is not None
 
     os.kill(hanging or 0, signal.SIGSTOP)
     with monkeypatch.context() as patched:
