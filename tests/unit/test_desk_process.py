@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from polyrank.algebra import Adapter
-from polyrank.apps import desk as handle
+from polyrank.apps import child as handle
 from polyrank.apps.desk import SplitProcess
 from polyrank.apps.tail_settings import HostedModel, TailSettings
 from polyrank.errors import SplitServerError
