@@ -1,24 +1,30 @@
-"""Federations whose clients are reached by letters."""
+"""Federations whose clients are reached by letters, and the engine beneath them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from federations import LOCAL, MEASURED, clients, fleet, one_block
-from letters import Letters, Trouble
+from letters import Clock, Letters
 from polyrank.data import Skipped
 from polyrank.data.types import ClientData
 from polyrank.federation import Conduct, Federation, prepare
-from polyrank.federation.remote.client import ClientSide
+from polyrank.federation.remote.client import ClientSide, Models
+from polyrank.federation.remote.desk import Desk
 from polyrank.federation.remote.engine import Remote
 from polyrank.federation.remote.examiner import RemoteExaminer
 from polyrank.federation.remote.packets import Terms, read_profile
+from polyrank.federation.remote.post import Letter
 from polyrank.federation.remote.work import clients_of, work_of
 from polyrank.federation.settings import Encoding, Evaluation
-from polyrank.model import LoadedModel
-from polyrank.planning import Fleet, Split
+from polyrank.federation.work import ClientWork
+from polyrank.model import LoadedModel, Span, load_model
+from polyrank.planning import Split
 from polyrank.training import LocalTraining
 from polyrank.training.split import SplitSettings
+
+WIRE = SplitSettings(wire="float32")
 
 
 @dataclass
@@ -37,85 +43,147 @@ class Held:
         return self.model
 
 
+@dataclass
+class OnDisk:
+    """A model in a folder, of which split clients load their own blocks alone."""
+
+    folder: Path
+    sites: list[str]
+
+    def bare(self) -> LoadedModel:
+        return self.whole()
+
+    def whole(self) -> LoadedModel:
+        return load_model(str(self.folder), device="cpu", sites=self.sites)
+
+    def head(self, cut: Split) -> LoadedModel:
+        own = [Span(0, cut.lower)] + ([] if cut.upper is None else [Span(cut.upper)])
+        return load_model(str(self.folder), device="cpu", sites=self.sites, spans=own)
+
+
 def machine(
     names: list[str],
     data: Mapping[str, ClientData] | None = None,
-    model: LoadedModel | None = None,
+    model: LoadedModel | Models | None = None,
     *,
     local: LocalTraining = LOCAL,
     evaluation: Evaluation = MEASURED,
-    split: SplitSettings | None = None,
+    split: SplitSettings = WIRE,
     terms: Terms | None = None,
 ) -> ClientSide:
     """Return the machine of some clients of a federation's data."""
     everyone = clients() if data is None else data
 
-    def work(model: LoadedModel) -> Mapping[str, Any]:
+    def work(model: LoadedModel) -> Mapping[str, ClientWork]:
         made, _ = prepare(everyone, model, Encoding())
         return {id: one for id, one in made.items() if id in names}
 
-    return ClientSide(
-        Held(model or one_block()),
-        work,
-        local,
-        split or SplitSettings(),
-        evaluation,
-        terms or Terms(),
-    )
+    models = model if isinstance(model, OnDisk) else Held(model or one_block())
+    return ClientSide(models, work, local, split, evaluation, terms or Terms())
 
 
-def machines(data: Mapping[str, ClientData] | None = None, **rest: Any) -> dict[int, ClientSide]:
-    """Return a machine for every client, numbered from 1."""
+def machines(
+    data: Mapping[str, ClientData] | None = None, each: int = 1, **rest: Any
+) -> dict[int, ClientSide]:
+    """Return machines of `each` clients, in the order of their names, numbered from 1."""
     data = clients() if data is None else data
-    return {number: machine([id], data, **rest) for number, id in enumerate(sorted(data), 1)}
+    names = sorted(data)
+    groups = [names[i : i + each] for i in range(0, len(names), each)]
+    return {number: machine(group, data, **rest) for number, group in enumerate(groups, 1)}
+
+
+@dataclass
+class Reached:
+    """Whom a post reaches, and an engine and an examiner that ask them."""
+
+    post: Letters
+    homes: Mapping[str, int]
+    work: Mapping[str, ClientWork]
+
+    @staticmethod
+    def by(post: Letters) -> "Reached":
+        """Let the machines of a post say who they are."""
+        homes, found = {}, []
+        for node in post.nodes():
+            payload = post.machines[node].answer("hello", b"")
+            for one in read_profile(payload).hosted:
+                homes[one.client] = node
+                found.append(one)
+        found.sort(key=lambda one: one.client)
+        return Reached(post, homes, {one.client: work_of(one) for one in found})
+
+    def engine(
+        self,
+        model: LoadedModel,
+        *,
+        local: LocalTraining = LOCAL,
+        split: SplitSettings = WIRE,
+        deadline: float | None = None,
+        desk: Desk | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> Remote:
+        clock = {} if self.post.clock is None else {"clock": self.post.clock}
+        return Remote(
+            self.post, self.homes, model, self.work, local, split, deadline, desk, tell, **clock
+        )
+
+    def examiner(
+        self,
+        whole: Callable[[str], bool] = lambda _: True,
+        tell: Callable[[str], None] = lambda _: None,
+        seconds: float = 5.0,
+    ) -> RemoteExaminer:
+        clock = {} if self.post.clock is None else {"clock": self.post.clock}
+        return RemoteExaminer(self.post, self.homes, whole, seconds, tell, lambda: None, **clock)
 
 
 def away(
-    hosts: Mapping[int, ClientSide],
-    out: Any = None,
+    post: Letters,
+    out: Path | None = None,
     *,
-    trouble: Trouble | None = None,
     model: LoadedModel | None = None,
-    local: LocalTraining = LOCAL,
     conduct: Conduct | None = None,
-    desk: Any = None,
-    types: Fleet | None = None,
+    local: LocalTraining = LOCAL,
+    desk: Desk | None = None,
     tell: Callable[[str], None] = lambda _: None,
     **rest: Any,
-) -> tuple[Federation, Letters]:
-    """Return a federation whose clients are on these machines, and the post between them."""
-    post = Letters(hosts)
-    tickets = post.send([_hello(node) for node in post.nodes()], 1.0)
-    profiles = {
-        node: read_profile(one.payload or b"")
-        for node, one in zip(post.nodes(), post.receive(dict.fromkeys(tickets, 0)), strict=True)
-    }
-    post.trouble = trouble
-    hosted = [one for profile in profiles.values() for one in profile.hosted]
-    homes = {one.client: node for node, profile in profiles.items() for one in profile.hosted}
-    work = {one.client: work_of(one) for one in sorted(hosted, key=lambda one: one.client)}
+) -> Federation:
+    """Return a federation whose clients are on the machines of a post."""
+    reached = Reached.by(post)
     model, conduct = model or one_block(), conduct or Conduct(evaluation=MEASURED, cohort=1)
-    engine = Remote(
-        post, homes, model, work, local, conduct.split, conduct.faults.deadline, desk, tell
-    )
-    examiner = RemoteExaminer(post, homes, lambda id: id not in engine.cut, 5.0, tell, lambda: None)
-    made = Federation(
+    engine = reached.engine(
         model,
-        clients_of(hosted),
-        types or fleet(clients_of(hosted)),
-        rest.pop("rule", None),
-        local,
-        conduct,
+        local=local,
+        split=conduct.split,
+        deadline=conduct.faults.deadline,
+        desk=desk,
+        tell=tell,
+    )
+    hosted = [
+        one
+        for node in post.nodes()
+        for one in read_profile(post.machines[node].answer("hello", b"")).hosted
+    ]
+    who = clients_of(hosted)
+    rest.setdefault("fleet", fleet(who))
+    return Federation(
+        model,
+        who,
+        local=local,
+        conduct=conduct,
         out=out,
-        prepared=(work, Skipped()),
+        prepared=(reached.work, Skipped()),
         engine=engine,
-        examiner=examiner,
+        examiner=reached.examiner(lambda id: id not in engine.cut, tell),
         **rest,
     )
-    return made, post
 
 
-def _hello(node: int) -> Any:
-    from polyrank.federation.remote.post import Letter
+def post(**rest: Any) -> Letters:
+    """Return a post between a machine for every client; see `machines`."""
+    return Letters(machines(**rest), clock=Clock())
 
-    return Letter(node, "hello", b"")
+
+def orders(post: Letters) -> list[Letter]:
+    """Return the orders that were sent."""
+    return [letter for letter in post.sent if letter.kind == "train"]

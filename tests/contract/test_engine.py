@@ -1,4 +1,4 @@
-"""What every engine must give: a task's answer, true to its assignment; here the one in process."""
+"""What every engine must give: a task's answer, true to its assignment, here and elsewhere."""
 
 import hashlib
 import threading
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from federations import LOCAL, SITES, clients, fleet, one_block
+from letters import Letters
 from models import tiny_loaded
 from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
 from polyrank.algebra import Adapter, LowRank, Sparse
@@ -27,6 +28,7 @@ from polyrank.planning import Fleet, LoRAType, Split
 from polyrank.training import Job
 from polyrank.training.split import SplitJob, SplitSettings, Tails, train_head
 from polyrank.transport import InProcessLinks, Limits, PipeLink, codec, serve_pipe
+from remotes import Reached, machines
 
 DATA = clients(seen=5)
 
@@ -36,15 +38,38 @@ def model():
     return one_block()
 
 
+@pytest.fixture(scope="module")
+def work(model):
+    return prepare(DATA, model, Encoding())[0]
+
+
 @pytest.fixture(params=[1, 3])
-def engine(request, model):
-    work, _ = prepare(DATA, model, Encoding())
+def own(request, model, work):
+    """The engine of this process, which has the data."""
     return InProcess(model, work, LOCAL, request.param)
 
 
+def elsewhere(model, each, **rest):
+    """Return an engine that asks machines of so many clients each by letters."""
+    post = Letters(machines(DATA, each, model=model), singly=True)
+    return Reached.by(post).engine(model, **rest)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(lambda model, work: InProcess(model, work, LOCAL, 1), id="one by one"),
+        pytest.param(lambda model, work: InProcess(model, work, LOCAL, 3), id="three at a time"),
+        pytest.param(lambda model, _: elsewhere(model, 1), id="elsewhere"),
+        pytest.param(lambda model, _: elsewhere(model, 3), id="elsewhere, three on a machine"),
+    ]
+)
+def engine(request, model, work):
+    return request.param(model, work)
+
+
 @pytest.fixture
-def round(model, engine):
-    settings = setup.round_settings(FlexLoRA(), fleet(DATA), model.spec, engine.work, Conduct())
+def round(model, work):
+    settings = setup.round_settings(FlexLoRA(), fleet(DATA), model.spec, work, Conduct())
     spec = setup.fleet_spec(settings, fleet(DATA), model.spec, None)
     return Round(settings, settings.rule.init(spec), 1, 0, sorted(settings.ranks))
 
@@ -79,11 +104,11 @@ def cuts_of(round):
 
 
 def answers(engine, round, on_step=None):
-    found = {}
-    for cohort in engine.cohorts(round.clients, cuts_of(round)):
-        for answer in engine.execute([round.task(client) for client in cohort], on_step):
-            found[answer.client] = answer
-    return found
+    groups = engine.cohorts(round.clients, cuts_of(round))
+    tasks = [[round.task(client) for client in group] for group in groups]
+    given = list(engine.run(tasks, on_step))
+    assert len({answer.client for answer in given}) == len(given)
+    return {answer.client: answer for answer in given}
 
 
 def test_every_task_is_answered_once_and_acceptably(engine, round):
@@ -99,9 +124,9 @@ def test_every_task_is_answered_once_and_acceptably(engine, round):
 
 @pytest.mark.parametrize(("rule", "expected"), RULES, ids=[rule.name for rule, _ in RULES])
 def test_assignments_of_every_kind_are_answered_acceptably_round_after_round(
-    model, engine, rule, expected
+    model, engine, work, rule, expected
 ):
-    settings = setup.round_settings(rule, fleet(DATA), model.spec, engine.work, Conduct())
+    settings = setup.round_settings(rule, fleet(DATA), model.spec, work, Conduct())
     spec = setup.fleet_spec(settings, fleet(DATA), model.spec, None)
     state, met = settings.rule.init(spec), set()
     for number in (1, 2, 3):
@@ -157,7 +182,7 @@ def test_a_client_that_diverges_answers_with_a_failure_and_the_others_with_updat
     assert list(round.rejected) == ["c1"]
 
 
-def test_it_asks_between_steps_whether_to_go_on(engine, round):
+def test_it_asks_between_steps_whether_to_go_on(engine, round, model):
     steps = []
 
     class Enough(Exception):
@@ -170,11 +195,20 @@ def test_it_asks_between_steps_whether_to_go_on(engine, round):
 
     with pytest.raises(Enough):
         answers(engine, round, stop)
-    assert not any(child._forward_hooks for child in engine.model.module.modules())
+    assert not any(child._forward_hooks for child in model.module.modules())
 
 
-def test_cohorts_hold_every_client_once_and_do_not_depend_on_the_order_of_asking(engine):
-    ids = sorted(engine.work)[:5]
+def test_groups_hold_every_client_once_and_do_not_depend_on_the_order_of_asking(engine, round):
+    ids, cut_of = round.clients, cuts_of(round)
+    made = engine.cohorts(ids, cut_of)
+    assert sorted(id for group in made for id in group) == ids
+    assert all(len(group) <= engine.cohort for group in made)
+    backwards = engine.cohorts(ids[::-1], cut_of)
+    assert sorted(map(sorted, made)) == sorted(map(sorted, backwards))
+
+
+def test_clients_of_like_amounts_of_work_come_together(own):
+    engine, ids = own, sorted(own.work)[:5]
     made = engine.cohorts(ids)
     assert sorted(id for cohort in made for id in cohort) == ids
     assert all(len(cohort) <= engine.cohort for cohort in made)
@@ -183,20 +217,20 @@ def test_cohorts_hold_every_client_once_and_do_not_depend_on_the_order_of_asking
     assert sizes == sorted(sizes), "like amounts of work come together"
 
 
-def test_memory_that_runs_out_is_an_error_that_says_what_to_lower(engine, round, monkeypatch):
+def test_memory_that_runs_out_is_an_error_that_says_what_to_lower(own, round, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
     monkeypatch.setattr(engines, "train_cohort", full)
     with pytest.raises(ResourceError, match=r"cpu does not hold \d clients .*lower engine\.cohort"):
-        answers(engine, round)
+        answers(own, round)
 
 
-def test_an_assignment_is_hashed_once_for_all_its_clients(engine, round, monkeypatch):
+def test_an_assignment_is_hashed_once_for_all_its_clients(own, round, monkeypatch):
     counted = []
     real = hashlib.sha256
     monkeypatch.setattr(Adapter, "hash", lambda self: counted.append(1) or real().hexdigest())
-    answers(engine, round)
+    answers(own, round)
     assert len(counted) == 2 * 3, "start and frozen term of three kinds of clients"
 
 
