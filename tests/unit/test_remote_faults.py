@@ -192,6 +192,39 @@ def test_a_client_that_falls_silent_leaves_and_the_shared_step_of_the_others_goe
                 place.tail("c")
 
 
+def test_a_held_step_that_is_sent_again_is_answered_once():
+    """A's step waits for b at the server when its stream breaks; b steps only after that."""
+    seen, cut_off, arounds = threading.Event(), threading.Event(), []
+
+    def around(tails):
+        arounds.append(Around(tails, lambda: _note(arounds[0], seen)))
+        return arounds[0]
+
+    def cut():
+        assert seen.wait(SOON)
+        proxy.cut()
+        cut_off.set()
+
+    first = lambda phase: lambda at, where: at == phase and where.step == 0  # noqa: E731
+    with serving([job("a"), job("b")], settings=SHARED, around=around) as place:
+        with Proxy(place.access["a"].address) as proxy:
+            links = {
+                "a": Cutting(place.link("a", proxy.address), cut, first("after step")),
+                "b": Cutting(place.link("b"), lambda: cut_off.wait(SOON), first("before step")),
+            }
+            found = place.heads(links)
+            for client in "ab":  # one answer too many would be that to the next request
+                assert found[client].failure is None
+            assert place.tail("a").hash() == place.tail("b").hash()
+            assert proxy.connections == 2
+
+
+def _note(around, seen):
+    """Say so once a's step was asked for."""
+    if any(isinstance(one, Step) and one.at.client == "a" for one in around.asked):
+        seen.set()
+
+
 def test_a_client_that_is_slow_and_alive_is_not_silent():
     with serving([job("a")], serve=ServeSettings(gather=0.0, silence=0.3)) as place:
         link = Cutting(place.link("a"), lambda: time.sleep(0.8), lambda at, _: at == "before step")

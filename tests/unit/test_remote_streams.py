@@ -186,6 +186,15 @@ def test_a_client_that_speaks_no_tls_gets_nothing(place):
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+def test_a_client_without_the_certificate_does_not_trust_the_server(place):
+    credentials = grpc.ssl_channel_credentials()  # the authorities that this machine knows
+    with grpc.secure_channel(place.access["b"].address, credentials) as channel:
+        call = channel.unary_unary("/polyrank.split.v1.Split/Train")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"", timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
 def test_no_secret_is_in_what_a_link_shows_or_raises(place):
     access = other(place, client="a", token=b"\x07" * 32)
     link = GrpcLink(access)

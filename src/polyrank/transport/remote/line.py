@@ -19,7 +19,7 @@ from polyrank.transport.remote import split_pb2 as pb
 from polyrank.transport.remote.access import Access
 from polyrank.transport.remote.channel import channel, hopeless
 from polyrank.transport.remote.sessions import NONCE_BYTES, SECRET_BYTES, Work, proof
-from polyrank.transport.remote.wire import METHOD, VERSION, Joined, parts
+from polyrank.transport.remote.wire import METHOD, Joined, first_words, parts
 
 _SOONEST, _LATEST = 0.05, 2.0
 """Seconds until a broken stream is tried again: doubled each time, from and up to."""
@@ -269,13 +269,7 @@ class Line:
     def _messages(self, stream: _Stream) -> Iterator[bytes]:
         """Give what is to be sent on a stream, as it is due."""
         access = self.access
-        hello = pb.Hello(
-            version=VERSION,
-            run=access.run,
-            client=access.client,
-            round=access.round,
-            attempt=access.attempt,
-        )
+        hello = first_words(access.run, access.round, access.attempt, access.client)
         if stream.resumes:
             hello.resume.SetInParent()
             yield pb.Up(hello=hello).SerializeToString()

@@ -18,6 +18,11 @@ SERVICE = pb.DESCRIPTOR.services_by_name["Split"].full_name
 METHOD = f"/{SERVICE}/Train"
 
 
+def first_words(run: str, round: int, attempt: int, client: str) -> pb.Hello:
+    """Return a Hello that says who comes, and not yet by what right."""
+    return pb.Hello(version=VERSION, run=run, round=round, attempt=attempt, client=client)
+
+
 def parts(frame: bytes) -> Iterator[pb.Part]:
     """Return the pieces of a frame in order, the last one marked."""
     view = memoryview(frame)
