@@ -12,7 +12,7 @@ deploy-demo: $(READY)  ## server and clients as processes that talk over TLS, on
 	$(BIN)/python examples/deploy/demo.py
 
 test: $(READY)  ## everything but the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-all: $(READY)  ## the slow tests too
 	$(BIN)/python -m pytest
