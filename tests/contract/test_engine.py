@@ -10,9 +10,9 @@ from multiprocessing import Pipe
 import pytest
 import torch
 
-from federations import LOCAL, SITES, clients, fleet, one_block
+from cut_fleets import CUTS, SPLIT_DATA, SPLIT_FLEET, TYPES, WHO, four_blocks
+from federations import LOCAL, clients, fleet, one_block
 from letters import Letters
-from models import tiny_loaded
 from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
 from polyrank.algebra import Adapter, LowRank, Sparse
 from polyrank.errors import ModelError, ResourceError
@@ -23,7 +23,6 @@ from polyrank.federation.judge import METRICS, WIRE
 from polyrank.federation.round import Failure, Round
 from polyrank.federation.settings import Encoding
 from polyrank.federation.work import everywhere
-from polyrank.model import LoadedModel
 from polyrank.planning import Fleet, LoRAType, Split
 from polyrank.training import Job
 from polyrank.training.split import SplitJob, SplitSettings, Tails, train_head
@@ -235,31 +234,6 @@ def test_an_assignment_is_hashed_once_for_all_its_clients(own, round, monkeypatc
 
 
 # --- tasks with a cut ---
-
-BLOCKS = 4
-TYPES = {
-    "near": LoRAType("near", {"all": 2}),
-    "far": LoRAType("far", {"attention": 3, "feed-forward": 1}),
-    "around": LoRAType("around", {"all": 3}),
-    "whole": LoRAType("whole", {"all": 2}),
-    "last": LoRAType("last", {"model.layers.3.mlp.down_proj": 2}),  # nothing to train at the client
-    "first": LoRAType("first", {"model.layers.0.self_attn.q_proj": 2}),  # nothing at the server
-}
-CUTS = {
-    "near": Split(1),
-    "far": Split(3),
-    "around": Split(1, 3),
-    "last": Split(2),
-    "first": Split(2),
-}
-SPLIT_DATA = clients(seen=8, unseen=0)
-NAMES = ("near", "near", "far", "around", "around", "whole", "last", "first")
-WHO = dict(zip(sorted(SPLIT_DATA), NAMES, strict=True))
-SPLIT_FLEET = Fleet.table(WHO, types=TYPES, cuts=CUTS)
-
-
-def four_blocks() -> LoadedModel:
-    return tiny_loaded("llama", num_hidden_layers=BLOCKS, sites=SITES)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,146 @@
+"""Federations whose clients are elsewhere give what one process gives; gRPC is real, on loopback.
+
+What passes is bytes: letters between server and clients, frames between the ends of a split model,
+of which each end has its own blocks alone.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cut_fleets import BLOCKS, SPLIT_DATA, SPLIT_FLEET, TYPES, WHO
+from federations import MEASURED, QUIET, SITES, federation, one_block
+from letters import Letters
+from models import write_tiny
+from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
+from polyrank.apps.tail_host import TailHost
+from polyrank.apps.tail_settings import HostedModel, TailSettings
+from polyrank.federation import Conduct
+from polyrank.federation.remote import read_order
+from polyrank.model import load_model
+from polyrank.planning import LoRAType
+from polyrank.training.split import SplitSettings
+from remotes import OnDisk, away, machines, orders, post
+
+RULES = [
+    FlexLoRA(),
+    FlexLoRA("tail-in-base"),
+    FFA(),
+    HetLoRA(),
+    FLoRA(),
+    FLoRA(reinitialise=False),
+    SLoRA(FlexLoRA(), 2),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[f"{n} {rule.name}" for n, rule in enumerate(RULES)])
+def test_three_rounds_elsewhere_are_those_of_one_process(rule):
+    """Client by client the very same bits; in passes of three the order of sums differs."""
+    model, conduct = one_block(torch.float64), Conduct(evaluation=MEASURED, cohort=1)
+    with federation(model=model, rule=rule, conduct=conduct) as here:
+        ours, our_result = list(here.rounds(3)), here.finish()
+        expected = here.adapter.factors
+    with away(post(model=model), model=model, rule=rule, conduct=conduct) as there:
+        theirs, their_result = list(there.rounds(3)), there.finish()
+        found = there.adapter.factors
+    assert found.hash() == expected.hash()
+    same = ("loss", "clients", "bytes_up", "bytes_down", "traffic", "rejected", "ranks", "tokens")
+    for one, other in zip(ours, theirs, strict=True):
+        assert {n: getattr(one, n) for n in same} == {n: getattr(other, n) for n in same}
+        close(one.evaluation, other.evaluation)
+    for part in ("base", "final"):
+        close(our_result[part], their_result[part])
+    assert our_result["clients"] == their_result["clients"]
+
+    together = Conduct(evaluation=QUIET, cohort=3)
+    with federation(model=model, rule=rule, conduct=together) as here:
+        list(here.rounds(3))
+        for site, delta in here.adapter.factors.items():
+            torch.testing.assert_close(found[site].dense(), delta.dense(), rtol=1e-8, atol=1e-8)
+
+
+def close(one, other):
+    """Fail unless JSON is the same but for the last digits of float64 sums in other batches."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            close(one[key], other[key])
+    elif isinstance(one, float):
+        assert math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
+    else:
+        assert one == other
+
+
+# --- split clients ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("base") / "llama", num_hidden_layers=BLOCKS)
+
+
+EVEN = replace(SPLIT_FLEET, types={name: LoRAType(name, {"all": 2}) for name in TYPES})
+"""One adapter that clients share has one rank."""
+
+
+@contextmanager
+def desk_of(folder: Path, split: SplitSettings) -> Iterator[TailHost]:
+    """The split server, its tails on a thread of this process and its port open."""
+    hosted = HostedModel(str(folder), 1, device="cpu", sites=[*SITES])
+    desk = TailHost(TailSettings(hosted, "run", split, deterministic=True, threads=1))
+    try:
+        yield desk
+    finally:
+        desk.stop()
+
+
+@pytest.mark.parametrize(
+    ("rule", "adapters", "fleet"),
+    [
+        pytest.param(FlexLoRA(), "own", SPLIT_FLEET, id="flexlora"),
+        pytest.param(FLoRA(), "own", SPLIT_FLEET, id="flora"),
+        pytest.param(FlexLoRA(), "shared", EVEN, id="one adapter for all at the server"),
+    ],
+)
+def test_split_clients_elsewhere_give_the_bytes_of_one_process(folder, rule, adapters, fleet):
+    """Of several cuts, a U-shape, and types with nothing to train on one side of the cut.
+
+    With one adapter at the server its clients' frames are taken together, so that float32 sums
+    differ in their last digits.
+    """
+    split = SplitSettings(wire="float32", adapters=adapters)
+    conduct = Conduct(evaluation=QUIET, cohort=1, split=split)
+    model = load_model(str(folder), device="cpu", sites=[*SITES])
+    common = {"model": model, "rule": rule, "conduct": conduct, "fleet": fleet}
+    with federation(data=SPLIT_DATA, **common) as here:
+        ours = list(here.rounds(2))
+        expected = here.adapter.factors
+    hosts = machines(SPLIT_DATA, model=OnDisk(folder, [*SITES]), split=split)
+    between = Letters(hosts, together=len(SPLIT_DATA))
+    with (
+        desk_of(folder, split) as desk,
+        away(between, desk=desk, **common) as there,
+    ):
+        theirs = list(there.rounds(2))
+        found = there.adapter.factors
+    for one, other in zip(ours, theirs, strict=True):
+        assert other.rejected == {}
+        if adapters == "own":
+            assert one.loss == other.loss
+        assert one.loss == pytest.approx(other.loss, rel=1e-6)
+        assert one.cuts == other.cuts
+        assert (one.wire_up, one.wire_down) == (other.wire_up, other.wire_down)
+        assert one.traffic == other.traffic
+        assert other.wire_up > 0
+    assert (found.hash() == expected.hash()) == (adapters == "own")
+    for site, delta in expected.items():
+        torch.testing.assert_close(found[site].dense(), delta.dense(), rtol=1e-4, atol=1e-5)
+    second = [read_order(letter.payload).task for letter in orders(between)[len(WHO) :]]
+    assert {task.round for task in second} == {2}
+    assert all(bool(task.assignment.merged) == isinstance(rule, FLoRA) for task in second)
