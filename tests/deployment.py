@@ -15,10 +15,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import tomli_w
+
 from daemons import MARK, Daemon, Daemons
 from machines import BIN, FLOWER, KINDS, Site, Status, free_port
 
-__all__ = ["KINDS", "MARK", "Daemon", "Daemons", "Site", "Status", "free_port", "simulate"]
+__all__ = [
+    "BIN",
+    "FLOWER",
+    "KINDS",
+    "MARK",
+    "Daemon",
+    "Daemons",
+    "Site",
+    "Status",
+    "free_port",
+    "simulate",
+]
 
 Config = Mapping[str, bool | int | float | str]
 ONE_CORE_EACH = "client-resources-num-cpus=1 init-args-num-cpus=2"

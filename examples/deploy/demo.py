@@ -116,9 +116,8 @@ def show(out: Path) -> None:
         print(f"  {file.stat().st_size:>9} bytes  {file.name}")
     model = AutoPeftModelForCausalLM.from_pretrained(adapter)
     config = model.peft_config["default"]
-    print(
-        f"  peft loads it: {type(model).__name__}, rank {config.r}, at {', '.join(sorted(config.target_modules))}"
-    )
+    sites = ", ".join(sorted(config.target_modules))
+    print(f"  peft loads it: {type(model).__name__}, rank {config.r}, at {sites}")
     say("each client, from summary.json")
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     table(summary["clients"])

@@ -24,6 +24,7 @@ from urllib.request import urlopen
 
 import psutil
 import tomli_w
+
 from certificates import make_authority, make_key, make_server
 from daemons import Daemon, Daemons
 
@@ -36,6 +37,7 @@ FLOWER = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
     "NO_COLOR": "1",
+    "PATH": os.pathsep.join((str(BIN), os.environ.get("PATH", ""))),
 }
 """What every process is told: nothing leaves this machine, and nothing waits needlessly."""
 KINDS = {
@@ -79,7 +81,7 @@ class Site:
         self.home = self.folder / "flower"
         self.home.mkdir(parents=True, mode=0o700)
         environment = {**FLOWER, "FLWR_HOME": str(self.home), **(environment or {})}
-        self.daemons = Daemons(self.folder / "logs", {**environment, "PATH": _path()})
+        self.daemons = Daemons(self.folder / "logs", environment)
         self.port = free_port()
         self.superlink: Daemon | None = None
         self.nodes: dict[str, Daemon] = {}
@@ -279,7 +281,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _path() -> str:
-    return os.pathsep.join((str(BIN), os.environ.get("PATH", "")))
