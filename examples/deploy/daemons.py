@@ -20,7 +20,9 @@ import psutil
 
 MARK = "POLYRANK_EXAMPLE_MARK"
 SECONDS_TO_END = 5.0
-"""How long processes may take to end by themselves before they are killed."""
+"""How long processes may take to end when asked, before they are killed."""
+SECONDS_FOR_ORPHANS = 1.0
+"""The same for what lives on when all that was started here has ended."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,16 @@ class Daemons:
                 daemon.process.send_signal(signal.SIGTERM)
         until = time.monotonic() + SECONDS_TO_END
         while (left := self.all()) and time.monotonic() < until:
-            self._reap()
             time.sleep(0.1)
+            if not any(daemon.running for daemon in self._started):
+                until = min(until, time.monotonic() + SECONDS_FOR_ORPHANS)
         until = time.monotonic() + SECONDS_TO_END
         while left and time.monotonic() < until:
             for process in left:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            psutil.wait_procs(left, timeout=1)
-            self._reap()
+            time.sleep(0.1)
+            self._reap()  # not by psutil, which would keep how they ended to itself
             left = self.all()
         if left:
             raise RuntimeError(f"cannot be stopped: {[process.cmdline() for process in left]}")
