@@ -12,7 +12,7 @@ from polyrank.errors import RecipeError
 from polyrank.federation import ClientWork, Planning, planner_of, prepare
 from polyrank.federation.planning import Importance
 from polyrank.model import LoadedModel
-from polyrank.planning import Fleet, ModelSpec, Plan
+from polyrank.planning import DeviceProfile, Fleet, Limits, ModelSpec, Plan
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,17 @@ class Prospect:
 
 
 def planning_of(
-    recipe: Recipe, model: LoadedModel, fleet: Fleet, work: Mapping[str, ClientWork]
+    recipe: Recipe,
+    model: LoadedModel,
+    fleet: Fleet,
+    work: Mapping[str, ClientWork],
+    devices: Mapping[str, DeviceProfile] | None = None,
+    limits: Mapping[str, Limits] | None = None,
 ) -> Planning:
-    """Return how a recipe's run plans; RecipeError if it has no [plan]."""
+    """Return how a recipe's run plans; RecipeError if it has no [plan].
+
+    `devices` are those of the fleet that the recipe does not name, `limits` of any.
+    """
     section = recipe.plan
     if section is None:
         raise RecipeError(
@@ -64,7 +72,7 @@ def planning_of(
     )
     return Planning(
         planner=planner,
-        devices={name: profiles[name] for name in fleet.possible},
+        devices={name: {**profiles, **(devices or {})}[name] for name in fleet.possible},
         fleet=fleet,
         rounds=recipe.rounds,
         metric=None if section.importance == "none" else section.importance,
@@ -72,6 +80,7 @@ def planning_of(
         threshold=section.threshold,
         force=recipe.fleet.force,
         allocation=section.allocation,
+        limits={name: one for name, one in (limits or {}).items() if name in fleet.possible},
     )
 
 
@@ -89,7 +98,7 @@ def prospect(recipe: Recipe) -> Prospect:
         planning.plans(Importance()),
         dict(fleet.at(1)),
         model.spec,
-        planning.planner.levels(list(planning.devices.values())),
+        planning.levels,
         planning.planner.cost.workload.scored,
     )
 

@@ -21,6 +21,7 @@ from polyrank.federation import (
     Engine,
     Examiner,
     Federation,
+    Planning,
     RoundRecord,
     prepare,
     storage,
@@ -122,6 +123,17 @@ class Parts:
         clients, model = self.clients, self.model
         self._attendance.listener.loading("token ids")
         return prepare(clients, model, self._recipe.data.encoding())
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """The clients that are there and take no part, with the reasons."""
+        return {}
+
+    def planning(self, recipe: Recipe, fleet: Fleet) -> Planning | None:
+        """Return how ranks and cuts are planned; None for a recipe without [plan]."""
+        if recipe.plan is None:
+            return None
+        return planning_of(recipe, self.model, fleet, self.prepared[0])
 
     def elsewhere(self, fleet: Fleet) -> tuple[Engine, Examiner] | None:  # noqa: ARG002
         """Return who trains and scores the fleet's clients; None: this process does."""
@@ -226,16 +238,16 @@ def _build(
     fleet, model = parts.fleet, parts.model
     if not recipe.fleet.cuts:  # The parts may be shared with methods that have some.
         fleet = replace(fleet, cuts={})
-    planning = None
-    if recipe.plan is not None:
-        planning = planning_of(recipe, model, fleet, parts.prepared[0])
+    planning = parts.planning(recipe, fleet)
+    if planning is not None:
         fleet = planning.planned(Importance()).fleet
     elif recipe.fleet.force:
         fleet = fleet.forced(recipe.fleet.force, model.spec)
     fleet.check_cuts(model.spec)
     recipe.check_fleet(fleet)
     attendance.check_stop()
-    attachments = {RECIPE: recipe.to_toml(), FLEET: _fleet_json(fleet, model, recipe.data.pooled)}
+    described = _fleet_json(fleet, model, recipe.data.pooled, parts.left_out)
+    attachments = {RECIPE: recipe.to_toml(), FLEET: described}
     if parts.base is not None:  # The same base on the same data was evaluated before.
         attachments[BASE] = parts.base
     engine, examiner = parts.elsewhere(fleet) or (None, None)
@@ -260,9 +272,10 @@ def _build(
     )
 
 
-def _fleet_json(fleet: Fleet, model: LoadedModel, pooled: bool) -> str:
+def _fleet_json(fleet: Fleet, model: LoadedModel, pooled: bool, left_out: Mapping[str, str]) -> str:
     """Who has which type in round 1; of every type that may come the rank at each site, its cut.
 
+    Then, if there are some, who takes no part though there, and why.
     In a pooled run the clients are those that are measured; the strongest type trains, uncut.
     """
     by_type, strongest = fleet.ranks_by_type(model.spec), fleet.strongest(model.spec)
@@ -274,6 +287,8 @@ def _fleet_json(fleet: Fleet, model: LoadedModel, pooled: bool) -> str:
     cuts = {name: fleet.cuts[name].written for name in fleet.possible if name in fleet.cuts}
     if cuts and not pooled:
         content |= {"cuts": cuts, "blocks": model.spec.blocks}
+    if left_out:
+        content["left_out"] = dict(sorted(left_out.items()))
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 

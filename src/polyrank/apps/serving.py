@@ -9,13 +9,14 @@ from functools import cached_property
 import torch
 from rich.console import Console
 
+from polyrank.apps.enrolment import Enrolled, enrol
 from polyrank.apps.roll import Roll, call
 from polyrank.apps.tail_settings import HostedModel, TailSettings
 from polyrank.config import Recipe
 from polyrank.config.flower import AppSettings
 from polyrank.data import Clients, Skipped
 from polyrank.errors import RecipeError
-from polyrank.federation import ClientWork, Engine, Examiner
+from polyrank.federation import ClientWork, Engine, Examiner, Planning
 from polyrank.federation.remote.desk import Desk
 from polyrank.federation.remote.engine import LONGEST, Remote
 from polyrank.federation.remote.examiner import RemoteExaminer
@@ -92,11 +93,11 @@ class PartsElsewhere(Parts):
         self._console.print(f"  {shown}", highlight=False, markup=False, soft_wrap=True)
 
     @cached_property
-    def roll(self) -> Roll:
-        """The machines and their clients, once all that are wanted are there."""
+    def enrolled(self) -> Enrolled:
+        """Who takes part, once all that are wanted are there."""
         self._attendance.listener.loading("clients")
         recipe, settings = self._recipe, self._settings
-        return call(
+        found = call(
             self._post,
             recipe.fleet.clients,
             settings.clients,
@@ -105,6 +106,31 @@ class PartsElsewhere(Parts):
             self._attendance.check_stop,
             self._fits,
         )
+        enrolled = enrol(recipe, found, self.model)
+        for client, why in enrolled.left_out.items():
+            self.tell(f"{client} takes no part: {why}")
+        return enrolled
+
+    @property
+    def roll(self) -> Roll:
+        """The machines and their clients that take part."""
+        return self.enrolled.roll
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """The clients that take no part, with the reasons."""
+        return self.enrolled.left_out
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        """The fleet, not forced to one type."""
+        return self.enrolled.fleet
+
+    def planning(self, recipe: Recipe, fleet: Fleet) -> Planning | None:  # noqa: ARG002
+        """Return how the run plans, within the clients' limits; None without [plan]."""
+        if recipe.plan is None:
+            return None
+        return self.enrolled.planning(recipe, self.model, self.prepared[0])
 
     def _fits(self, profile: Profile) -> str | None:
         """Say why a machine cannot take part: it would train another model."""

@@ -184,7 +184,10 @@ class DataSection(Section):
 
 
 class FleetSection(Section):
-    """Which LoRA ranks every client has: give `distribution` or `clients`."""
+    """Which LoRA ranks every client has: give `distribution` or `clients`.
+
+    Neither where ranks are planned for clients that bring their own data and devices.
+    """
 
     types: Types = "paper"
     """A family by name, or a table of types: one rank, or ranks by `all`, group (`attention`,
@@ -214,7 +217,7 @@ class FleetSection(Section):
     def of_devices(self) -> FleetSection:
         """Return the same section with devices as types, their ranks not yet planned.
 
-        Raises RecipeError if it gives types or cuts of its own, or names no devices.
+        Raises RecipeError if it gives types or cuts of its own, or a name in the place of shares.
         """
         given = [key for key in ("types", "cuts") if key in self.model_fields_set]
         given = [key for key in given if getattr(self, key) not in (None, "paper")]
@@ -228,6 +231,11 @@ class FleetSection(Section):
                 f"{{phone = 0.8, laptop = 0.2}}, got {self.distribution!r}"
             )
         return self.model_copy(update={"types": dict.fromkeys(self.device_names, 1)})
+
+    @property
+    def names_none(self) -> bool:
+        """Whether it says of no client what type it has."""
+        return self.distribution is None and self.clients is None
 
     @property
     def device_names(self) -> list[str]:

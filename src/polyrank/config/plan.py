@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from polyrank.config.inputs import FleetSection
 from polyrank.config.section import Expected, Section
 from polyrank.errors import RecipeError
 from polyrank.planning import DeviceProfile, PlanSettings
@@ -45,11 +46,22 @@ def own_devices(tables: Mapping[str, Mapping[str, int | float | str]] | None) ->
     return found
 
 
+def check_unchanged(fleet: FleetSection) -> None:
+    """Raise RecipeError for what has no meaning where every client has its own device."""
+    for key in ("redraw", "trace", "schedule"):
+        if getattr(fleet, key) is not None:
+            raise RecipeError(
+                f"fleet.{key}: has no meaning where every client has its own device; leave it out, "
+                "or give devices in fleet.distribution or fleet.clients"
+            )
+
+
 class PlanSection(Section):
     """Plan ranks and cuts from devices: with this section, the fleet's types are devices.
 
     `fleet.distribution` or `fleet.clients` then names devices in the place of LoRA types, and
-    `fleet.types` and `fleet.cuts` are left out.
+    `fleet.types` and `fleet.cuts` are left out. With `data.source = "client"` both may be left out
+    too: then every client has the device of its [client.toml](client.md).
     """
 
     levels: list[int] | None = None

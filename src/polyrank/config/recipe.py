@@ -26,7 +26,7 @@ from polyrank.config.conduct import (
 )
 from polyrank.config.inputs import DataSection, FleetSection, ModelSection
 from polyrank.config.own_data import check_own
-from polyrank.config.plan import Devices, PlanSection, own_devices
+from polyrank.config.plan import Devices, PlanSection, check_unchanged, own_devices
 from polyrank.config.section import Section
 from polyrank.data import Clients
 from polyrank.errors import RecipeError
@@ -64,7 +64,7 @@ class Recipe(Section):
     may use, and `flops`, `up`, `down`, `latency` where a plan is to consider them."""
     model: ModelSection
     data: DataSection
-    fleet: FleetSection
+    fleet: FleetSection = FleetSection()
     plan: PlanSection | None = None
     lora: LoRASection = LoRASection()
     aggregation: AggregationSection = AggregationSection()
@@ -101,6 +101,11 @@ class Recipe(Section):
         With a plan its types are devices, of which the ranks are yet to be planned.
         """
         return self._fleet().build(clients.seen, derive(self.seed, "fleet"))
+
+    @property
+    def devices_of_clients(self) -> bool:
+        """Whether ranks are planned for the devices that the clients say they have."""
+        return self.plan is not None and self.data.at_clients and self.fleet.names_none
 
     def _fleet(self) -> FleetSection:
         return self.fleet if self.plan is None else self.fleet.of_devices()
@@ -172,7 +177,10 @@ class Recipe(Section):
                 "benchmark.validation, and benchmark.every above 0"
             )
         self.local.build()
-        self._fleet().check((self.fleet.force, self.control))
+        if self.devices_of_clients:
+            check_unchanged(self._fleet())
+        else:
+            self._fleet().check((self.fleet.force, self.control))
         own_devices(self.devices)
         if self.plan is not None:
             self.plan.build()

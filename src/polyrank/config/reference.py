@@ -18,8 +18,8 @@ from polyrank.config.section import Section
 HEAD = """\
 # Recipes: every key
 
-A recipe is a TOML file that says everything about a run. `[model]`, `[data]` and `[fleet]` must be
-there; everything else has a default. Types are strict: a whole number does for a number, a number
+A recipe is a TOML file that says everything about a run. `[model]`, `[data]` and, but for planned
+runs with the clients' own devices, `[fleet]` must be there; everything else has a default. Types are strict: a whole number does for a number, a number
 in quotes does not. Unknown keys are errors that name the nearest known one.
 
 `polyrank run RECIPE key=value …` changes keys for one run: `local.lr=1e-3`,
@@ -67,6 +67,12 @@ the device, the limits, and the versions of the libraries; never a text. The rec
 has `data.source = "client"`; what it says of fractions, template, length and limit holds for all
 clients. A client's split into training, validation and test part depends on the recipe's seed, the
 name and the examples alone, and is the one that it would have in a run with all data in one place.
+
+Where the recipe has `[plan]` and gives no devices itself, ranks and cut are planned for the `[device]`
+that is written here; devices that the recipe gives in `fleet.distribution` or `fleet.clients` count
+instead. Plans keep within `[limits]`, and whose device and limits leave no plan takes no part: the
+server's log says why, and what would let it in. Ranks that a recipe gives without a plan are not
+changed: what is beyond the limits is refused here.
 
 Recipe and code come from the server's side: whoever may start runs on the SuperLink decides which
 Flower app runs here. The limits bind polyrank's own app.

@@ -18,6 +18,7 @@ from polyrank.planning import (
     CostModel,
     DeviceProfile,
     Fleet,
+    Limits,
     ModelSpec,
     Plan,
     Planner,
@@ -84,7 +85,8 @@ class Planning:
     once more than `threshold` of it lies at other sites than when the plan was made (`moved`),
     plans are made anew. With `allocation` ``spectrum`` new plans share ranks out by the spectra of
     the aggregate, as it is then, instead of by scores. `force` gives every client the plan of one
-    device, or of the ``weakest``, which has the least memory.
+    device, or of the ``weakest``, which has the least memory. `limits` are those of some devices,
+    which no plan goes beyond; where one plan is everybody's, it keeps the limits of all.
     """
 
     planner: Planner
@@ -96,10 +98,12 @@ class Planning:
     threshold: float = 0.1
     force: str | None = None
     allocation: Allocation = "importance"
+    limits: Mapping[str, Limits] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
         """Return what plans depend on beside model, data and local training, as JSON."""
         settings, server = self.planner.settings, self.planner.server
+        limits = {name: asdict(one) for name, one in sorted(self.limits.items())}
         return {
             "settings": asdict(settings),
             "devices": {name: one.written for name, one in sorted(self.devices.items())},
@@ -108,12 +112,38 @@ class Planning:
             "threshold": self.threshold,
             "force": self.force,
             "allocation": self.allocation,
+            **({"limits": limits} if limits else {}),
         }
 
     def plans(self, known: Importance) -> dict[str, Plan]:
         """Return every device's plan, by what was known when it was made."""
         by = BySpectrum(known.spectra) if known.spectra else known.planned
-        return self.planner.plans(self.devices, by)
+        return self.planner.plans(self.devices, by, self._within)
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The ranks that plans choose from."""
+        return self.planner.levels([*self.devices.values()], [*self._within.values()])
+
+    @property
+    def _within(self) -> dict[str, Limits]:
+        """The limits of every device, in order; of all where its plan may be everybody's."""
+        if self.force is not None:
+            return dict.fromkeys(self.devices, Limits.of_all([*self.limits.values()]))
+        return {name: self.limits.get(name, Limits()) for name in self.devices}
+
+    def unable(self) -> dict[str, str]:
+        """Return the clients whose device cannot take part, with the reason; by the first plans.
+
+        None of them where devices change hands, so that a device is nobody's own.
+        """
+        if self.fleet.schedule is not None:
+            return {}
+        plans = self.plans(Importance())
+        named = sorted(self.fleet.assigned.items())
+        return {
+            client: plans[device].reason for client, device in named if not plans[device].feasible
+        }
 
     def planned(self, known: Importance) -> Planned:
         """Return the fleet with its plans; RecipeError if a client's device cannot take part."""
@@ -152,7 +182,7 @@ class Planning:
         """
         if self.allocation != "spectrum":
             return known
-        top = self.planner.levels(list(self.devices.values()))[-1]
+        top = self.levels[-1]
         found = {site: factored(delta, top).s.tolist() for site, delta in adapter.items()}
         return replace(known, spectra=found)
 
@@ -163,12 +193,10 @@ class Planning:
         """
         if self.metric is None:
             return spec
-        levels = self.planner.levels(list(self.devices.values()))
-        model = self.planner.spec
-        largest = {site.name: min(levels[-1], *site.shape) for site in model.sites}
+        largest = self.planner.largest([*self.devices.values()], [*self._within.values()])
         return replace(
             spec,
-            shapes=dict(model.shapes),
+            shapes=dict(self.planner.spec.shapes),
             ranks={**spec.ranks, "any that is planned anew, by plan.importance": largest},
             server_rank={
                 site: max(rank, spec.server_rank.get(site, 0)) for site, rank in largest.items()

@@ -4,6 +4,7 @@ from polyrank.planning.cost import CostModel
 from polyrank.planning.devices import DEVICES, DeviceProfile, device
 from polyrank.planning.fleet import DISTRIBUTIONS, TYPES, Fleet, LoRAType, shares_of
 from polyrank.planning.importance import Scores, averaged, moved, smoothed
+from polyrank.planning.limits import Limits
 from polyrank.planning.plan import Plan, PlanSettings, planned_fleet
 from polyrank.planning.planner import Planner
 from polyrank.planning.scaling import Scaling
@@ -22,6 +23,7 @@ __all__ = [
     "CostModel",
     "DeviceProfile",
     "Fleet",
+    "Limits",
     "LoRAType",
     "ModelSpec",
     "Plan",

@@ -45,6 +45,12 @@ class PlanSettings:
         if self.seconds is not None and not self.seconds > 0:
             raise RecipeError(f"plan.seconds: expected more than 0, got {self.seconds}")
 
+    def possible_cuts(self, blocks: int) -> list[Split]:
+        """Return the cuts of a model of so many blocks, the fewest at the client first."""
+        if not self.u_shape:
+            return [Split(lower) for lower in range(self.lowest_cut, blocks)]
+        return [Split(lower, blocks - 1) for lower in range(self.lowest_cut, blocks - 1)]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -53,7 +59,8 @@ class Plan:
     `memory`, `seconds`, `operations`, `wire` (a step's) and `adapters` (a round's) are predictions;
     where the plan is not feasible they are those of the least that a client could do. `reason` says
     why it is cut, or which budget fails and by how much; `change` is then the smallest that would
-    let it in: new values of ``memory`` and ``server`` (bytes) and ``seconds`` (of a round).
+    let it in: new values of ``memory`` and ``server`` (bytes) and ``seconds`` (of a round). Which
+    of the device's own limits would do it, the reason alone says.
     """
 
     device: DeviceProfile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from polyrank.planning.cost import CostModel
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.importance import Scores
 from polyrank.planning.levels import derived_levels
+from polyrank.planning.limits import NONE, Limits
 from polyrank.planning.plan import Plan, PlanSettings, in_units
 from polyrank.planning.search import Ranks, Search
 from polyrank.planning.sharing import ByImportance, Even, Sharing
@@ -50,13 +51,18 @@ class Planner:
             )
 
     def plans(
-        self, devices: Mapping[str, DeviceProfile], known: Scores | Sharing | None = None
+        self,
+        devices: Mapping[str, DeviceProfile],
+        known: Scores | Sharing | None = None,
+        limits: Mapping[str, Limits] | None = None,
     ) -> dict[str, Plan]:
         """Return a plan for each device, by name.
 
         `known` are the sites' scores of importance, or how to share bytes among them. With nothing
-        known, ranks are spread evenly over the sites.
+        known, ranks are spread evenly over the sites. `limits` are those of some devices, by name,
+        which their plans keep.
         """
+        within = {name: (limits or {}).get(name, NONE) for name in devices}
         sharing: Sharing = Even()
         if isinstance(known, Mapping):
             sharing = ByImportance(known) if known else sharing
@@ -65,7 +71,7 @@ class Planner:
         search = Search(
             self.cost,
             self.settings,
-            self.levels(list(devices.values())),
+            self.levels(list(devices.values()), list(within.values())),
             self._units,
             sharing,
             self._predicted,
@@ -74,13 +80,24 @@ class Planner:
             at_once=self._at_once,
             shared=self._shared,
         )
-        return {name: self._plan(search, device) for name, device in devices.items()}
+        searches = {one: search.within(one) for one in set(within.values())}
+        made: dict[tuple[DeviceProfile, Limits], Plan] = {}
+        found = {}
+        for name, device in devices.items():
+            alike = replace(device, name=""), within[name]  # Many clients may have the same.
+            if alike not in made:
+                made[alike] = self._within(searches[within[name]], search, device, within[name])
+            found[name] = replace(made[alike], device=device)
+        return found
 
-    def levels(self, devices: Sequence[DeviceProfile]) -> tuple[int, ...]:
+    def levels(
+        self, devices: Sequence[DeviceProfile], limits: Sequence[Limits] | None = None
+    ) -> tuple[int, ...]:
         """Return Q: as given, or derived from what the devices have beside a whole model.
 
         Derived levels stay below a quarter of the smaller side of the widest matrix [I]: beyond,
-        factors are hardly thinner than the matrix.
+        factors are hardly thinner than the matrix. A device with `limits`, of each one in order,
+        asks for no level above its largest rank.
         """
         given = self.settings.levels
         if given is not None:
@@ -93,8 +110,31 @@ class Planner:
             return given
         limit = {site.name: max(1, min(site.shape) // 4) for site in self.spec.sites}
         base = self.cost.memory(dict.fromkeys(limit, 1), None).total - sum(self._units.values())
-        spare = [max(0, device.memory_bytes - base) for device in devices]
-        return derived_levels(spare, self._units, limit)
+        by_rank: dict[int | None, list[int]] = {}
+        for device, own in zip(devices, limits or [NONE] * len(devices), strict=True):
+            spare = max(0, device.memory_bytes - base)
+            by_rank.setdefault(own.largest_rank, []).append(spare)
+        found = [
+            derived_levels(spare, self._units, {s: Limits(rank).rank(limit[s]) for s in limit})
+            for rank, spare in (by_rank or {None: []}).items()
+        ]
+        return max(found, key=len)
+
+    def largest(self, devices: Sequence[DeviceProfile], limits: Sequence[Limits]) -> dict[str, int]:
+        """Return, per site, the largest rank that any plan of these devices may come to have."""
+        top, blocks = self.levels(devices, limits)[-1], self.spec.blocks
+        own = max(one.rank(top) for one in limits)
+        cuts = [cut for one in set(limits) for cut in self._cuts(one)]
+        behind = {block for cut in cuts for block in cut.at_server(blocks)}
+        return {
+            site.name: min(top if site.block in behind else own, *site.shape)
+            for site in self.spec.sites
+        }
+
+    def _cuts(self, limits: Limits) -> list[Split]:
+        blocks = self.spec.blocks
+        possible = [] if self.settings.cuts == "none" else self.settings.possible_cuts(blocks)
+        return limits.cuts(possible, blocks)
 
     @cached_property
     def _units(self) -> dict[str, int]:
@@ -110,6 +150,46 @@ class Planner:
     def _base(self) -> int:
         """Bytes of the whole base's weights."""
         return self.cost.memory({}, None).weights
+
+    def _within(self, search: Search, free: Search, device: DeviceProfile, limits: Limits) -> Plan:
+        """Return the plan within limits; where they keep a device out, one that says which do."""
+        cuts = [None, *self._cuts(limits)]
+        if limits == NONE or search.possible(device, cuts):
+            return self._plan(search, device)
+        reasons = []
+        if any(search.least(device, cut) for cut in cuts):
+            refused = self._refused(search, device)
+            reasons.append(refused.reason)
+        else:
+            refused = replace(self._predicted(device, {}, None), feasible=False)
+            reasons.append("limits: they leave it nothing to train")
+        for looser in limits.looser():
+            others = free.within(looser), self._cuts(looser)
+            if others[0].possible(device, [None, *others[1]]):
+                told = ", ".join(self._changed(*others, device, limits, looser))
+                reasons.append(f"it could take part with {told}")
+                break
+        else:
+            if not refused.change:
+                reasons.append(f"nor could it without them: {self._refused(free, device).reason}")
+        return replace(refused, reason="; ".join(reasons))
+
+    def _changed(
+        self,
+        search: Search,
+        cuts: Sequence[Split],
+        device: DeviceProfile,
+        limits: Limits,
+        looser: Limits,
+    ) -> Iterator[str]:
+        """Say to what as little as possible of the limits is to be changed, up to the looser."""
+        if looser.largest_rank != limits.largest_rank:
+            yield f"limits.largest_rank = {search.levels[0]}"
+        if looser.labels_may_leave != limits.labels_may_leave:
+            yield "limits.labels_may_leave = true"
+        if looser.lowest_cut != limits.lowest_cut:
+            fit = [cut.lower for cut in cuts if search.possible(device, [cut])]
+            yield f"limits.lowest_cut = {max(fit)}"
 
     def _plan(self, search: Search, device: DeviceProfile) -> Plan:
         whole = search.best_of(device, [None])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 
 from polyrank.planning.cost import CostModel
 from polyrank.planning.devices import DeviceProfile
+from polyrank.planning.limits import Limits
 from polyrank.planning.plan import Plan, PlanSettings
 from polyrank.planning.sharing import Sharing
 from polyrank.planning.spec import Site
@@ -25,9 +26,9 @@ Predict = Callable[[DeviceProfile, Ranks, Split | None], Plan]
 class Search:
     """The plans that are tried for devices, by one sharing of bytes among sites.
 
-    `units` are the bytes of one more rank per site. The server holds the `base` and the tails of
-    `at_once` clients in `server` bytes. With `shared` all clients have the same ranks at sites
-    behind their cuts.
+    `cuts` are those that may be, the fewest blocks at the client first. `units` are the bytes of
+    one more rank per site. The server holds the `base` and the tails of `at_once` clients in
+    `server` bytes. With `shared` all clients have the same ranks at sites behind their cuts.
     """
 
     def __init__(
@@ -49,19 +50,20 @@ class Search:
         self._server, self._base, self._at_once, self._shared = server, base, at_once, shared
         self._sites = cost.spec.sites
         self._limit = {site.name: min(site.shape) for site in self._sites}
+        self._own_limit = self._limit
+        self._all_cuts = self.cuts = self._settings.possible_cuts(cost.spec.blocks)
         self._tails: dict[Split, dict[str, int]] = {}
         self._needs: dict[Split, int] = {}
         self._slopes: dict[tuple[object, ...], tuple[int, int]] = {}
 
-    # --- what is tried ---
+    def within(self, limits: Limits) -> Search:
+        """Return the same for devices with these limits; what the server trains stays the same."""
+        found = copy(self)
+        found.cuts = limits.cuts(self._all_cuts, self._cost.spec.blocks)
+        found._own_limit = {site: limits.rank(most) for site, most in self._limit.items()}
+        return found
 
-    @cached_property
-    def cuts(self) -> list[Split]:
-        """The cuts that may be, the fewest blocks at the client first."""
-        blocks, lowest = self._cost.spec.blocks, self._settings.lowest_cut
-        if not self._settings.u_shape:
-            return [Split(lower) for lower in range(lowest, blocks)]
-        return [Split(lower, blocks - 1) for lower in range(lowest, blocks - 1)]
+    # --- what is tried ---
 
     def best(self, device: DeviceProfile) -> Plan | None:
         """Return the plan worth most that is cut and fits all budgets; None if none does.
@@ -95,7 +97,7 @@ class Search:
         options = [tail]
         if not tail:
             level = self.levels[0]
-            fit = [site for site in self._own(cut) if level <= self._limit[site.name]]
+            fit = [site for site in self._own(cut) if level <= self._own_limit[site.name]]
             last = max((site.block for site in fit), default=0)
             options = [{site.name: level} for site in fit if site.block == last]
         return [self._predict(device, ranks, cut) for ranks in options]
@@ -116,7 +118,8 @@ class Search:
             return self._cost.memory(ranks, cut).total
 
         for eligible in self._by_depth(self._own(cut)):
-            ranks = self._filled(needed, device.memory_bytes, eligible, ("client", cut))
+            budget, limit = device.memory_bytes, self._own_limit
+            ranks = self._filled(needed, budget, eligible, limit, ("client", cut))
             if ranks:
                 yield {**ranks, **tail}
 
@@ -136,8 +139,8 @@ class Search:
     def _tail(self, cut: Split) -> dict[str, int]:
         at_server = cut.at_server(self._cost.spec.blocks)
         behind = [site for site in self._sites if site.block in at_server]
-        if self._shared and cut != self.cuts[0]:
-            everyone = self.tail(self.cuts[0])
+        if self._shared and cut != self._all_cuts[0]:
+            everyone = self.tail(self._all_cuts[0])
             return {s.name: everyone[s.name] for s in behind if s.name in everyone}
 
         share = (self._server - self._base) // self._at_once
@@ -146,7 +149,7 @@ class Search:
             return self._cost.server_memory(ranks, cut).total
 
         options = [
-            self._filled(needed, share, eligible, ("server", cut))
+            self._filled(needed, share, eligible, self._limit, ("server", cut))
             for eligible in self._by_depth(behind)
         ]
         return max(options, key=self.sharing.worth, default={})
@@ -164,6 +167,7 @@ class Search:
         needed: Callable[[Ranks], int],
         budget: int,
         eligible: Sequence[Site],
+        limit: Mapping[str, int],
         where: tuple[object, ...],
     ) -> dict[str, int]:
         """Return ranks at these sites that fill the bytes; twice, for what empty sites leave."""
@@ -173,7 +177,8 @@ class Search:
             none, more = self._slope(needed, sites, where)
             share = sum(self._units[site] for site in sites)
             units = {site: max(1, round(more * self._units[site] / share)) for site in sites}
-            ranks = self._fitting(needed, budget, budget - none, units)
+            most = {site: limit[site] for site in sites}
+            ranks = self._fitting(needed, budget, budget - none, units, most)
             if not ranks:
                 return found
             if tuple(ranks) == sites:
@@ -192,10 +197,14 @@ class Search:
         return self._slopes[key]
 
     def _fitting(
-        self, needed: Callable[[Ranks], int], budget: int, left: int, units: Mapping[str, int]
+        self,
+        needed: Callable[[Ranks], int],
+        budget: int,
+        left: int,
+        units: Mapping[str, int],
+        limit: Mapping[str, int],
     ) -> dict[str, int]:
         """Return ranks for the bytes left, fewer where they turn out to need more than foreseen."""
-        limit = {site: self._limit[site] for site in units}
         for _ in range(_TRIES):
             if left <= 0:
                 return {}
@@ -208,6 +217,11 @@ class Search:
         return {}
 
     # --- judging ---
+
+    def possible(self, device: DeviceProfile, cuts: Iterable[Split | None]) -> bool:
+        """Whether the least that can be trained at one of these cuts fits all budgets."""
+        least = (plan for cut in cuts for plan in self.least(device, cut))
+        return any(not self.excess(plan) for plan in least)
 
     def worth(self, plan: Plan) -> tuple[float, float]:
         """Return what plans are compared by."""

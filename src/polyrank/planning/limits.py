@@ -1,0 +1,57 @@
+"""What the owner of a device consents to, which no plan for it goes beyond."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+
+from polyrank.planning.split import Split
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of one device; the defaults are none.
+
+    - `largest_rank`: of the sites that the device trains; those behind its cut are the server's.
+    - `lowest_cut`: the fewest blocks, from the first on, that it runs itself where it is cut.
+    - `labels_may_leave`: if not, it is cut in a U-shape or not at all.
+    """
+
+    largest_rank: int | None = None
+    lowest_cut: int | None = None
+    labels_may_leave: bool = True
+
+    @staticmethod
+    def of_all(limits: Sequence[Limits]) -> Limits:
+        """Return the limits within which a plan is within each of these."""
+        ranks = [one.largest_rank for one in limits if one.largest_rank is not None]
+        cuts = [one.lowest_cut for one in limits if one.lowest_cut is not None]
+        return Limits(
+            min(ranks, default=None),
+            max(cuts, default=None),
+            all(one.labels_may_leave for one in limits),
+        )
+
+    def rank(self, most: int) -> int:
+        """Return the largest rank where without limits it is `most`."""
+        return most if self.largest_rank is None else min(most, self.largest_rank)
+
+    def cuts(self, cuts: Sequence[Split], blocks: int) -> list[Split]:
+        """Return those of the cuts that may be, as U-shapes where labels may not leave."""
+        found = [cut for cut in cuts if cut.lower >= (self.lowest_cut or 1)]
+        if self.labels_may_leave:
+            return found
+        last = blocks - 1
+        return [replace(cut, upper=cut.upper or last) for cut in found if cut.lower < last]
+
+    def looser(self) -> Iterator[Limits]:
+        """Yield the same with one limit lifted, then with two, then with all that there are."""
+        given = [one.name for one in fields(self) if getattr(self, one.name) != one.default]
+        for many in range(1, len(given) + 1):
+            for lifted in combinations(given, many):
+                kept = {name: getattr(self, name) for name in given if name not in lifted}
+                yield Limits(**kept)
+
+
+NONE = Limits()
