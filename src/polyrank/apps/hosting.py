@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,7 +38,8 @@ def _side(run_config: str, node_config: str) -> ClientSide:
     if CLIENT in node:
         return _deployed(recipe, read_client(Path(str(node[CLIENT])).expanduser()))
     if PARTITION in node and PARTITIONS in node:
-        return _simulated(recipe, int(node[PARTITION]), int(node[PARTITIONS]))
+        place = int(node[PARTITION]), int(node[PARTITIONS])
+        return _simulated(recipe, _everyone(run_config), *place)
     raise RecipeError(
         'node config: expected client = "/path/to/client.toml" (flower-supernode --node-config '
         f"'client=\"…\"'), got {sorted(node) or 'nothing'}"
@@ -62,19 +63,25 @@ class Models:
 
 
 class Prepared:
-    """The work of the clients that are here, made once; `names` are those of them, None: all."""
+    """The work of the clients that are here, made once."""
 
-    def __init__(self, clients: Clients, recipe: Recipe, names: Collection[str] | None = None):
-        self._clients, self._encoding, self._names = clients, recipe.data.encoding(), names
+    def __init__(self, clients: Clients, recipe: Recipe):
+        self._clients, self._encoding = clients, recipe.data.encoding()
         self._made: Mapping[str, ClientWork] | None = None
 
     def __call__(self, model: LoadedModel) -> Mapping[str, ClientWork]:
         """Return the work; the model gives the tokenizer."""
         if self._made is None:
-            made, _ = prepare(self._clients, model, self._encoding)
-            names = made if self._names is None else self._names
-            self._made = {id: client for id, client in made.items() if id in names}
+            self._made, _ = prepare(self._clients, model, self._encoding)
         return self._made
+
+    def of(self, names: Collection[str]) -> Callable[[LoadedModel], Mapping[str, ClientWork]]:
+        """Return what gives the work of these clients alone."""
+
+        def some(model: LoadedModel) -> Mapping[str, ClientWork]:
+            return {id: client for id, client in self(model).items() if id in names}
+
+        return some
 
 
 def _deployed(recipe: Recipe, own: ClientSettings) -> ClientSide:
@@ -90,15 +97,28 @@ def _deployed(recipe: Recipe, own: ClientSettings) -> ClientSide:
     )
 
 
-def _simulated(recipe: Recipe, partition: int, partitions: int) -> ClientSide:
+def _simulated(recipe: Recipe, everyone: Everyone, partition: int, partitions: int) -> ClientSide:
     """Every so many clients of the recipe's data, which are trained one after the other."""
-    if recipe.engine.threads:  # Otherwise what the simulation's resources leave.
-        torch.set_num_threads(recipe.engine.threads)
-    everyone = recipe.clients()
     return ClientSide(
-        Models(recipe.model, whole_only=True),
-        Prepared(everyone, recipe, [*everyone][partition::partitions]),
+        everyone.models,
+        everyone.prepared.of([*everyone.clients][partition::partitions]),
         recipe.local.build(),
         recipe.split.build(),
         recipe.evaluation.build(),
     )
+
+
+class Everyone:
+    """What the simulated machines of a process share: model, clients, and their work."""
+
+    def __init__(self, recipe: Recipe):
+        if recipe.engine.threads:  # Otherwise what the simulation's resources leave.
+            torch.set_num_threads(recipe.engine.threads)
+        self.models = Models(recipe.model, whole_only=True)
+        self.clients = recipe.clients()
+        self.prepared = Prepared(self.clients, recipe)
+
+
+@lru_cache(maxsize=1)
+def _everyone(run_config: str) -> Everyone:
+    return Everyone(from_run_config(json.loads(run_config)))
