@@ -7,9 +7,10 @@ from typing import Any
 
 from federations import LOCAL, MEASURED, clients, fleet, one_block
 from letters import Clock, Letters
+from polyrank.aggregation import FlexLoRA, Update
 from polyrank.data import Skipped
 from polyrank.data.types import ClientData
-from polyrank.federation import Conduct, Federation, prepare
+from polyrank.federation import Conduct, Federation, prepare, setup
 from polyrank.federation.remote.client import ClientSide, Models
 from polyrank.federation.remote.desk import Desk
 from polyrank.federation.remote.engine import Remote
@@ -17,10 +18,11 @@ from polyrank.federation.remote.examiner import RemoteExaminer
 from polyrank.federation.remote.packets import Terms, read_profile
 from polyrank.federation.remote.post import Letter
 from polyrank.federation.remote.work import clients_of, work_of
+from polyrank.federation.round import Failure, Round
 from polyrank.federation.settings import Encoding, Evaluation
 from polyrank.federation.work import ClientWork
 from polyrank.model import LoadedModel, Span, load_model
-from polyrank.planning import Split
+from polyrank.planning import Fleet, LoRAType, Split
 from polyrank.training import LocalTraining
 from polyrank.training.split import SplitSettings
 
@@ -187,3 +189,15 @@ def post(**rest: Any) -> Letters:
 def orders(post: Letters) -> list[Letter]:
     """Return the orders that were sent."""
     return [letter for letter in post.sent if letter.kind == "train"]
+
+
+def ask(engine: Remote, names: list[str], **rest: Any) -> list[Update | Failure]:
+    """Return an engine's answers to a round's tasks."""
+    kinds = Fleet.table(
+        dict.fromkeys(engine._work, "one"), types={"one": LoRAType("one", {"all": 2})}, **rest
+    )
+    spec = engine._model.spec
+    made = setup.round_settings(FlexLoRA(), kinds, spec, engine._work, Conduct())
+    round = Round(made, made.rule.init(setup.fleet_spec(made, kinds, spec, None)), 1, 0, names)
+    groups = engine.cohorts(names, lambda client: made.cut(client, 1))
+    return list(engine.run([[round.task(id) for id in group] for group in groups], None))
