@@ -15,14 +15,13 @@ import pytest
 
 from deployment import BIN, FLOWER, Daemons, free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 SERVER = "server.example"
 CLIENTS = ("hospital-a", "hospital-b", "clinic-c")
 BLOCK = re.compile(r"^```bash\n# on (.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 WHO = {"every machine": (SERVER, *CLIENTS), "every client": CLIENTS}
+DOTALL = re.DOTALL | re.MULTILINE
 DONE = "the block has been done"
 LONGEST = 200.0
 
@@ -149,6 +148,8 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
             machines.close()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_command_of_the_page_is_run_and_three_machines_end_with_an_adapter(
     machines: Machines, tmp_path: Path
 ) -> None:
@@ -173,3 +174,31 @@ def test_every_command_of_the_page_is_run_and_three_machines_end_with_an_adapter
     } == dict.fromkeys(CLIENTS, 3)
     assert "finished:completed" in told
     assert machines.rounds() == 3
+
+
+def test_every_block_of_commands_names_a_machine_that_there_is() -> None:
+    """The one block that is not run is the installation, which is marked ``sh``."""
+    assert PAGE.count("```bash\n") == len(BLOCK.findall(PAGE)) > 0
+    assert {machine for machine, _ in blocks()} == {SERVER, *CLIENTS}
+    (left,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert all("pip install" in line or "venv" in line for line in left.splitlines())
+
+
+def test_recipe_and_client_files_of_the_page_are_valid(tmp_path: Path) -> None:
+    """And the fleet's types are within what the clients consent to."""
+    from polyrank.config import read
+    from polyrank.config.client import read_client
+
+    written = {}
+    for machine, commands in blocks():
+        for name, text in re.findall(r"cat > (\w+\.toml) <<'END'\n(.*?)^END$", commands, DOTALL):
+            file = tmp_path / f"{machine}-{name}"
+            file.write_text(text, encoding="utf-8")
+            written[machine, name] = file
+    recipe = read(written[SERVER, "recipe.toml"])
+    assert set(recipe.fleet.clients or ()) == set(CLIENTS)
+    for client in CLIENTS:
+        settings = read_client(written[client, "client.toml"])
+        assert settings.name == client
+        largest = settings.terms().largest_rank
+        assert largest is None or largest >= 16
