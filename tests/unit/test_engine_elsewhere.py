@@ -16,6 +16,7 @@ from polyrank.federation.remote import (
     Bounds,
     Terms,
     client,
+    engine,
     read_answer,
     read_order,
     write_answer,
@@ -149,21 +150,15 @@ def test_a_late_one_does_not_hold_what_was_merged_into_the_base():
         assert not one.own.merged
 
 
-def test_an_order_is_made_when_it_is_sent():
+def test_an_order_is_made_when_it_is_sent(monkeypatch):
     """Orders are as large as assignments: those of a round are never all in memory."""
-    between, had = post(), []
-    real = between.send
+    between, had, real = post(), [], engine.write_order
 
-    def send(letters, seconds):
-        def watched():
-            for letter in letters:
-                if letter.kind == "train":
-                    had.append(len(orders(between)))
-                yield letter
+    def write(order):
+        had.append(len(orders(between)))
+        return real(order)
 
-        return real(watched(), seconds)
-
-    between.send = send
+    monkeypatch.setattr(engine, "write_order", write)
     rounds(between)
     assert had == [0, 1, 2, 3]
 
