@@ -18,7 +18,8 @@ from pathlib import Path
 
 import psutil
 
-MARK = "POLYRANK_EXAMPLE_MARK"
+MARK = "POLYRANK_STARTED_BY_"
+"""Begins the name of the variable that marks what was started; marks of several add up."""
 SECONDS_TO_END = 5.0
 """How long processes may take to end when asked, before they are killed."""
 SECONDS_FOR_ORPHANS = 1.0
@@ -52,9 +53,9 @@ class Daemons:
     """What was started with one mark; stopped on leaving the context, whatever happened."""
 
     def __init__(self, logs: Path, environment: Mapping[str, str] | None = None):
-        self._mark = uuid.uuid4().hex
+        self._mark = MARK + uuid.uuid4().hex
         self.logs = logs
-        self.environment = {**os.environ, **(environment or {}), MARK: self._mark}
+        self.environment = {**os.environ, **(environment or {}), self._mark: "1"}
         self._started: list[Daemon] = []
         logs.mkdir(parents=True, exist_ok=True)
 
@@ -89,7 +90,7 @@ class Daemons:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if process.pid != os.getpid() and process.environ().get(MARK) == self._mark:
+                if process.pid != os.getpid() and self._mark in process.environ():
                     found.append(process)
         return [process for process in found if _lives(process)]
 

@@ -78,3 +78,25 @@ def test_processes_of_others_are_left_alone(tmp_path: Path) -> None:
     finally:
         other.kill()
         other.wait()
+
+
+NESTED = f"""
+import sys
+from pathlib import Path
+from daemons import Daemons
+inner = Daemons(Path("inner"))
+inner.start("inner", [sys.executable, "-c", {SLEEPS!r}], Path())
+print("up", flush=True)
+{SLEEPS}
+"""
+
+
+def test_what_a_killed_harness_has_started_is_found_by_the_one_around_it(tmp_path: Path) -> None:
+    folder = Path(sys.modules["daemons"].__file__ or "").parent
+    with Daemons(tmp_path, {"PYTHONPATH": str(folder)}) as outer:
+        killed = outer.start("nested", [sys.executable, "-c", NESTED], tmp_path)
+        wait_until(lambda: "up" in killed.printed())
+        killed.process.kill()
+        killed.process.wait()
+        wait_until(lambda: len(outer.all()) == 1)
+    assert outer.all() == []
