@@ -34,6 +34,8 @@ bench: $(READY)  ## the benchmarks at a size that fits a coffee break; docs/benc
 	$(BIN)/python benchmarks/scale.py --quick
 	$(BIN)/python benchmarks/split_step.py --quick
 	$(BIN)/python benchmarks/split_memory.py --quick
+	$(BIN)/python benchmarks/split_link.py --quick
+	$(BIN)/python benchmarks/rounds.py --quick
 	$(BIN)/python benchmarks/importance.py --quick
 
 # torch first: as a dependency of another package it may come in another build than asked for.
