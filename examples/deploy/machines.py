@@ -73,7 +73,8 @@ class Site:
     """A deployment in a folder: TLS, SuperNode authentication, a database, a FLWR_HOME of its own.
 
     Everything that it started, and what came of that, is stopped when the context is left; it is
-    a RuntimeError if something is left over then. The logs stay in `folder`/logs.
+    a RuntimeError if something is left over then. The logs stay in `folder`/logs; after an
+    error their ends are printed.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None):
@@ -106,7 +107,9 @@ class Site:
             failed.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception):
+            print(self.logs(), file=sys.stderr)
         self.daemons.stop()
 
     def start_superlink(self, database: str = "state.db") -> Daemon:
