@@ -220,7 +220,8 @@ def test_more_requests_than_credit_are_cut_off():
 
 BAD_PARTS = [
     ("an empty part", [pb.Part(last=True)], "expected 1 to"),
-    ("a long part", [pb.Part(data=bytes(PART_BYTES + 1))], "expected 1 to"),
+    ("a short part", [pb.Part(data=bytes(PART_BYTES - 1))], "expected 262144 to"),
+    ("a long part", [pb.Part(data=bytes(PART_BYTES + 1), last=True)], "expected 1 to"),
     ("a long frame", [pb.Part(data=bytes(PART_BYTES))], "expected at most .* bytes; more came"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from polyrank.transport.remote.stream import Stream, Terms
 from polyrank.transport.serving import Serving
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Bench:
@@ -265,6 +267,7 @@ class Bench:
 
     def _drop(self, table: Table, error: Exception) -> None:
         """Give up a tail that has raised, and the work of its clients."""
+        log.error("the tail of %s has failed", ", ".join(table.clients), exc_info=error)
         with self._changed:
             table.failed = True
             for client in table.clients:

@@ -24,6 +24,7 @@ def channel(access: Access) -> grpc.Channel:
         ("grpc.use_local_subchannel_pool", 1),  # no connection or pause is shared between links
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.max_send_message_length", MESSAGE_BYTES),
+        ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is small must not grow
         ("grpc.keepalive_time_ms", 15_000),
         ("grpc.keepalive_timeout_ms", 15_000),
     ]

@@ -18,6 +18,7 @@ from polyrank.training.split.link import Tail, Traffic
 from polyrank.transport.layout import Limits
 from polyrank.transport.remote.access import Access
 from polyrank.transport.remote.bench import Bench
+from polyrank.transport.remote.door import Door
 from polyrank.transport.remote.identity import Identity
 from polyrank.transport.remote.sessions import Sessions, Work
 from polyrank.transport.remote.stream import Stream, Terms
@@ -81,16 +82,18 @@ class SplitServer:
         self._advertise = advertise
         self._sessions = Sessions(clock)
         self._bench = Bench(clock, self._settings.streams)
-        self._strangers = threading.BoundedSemaphore(STRANGERS)
+        self._door = Door(STRANGERS)
         self._server: grpc.Server | None = None
         self._bound = ""
-        self._open = False
+        self._open = self._stopped = False
 
     def start(self) -> str:
         """Listen and return host:port as bound; FrameError if the address cannot be had."""
         if self._server is not None:
             raise FrameError("split server: it was started already")
-        most = self._settings.streams + STRANGERS + 1
+        if self._stopped:
+            raise FrameError("split server: it was stopped; make a new one")
+        most = self._settings.streams + 2 * STRANGERS  # those who are sent away leave a bit later
         self._pool = ThreadPoolExecutor(most, thread_name_prefix="split stream")
         options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", 2 * most))
         server = grpc.server(self._pool, maximum_concurrent_rpcs=most, options=options)
@@ -110,6 +113,7 @@ class SplitServer:
         self._bound = f"{self._address.rpartition(':')[0]}:{port}"
         self._server = server
         self._bench.start()
+        self._door.start()
         server.start()
         return self._bound
 
@@ -121,7 +125,8 @@ class SplitServer:
         self._server.stop(grace=0.5).wait()
         self._pool.shutdown(wait=False)
         self._bench.stop()
-        self._server = None
+        self._door.stop()
+        self._server, self._stopped = None, True
 
     def __enter__(self) -> SplitServer:
         self.start()
@@ -222,28 +227,24 @@ class SplitServer:
 
     def _train(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Carry one stream; its messages are read on a thread of its own."""
-        if not self._strangers.acquire(blocking=False):
-            context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
-            context.set_details("too many streams are open; try again later")
-            return
-        stranger = True
         stream = Stream(self._bench, self._sessions, context.cancel)
+
+        def gone() -> None:
+            stream.end()
+            self._door.leave(stream)
+
+        self._door.enter(stream)
         try:
-            if not context.add_callback(stream.end):
+            if not context.add_callback(gone):
+                gone()
                 return
             threading.Thread(
                 target=_take_in, args=(requests, stream), name="split reader", daemon=True
             ).start()
-            for message in stream.messages():
-                if stranger and stream.welcomed:
-                    stranger = False
-                    self._strangers.release()
-                yield message
+            yield from stream.messages()
         finally:
             stream.end()
             self._bench.gone(stream)
-            if stranger:
-                self._strangers.release()
         if stream.status is not None:
             context.set_code(stream.status[0])
             context.set_details(stream.status[1])
@@ -258,7 +259,8 @@ def _take_in(requests: Iterator[bytes], stream: Stream) -> None:
                 return
     except grpc.RpcError:
         pass  # the client has gone; `gone` follows
-    stream.end()
+    finally:
+        stream.end()
 
 
 _OPTIONS = (
@@ -266,6 +268,7 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_metadata_size", 8192),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is small must not grow
     ("grpc.max_concurrent_streams", 4),  # per connection: a client has one, or is replacing it
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 30_000),  # without streams

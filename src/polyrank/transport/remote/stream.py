@@ -19,6 +19,11 @@ from polyrank.transport.remote.access import TOKEN_BYTES
 from polyrank.transport.remote.sessions import NONCE_BYTES, SECRET_BYTES, Sessions, Work
 from polyrank.transport.remote.wire import HELLO_SECONDS, VERSION, Joined, parts, shortened
 
+LINGER_SECONDS = 5.0
+"""How long a client may take to read that its stream is over."""
+ALIVES = 64
+"""The most Alive within the seconds of silence; a client sends four."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -59,12 +64,20 @@ class Stream:
 
     `take` judges one message and never raises, whatever it is; it belongs to the thread that reads.
     `messages` gives what is to be written, and ends with the stream; it belongs to the thread that
-    writes. `status` is then what the client is to be told, if it was not welcomed.
+    writes. `status` is then what the client is to be told, if it was not welcomed. That thread may
+    be held up by a client that does not read: after `until`, where it is not None, the stream is to
+    be cut.
     """
 
     def __init__(
-        self, floor: Floor, sessions: Sessions, cancel: Callable[[], object] = lambda: None
+        self,
+        floor: Floor,
+        sessions: Sessions,
+        cancel: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ):
+        self._clock = clock
+        self.until: float | None = clock() + HELLO_SECONDS + LINGER_SECONDS
         self.client = ""
         self.over = False
         self.welcomed = False
@@ -96,15 +109,15 @@ class Stream:
         except FrameError as error:
             self._break(str(error))
 
-    def messages(self, clock: Callable[[], float] = time.monotonic) -> Iterator[bytes]:
+    def messages(self) -> Iterator[bytes]:
         """Give what is to be written, as it comes, until the stream is over.
 
         A client that is not welcome after 5 seconds is sent away.
         """
-        deadline = clock() + HELLO_SECONDS
+        deadline = self._clock() + HELLO_SECONDS
         while True:
             try:
-                timeout = None if self.welcomed else max(0.0, deadline - clock())
+                timeout = None if self.welcomed else max(0.0, deadline - self._clock())
                 item = self._out.get(timeout=timeout)
             except Empty:
                 if not self.welcomed:  # it may have been in the meantime
@@ -131,7 +144,7 @@ class Stream:
         with self._lock:
             if self.over:
                 return
-            self.over = True
+            self._finish()
         if reason is not None:
             self._out.put(pb.Down(ended=pb.Ended(reason=shortened(reason))))
         self._out.put(None)
@@ -146,9 +159,12 @@ class Stream:
         with self._lock:
             if self.over:
                 return
-            self.over = True
+            self._finish()
             self.status = (code, shortened(reason))
         self._out.put(None)
+
+    def _finish(self) -> None:
+        self.over, self.until = True, self._clock() + LINGER_SECONDS
 
     def _hello(self, up: pb.Up) -> None:
         hello = up.hello
@@ -195,12 +211,16 @@ class Stream:
             self.end(terms)
             return
         self._joined = Joined(terms.longest)
-        self._credit = terms.credit
+        self._credit, self._silence = terms.credit, terms.silence
+        self._alives, self._counted_since = 0, self._clock()
         self._due = {"part": self._part, "alive": self._alive, "bye": self._bye}
 
     def welcome(self, client: str, terms: Terms) -> None:
         """Tell the client that its requests may come; called within `Floor.enter`."""
-        self.client, self.welcomed = client, True
+        with self._lock:
+            self.client, self.welcomed = client, True
+            if not self.over:
+                self.until = None
         self._out.put(
             pb.Down(
                 welcome=pb.Welcome(
@@ -223,6 +243,12 @@ class Stream:
         self._floor.add(self, frame)
 
     def _alive(self, up: pb.Up) -> None:  # noqa: ARG002
+        now = self._clock()
+        if now - self._counted_since > self._silence:
+            self._alives, self._counted_since = 0, now
+        self._alives += 1
+        if self._alives > ALIVES:
+            raise FrameError(f"expected at most {ALIVES} Alive in {self._silence:g} s; more came")
         self._floor.heard(self)
 
     def _bye(self, up: pb.Up) -> None:  # noqa: ARG002

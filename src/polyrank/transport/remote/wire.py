@@ -40,9 +40,10 @@ class Joined:
 
     def add(self, part: pb.Part) -> bytes | None:
         """Return the frame whose last piece this is, or None; FrameError beyond the bounds."""
-        if not 0 < len(part.data) <= PART_BYTES:
+        least = 1 if part.last else PART_BYTES  # so that a frame is few messages
+        if not least <= len(part.data) <= PART_BYTES:
             raise FrameError(
-                f"a part of a frame: expected 1 to {PART_BYTES} bytes; {len(part.data)} came"
+                f"a part of a frame: expected {least} to {PART_BYTES} bytes; {len(part.data)} came"
             )
         if len(self._held) + len(part.data) > self._longest:
             raise FrameError(f"frame, length: expected at most {self._longest} bytes; more came")
