@@ -54,7 +54,7 @@ def test_one_stranger_too_many_takes_the_place_of_the_oldest():
     door.enter(third)
     assert first.over
     assert first.status[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert not (known.over or second.over or third.over)
+    assert not any(one.over for one in (known, second, third))
     door.leave(second)
     door.enter(cut.stream(clock))
     assert not third.over
