@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import tomli_w
 
 from polyrank.config import Recipe
-from polyrank.config.app import APP_KEYS, OWN, AppSettings
+from polyrank.config.app import APP_KEYS, OWN, AppSettings, Scalar
 from polyrank.config.flower import nested, to_run_config
 from polyrank.config.mistakes import keys
 from polyrank.errors import FolderExistsError, RecipeError
@@ -168,8 +168,8 @@ class AppFolder:
     next: tuple[str, ...]
 
 
-def write_app(recipe: Recipe, folder: Path) -> AppFolder:
-    """Write a recipe as a Flower app into a new folder.
+def write_app(recipe: Recipe, folder: Path, *, own: Mapping[str, Scalar] = APP_KEYS) -> AppFolder:
+    """Write a recipe as a Flower app into a new folder; `own` are the app's keys beside it.
 
     Local sources stand in it as absolute paths, a fleet's trace by what it holds. A homogeneous
     control, which is a run of its own, is left out.
@@ -185,7 +185,10 @@ def write_app(recipe: Recipe, folder: Path) -> AppFolder:
         )
     fleet = recipe.fleet.resolved()
     written = recipe.model_copy(update={"control": None, "fleet": fleet})
-    files = {"pyproject.toml": _pyproject(written, folder), "README.md": _readme(written, folder)}
+    files = {
+        "pyproject.toml": _pyproject(written, folder, own),
+        "README.md": _readme(written, folder),
+    }
     if recipe.data.at_clients:
         files["client.example.toml"] = _EXAMPLE
     folder.mkdir(parents=True)
@@ -206,11 +209,11 @@ def project_name(folder: Path) -> str:
     return named[:LONGEST_NAME].rstrip("-")
 
 
-def _pyproject(recipe: Recipe, folder: Path) -> str:
+def _pyproject(recipe: Recipe, folder: Path, own: Mapping[str, Scalar]) -> str:
     head = _PYPROJECT.format(
         name=project_name(folder), version=metadata.version("polyrank"), recipe=_text(recipe.name)
     )
-    config = nested({**to_run_config(recipe), **APP_KEYS})
+    config = nested({**to_run_config(recipe), **own})
     return head + tomli_w.dumps({"tool": {"flwr": {"app": {"config": config}}}})
 
 

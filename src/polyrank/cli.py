@@ -216,14 +216,21 @@ def flower_app(
     folder: Annotated[Path, typer.Argument(help="Folder to write; must not exist.", metavar="DIR")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Changes to it, e.g. data.source=client."),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Changes to it, e.g. data.source=client, and to the app, e.g. app.out=/data/run.",
+        ),
     ] = None,
 ) -> None:
     """Write a recipe as a Flower app, to simulate, or to run on other machines."""
     from polyrank import config
     from polyrank.app_folder import write_app
+    from polyrank.config.app import OWN, own_keys
 
-    written = write_app(config.read(recipe, overrides or []), folder)
+    given = overrides or []
+    of_recipe = [one for one in given if not one.startswith(OWN)]
+    own = own_keys([one for one in given if one.startswith(OWN)])
+    written = write_app(config.read(recipe, of_recipe), folder, own=own)
     typer.echo(f"{folder}: a Flower app")
     for line in (*written.notes, *written.next):
         typer.echo(line)

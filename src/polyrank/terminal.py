@@ -56,10 +56,11 @@ class Terminal:
         clients = len(federation.work) - unseen
         if federation.conduct.pooled:
             say(f"pooled: the training examples of all {clients} clients in one place")
+        cohort = federation.engine.cohort
         say(
             f"{clients} clients and {unseen} unseen, "
-            f"{len(federation.model.spec.sites)} adapted matrices, "
-            f"{federation.engine.cohort} clients in one pass",
+            f"{len(federation.model.spec.sites)} adapted matrices"
+            f"{f', {cohort} clients in one pass' if cohort > 1 else ''}",
             highlight=False,
         )
         if federation.skipped.count:

@@ -179,3 +179,24 @@ def test_a_run_in_one_process_refuses_data_at_clients(tmp_path: Path) -> None:
     assert isinstance(done.exception, RecipeError)
     assert "polyrank app" in str(done.exception)
     assert not out.exists()
+
+
+def test_keys_of_the_app_itself_are_written_where_they_are_given(tmp_path: Path) -> None:
+    folder = tmp_path / "app"
+    given = ["app.out=/data/run", "app.split.listen=0.0.0.0:9099", "app.split.address=me.example"]
+    done = CliRunner().invoke(app, ["app", str(SPLIT), str(folder), *given, "app.wait=30"])
+    assert done.exit_code == 0, done.output
+    found = tables(folder)["tool"]["flwr"]["app"]["config"]["app"]
+    assert (found["out"], found["wait"]) == ("/data/run", 30)
+    assert found["split"]["listen"] == "0.0.0.0:9099"
+    assert found["split"]["address"] == "me.example"
+    assert found["clients"] == 0
+
+
+@pytest.mark.parametrize("wrong", ["app.outt=x", "app.wait=soon", "app.split.listen=0.0.0.0:1"])
+def test_wrong_keys_of_the_app_are_refused_before_a_folder_is_made(
+    tmp_path: Path, wrong: str
+) -> None:
+    done = CliRunner().invoke(app, ["app", str(SPLIT), str(tmp_path / "app"), wrong])
+    assert isinstance(done.exception, RecipeError)
+    assert not (tmp_path / "app").exists()

@@ -166,3 +166,19 @@ def test_death_is_seen_without_asking(made: Made) -> None:
     while desk.pid is not None and time.monotonic() < end:
         time.sleep(0.01)
     assert desk.pid is None
+
+
+@pytest.mark.parametrize(
+    ("listen", "address", "names"),
+    [
+        ("127.0.0.1:0", None, ["127.0.0.1"]),
+        ("[::1]:0", None, ["::1"]),
+        ("0.0.0.0:9099", "server.example", ["server.example"]),
+        ("0.0.0.0:9099", "server.example:443", ["server.example"]),
+        ("0.0.0.0:9099", "[2001:db8::1]:443", ["2001:db8::1"]),
+        ("0.0.0.0:9099", "2001:db8::1", ["2001:db8::1"]),
+    ],
+)
+def test_the_certificate_is_for_the_host_that_clients_dial(listen, address, names):
+    settings = TailSettings(HostedModel("model", 1), "run", listen=listen, address=address)
+    assert settings.certified == names

@@ -7,11 +7,14 @@ import pytest
 from rich.console import Console
 
 from letters import Letters, Lost
+from polyrank.aggregation import State
 from polyrank.apps.hosting import side_of
-from polyrank.apps.serving import check, serve
+from polyrank.apps.serving import check, serve, wait_for
 from polyrank.config.flower import APP_KEYS, app_settings, from_run_config, to_run_config
 from polyrank.config.reading import checked
-from polyrank.errors import PolyrankError, RecipeError, RoundFailedError
+from polyrank.errors import FolderInUseError, PolyrankError, RecipeError, RoundFailedError
+from polyrank.federation import Checkpoint, RunFolder
+from polyrank.federation.folder import RUN
 from polyrank.runner import Attendance, start
 from polyrank.terminal import Terminal
 from remotes import orders
@@ -118,3 +121,22 @@ def test_a_plan_that_measures_how_often_to_score_has_what_it_measures_with(tmp_p
     }
     _, run = served(run_config(tmp_path / "planned", **changes))
     assert run().summary["rounds"] == 1
+
+
+def test_a_server_waits_for_the_process_that_still_works_in_its_folder(tmp_path):
+    folder, told, now = tmp_path / "run", [], [0.0]
+    wait_for(folder, told.append)  # There is nothing to wait for yet.
+    first = Checkpoint(0, State({}, {}))
+    held = RunFolder.create(folder, {RUN: "{}"}, first)
+
+    def clock():
+        now[0] += 1.0
+        if now[0] == 4.0:
+            held.close()
+        return now[0]
+
+    wait_for(folder, told.append, seconds=60.0, pause=0.0, clock=clock)
+    assert len(told) == 1
+    assert "works in this folder" in told[0]
+    with RunFolder.open(folder), pytest.raises(FolderInUseError):
+        wait_for(folder, told.append, seconds=1.5, pause=0.0, clock=clock)

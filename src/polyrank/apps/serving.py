@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,8 +17,9 @@ from polyrank.apps.tail_settings import HostedModel, TailSettings
 from polyrank.config import Recipe
 from polyrank.config.flower import AppSettings
 from polyrank.data import Clients, Skipped
-from polyrank.errors import RecipeError
-from polyrank.federation import ClientWork, Engine, Examiner, Planning
+from polyrank.errors import FolderInUseError, RecipeError
+from polyrank.federation import ClientWork, Engine, Examiner, Planning, RunFolder
+from polyrank.federation.folder import RUN
 from polyrank.federation.remote.desk import Desk
 from polyrank.federation.remote.engine import LONGEST, Remote
 from polyrank.federation.remote.examiner import RemoteExaminer
@@ -53,12 +56,39 @@ def serve(recipe: Recipe, settings: AppSettings, post: Post, run: str) -> Outcom
         console.print(f"run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
         with resumable(folder, folder / RECIPE, f"flwr run, with app.out = {str(folder)!r}"):
             parts = PartsElsewhere(recipe.resolved(), settings, post, run, attendance, console)
+            parts.tell_deadline()
+            wait_for(folder, parts.tell)
             summary = carry_out(
                 recipe.resolved(), folder, attendance, parts, resume=folder.exists()
             )
     outcome = Outcome(folder, summary)
     show(outcome, as_json=False)
     return outcome
+
+
+def wait_for(
+    folder: Path,
+    tell: Callable[[str], None],
+    seconds: float = 60.0,
+    pause: float = 1.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Wait until no process works in a run's folder; FolderInUseError if one still does then.
+
+    A server that Flower has stopped, or that has lost its SuperLink, takes a while to end.
+    """
+    until, told = clock() + seconds, False
+    while (folder / RUN).is_file():
+        try:
+            RunFolder.open(folder).close()
+            return
+        except FolderInUseError as error:
+            if clock() >= until:
+                raise
+            if not told:
+                tell(f"waiting for another process to end: {error}")
+            told = True
+            time.sleep(pause)
 
 
 def check(recipe: Recipe) -> None:
@@ -91,6 +121,14 @@ class PartsElsewhere(Parts):
         """Show what happens, as it happens."""
         shown = "".join(c if c.isprintable() else " " for c in line)  # Others wrote parts of it.
         self._console.print(f"  {shown}", highlight=False, markup=False, soft_wrap=True)
+
+    def tell_deadline(self) -> None:
+        """Warn of a round that nothing ends."""
+        if self._recipe.faults.deadline is None:
+            self.tell(
+                "faults.deadline is not set: a machine that hangs holds a round up for "
+                f"{LONGEST / 3600:.0f} h"
+            )
 
     @cached_property
     def enrolled(self) -> Enrolled:

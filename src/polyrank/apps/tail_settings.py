@@ -90,7 +90,10 @@ class TailSettings:
     @property
     def certified(self) -> list[str]:
         """The names that the certificate is for."""
-        return self.hosts or [(self.address or self.listen).rpartition(":")[0].strip("[]")]
+        dialled = self.address or self.listen
+        host, _, port = dialled.rpartition(":")
+        whole = bool(host) and port.isdigit() and (":" not in host or host.endswith("]"))
+        return self.hosts or [(host if whole else dialled).strip("[]")]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""

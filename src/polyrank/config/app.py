@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from polyrank.config.mistakes import keys, mistakes
-from polyrank.config.reading import listed
+from polyrank.config.reading import listed, toml_value
 from polyrank.config.section import Section
 from polyrank.errors import RecipeError
 
@@ -67,6 +67,19 @@ APP_KEYS: Mapping[str, Scalar] = {
     key.replace("_", "-"): field.default for key, field in keys(AppSettings, OWN)
 }
 """The app's own keys in a run config, with their defaults."""
+
+
+def own_keys(overrides: Sequence[str]) -> dict[str, Scalar]:
+    """Return the app's own keys with these ``key=value`` changes; RecipeError as `app_settings`.
+
+    Values are TOML, or else a text, as a recipe's are.
+    """
+    found = dict(APP_KEYS)
+    for override in overrides:
+        key, _, text = (part.strip() for part in override.partition("="))
+        found[key] = toml_value(text) if text else ""
+    app_settings(found)
+    return found
 
 
 def app_settings(flat: Mapping[str, Scalar]) -> AppSettings:

@@ -110,12 +110,13 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not text:
         section.pop(last, None)
         return
-    section[last] = _value(text)
+    section[last] = toml_value(text)
     if (other := _OTHER.get(key)) is not None:
         section.pop(_last(other), None)
 
 
-def _value(text: str) -> Any:
+def toml_value(text: str) -> Any:
+    """Return what a text says in TOML, or the text itself where it is none."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

@@ -19,8 +19,9 @@ HEAD = """\
 # Recipes: every key
 
 A recipe is a TOML file that says everything about a run. `[model]`, `[data]` and, but for planned
-runs with the clients' own devices, `[fleet]` must be there; everything else has a default. Types are strict: a whole number does for a number, a number
-in quotes does not. Unknown keys are errors that name the nearest known one.
+runs with the clients' own devices, `[fleet]` must be there; everything else has a default. Types
+are strict: a whole number does for a number, a number in quotes does not. Unknown keys are errors
+that name the nearest known one.
 
 `polyrank run RECIPE key=value …` changes keys for one run: `local.lr=1e-3`,
 `fleet.distribution=heavy-tail-light`, `'fleet.types={T1 = 4, T2 = 16}'`; `control=` (nothing behind
@@ -68,8 +69,8 @@ has `data.source = "client"`; what it says of fractions, template, length and li
 clients. A client's split into training, validation and test part depends on the recipe's seed, the
 name and the examples alone, and is the one that it would have in a run with all data in one place.
 
-Where the recipe has `[plan]` and gives no devices itself, ranks and cut are planned for the `[device]`
-that is written here; devices that the recipe gives in `fleet.distribution` or `fleet.clients` count
+Where the recipe has `[plan]` and gives no devices, ranks and cut are planned for the `[device]`
+that is written here; devices that it gives in `fleet.distribution` or `fleet.clients` count
 instead. Plans keep within `[limits]`, and whose device and limits leave no plan takes no part: the
 server's log says why, and what would let it in. Ranks that a recipe gives without a plan are not
 changed: what is beyond the limits is refused here.

@@ -71,6 +71,10 @@ class Desk(Protocol):
         """
         ...
 
+    def status(self) -> Mapping[str, ClientStatus]:
+        """Return how far each client of the round is; what was last known, without waiting."""
+        ...
+
     def leave(self, client: str) -> None:
         """Give up a client's unfinished tail, whose stream is ended with a reason; never raises."""
         ...

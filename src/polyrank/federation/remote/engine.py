@@ -11,9 +11,10 @@ from polyrank.algebra import Adapter
 from polyrank.data import sizes
 from polyrank.errors import PacketError, SplitServerError
 from polyrank.federation.engine import CutOf, OnStep
-from polyrank.federation.remote.desk import Desk
+from polyrank.federation.remote.desk import ClientStatus, Desk
 from polyrank.federation.remote.packets import Bounds, Order, read_answer, write_order
 from polyrank.federation.remote.post import Delivery, Letter, Post
+from polyrank.federation.remote.watch import Watch
 from polyrank.federation.round import Failure, FailureKind, Task
 from polyrank.federation.work import ClientWork, everywhere
 from polyrank.model import LoadedModel
@@ -131,7 +132,7 @@ class Remote:
             yield self._failure(one, why, "lost")
         self._tell(f"asked {len(waiting)} clients: {_names(waiting.values())}")
         together: list[tuple[Asked, Update]] = []
-        warned = over = False
+        watch, over = Watch(began), False
         while waiting and not over:  # What has come by the deadline is looked at, at least once.
             over = self._clock() - began >= self._seconds
             if on_step is not None:
@@ -144,6 +145,7 @@ class Remote:
                     yield answer
                     continue
                 one = waiting.pop(delivery.ticket)
+                watch.answered(self._clock())
                 answer = self._read(one, delivery)
                 self._tell(self._told(one, answer, delivery, self._clock() - began))
                 if isinstance(answer, Update) and one.task.cut is not None:
@@ -154,9 +156,9 @@ class Remote:
                 else:
                     self._leave(one)
                 yield answer
-            if not warned and waiting and self._clock() - began > self._seconds / 2:
-                warned = True
-                self._tell(f"still waiting for {_names(waiting.values())}")
+            names = [one.client for one in waiting.values()]
+            for line in watch.lines(self._clock(), names, self._status()):
+                self._tell(line)
         for ticket, one in waiting.items():
             self._late[ticket] = one.light()
             self._leave(one)
@@ -164,6 +166,9 @@ class Remote:
             yield self._failure(one, f"no answer within {self._seconds:.0f} s", "late")
         for one, update in together:
             yield self._whole(one, update)
+
+    def _status(self) -> Mapping[str, ClientStatus]:
+        return {} if self._desk is None else self._desk.status()
 
     def _leave(self, one: Asked) -> None:
         """Give up the tail of a client without a usable answer, so that no other waits for it."""

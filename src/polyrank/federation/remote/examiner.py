@@ -32,9 +32,11 @@ class RemoteExaminer:
     ):
         self._post, self._homes, self._whole = post, homes, whole
         self._seconds, self._tell, self._on_step, self._clock = seconds, tell, on_step, clock
+        self._unscored: set[str] = set()
 
     def answer(self, questions: Sequence[Question]) -> list[Marks]:
         """Return each question's scores of the clients that could be asked and answered."""
+        self._tell_unscored({id for one in questions for id in one.clients if not self._whole(id)})
         found: list[dict[str, Mapping[str, float | None]]] = [{} for _ in questions]
         no_room = [0] * len(questions)
         places: dict[int, list[int]] = {}
@@ -64,6 +66,12 @@ class RemoteExaminer:
             for one, each, none in zip(questions, found, no_room, strict=True)
         ]
 
+    def _tell_unscored(self, clients: set[str]) -> None:
+        if clients - self._unscored:
+            names = ", ".join(sorted(clients))
+            self._tell(f"not scored, for they hold only some blocks of the model: {names}")
+        self._unscored |= clients
+
     def _asked(self, exams: Mapping[int, Exam]) -> list[tuple[int, bytes]]:
         """Return the packets that come back in time, by machine."""
         until = self._clock() + self._seconds
@@ -74,6 +82,7 @@ class RemoteExaminer:
                 self._tell(f"machine {node} has no scores: it cannot be reached")
             else:
                 waiting[ticket] = node
+        self._tell(f"asked {len(waiting)} machines for scores")
         came, over = [], False
         while waiting and not over:
             self._on_step()
