@@ -26,7 +26,14 @@ from polyrank.training.split import (
 
 STRAIGHT, BENT = Split(1), Split(1, 2)
 LOCAL = LocalTraining(
-    epochs=None, steps=2, lr=1e-2, weight_decay=0.1, proximal=0.3, schedule="linear", dropout=0.2
+    accumulation=2,
+    epochs=None,
+    steps=2,
+    lr=1e-2,
+    weight_decay=0.1,
+    proximal=0.3,
+    schedule="linear",
+    dropout=0.2,
 )
 MICROBATCHES = 2
 ROUND = 3

@@ -288,6 +288,7 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
     ("write", "match"),
     [
         (lambda: write_order(replace(samples.order(), seconds=math.nan)), "order packet.*finite"),
+        (lambda: write_order(replace(samples.order(), seconds=1e12)), "faults.deadline.*finite"),
         (lambda: write_order(replace(samples.order(), metric="\ud800")), "order packet.*UTF-8"),
         (
             lambda: write_order(

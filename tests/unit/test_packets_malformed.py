@@ -331,6 +331,7 @@ CASES = [
     ("order", ORDER, fields(metric="loss"), "order packet, metric: expected one of channel, paper"),
     ("order", ORDER, fields(score_every=-1), "order packet, score_every: expected a whole"),
     ("order", ORDER, fields(seconds=-1.0), "order packet, seconds: expected a finite number of 0"),
+    ("order", ORDER, fields(seconds=1e12), "order packet, seconds: expected a finite number of 0"),
     ("order", ORDER, fields(seconds="1"), "order packet, seconds: expected a number"),
     ("order", SPLIT_ORDER, fields(cut=[2]), "order packet, cut: expected a lower and an upper"),
     ("order", SPLIT_ORDER, fields(cut=[0, 2]), "order packet, cut: expected a whole number of 1"),

@@ -40,7 +40,7 @@ def test_neither_token_nor_key_is_shown():
         ("address", "h" * 400 + ":1"), ("certificate", b"no PEM"), ("run", ""),
         ("certificate", b"-----BEGIN CERTIFICATE-----" + bytes(20000)), ("client", "x" * 1025),
         ("round", -1), ("attempt", 2**32), ("token", b"short"), ("patience", 0.0),
-        ("patience", float("nan")), ("limits", Limits(0, 16, codec("bf16"))),
+        ("patience", float("nan")), ("patience", 1e12), ("limits", Limits(0, 16, codec("bf16"))),
     ],
 )  # fmt: skip
 def test_an_access_that_cannot_be_is_refused_with_the_field(field, value):

@@ -649,3 +649,19 @@ def test_repetitions_and_junk_in_any_order_change_nothing(data, cut: Split, name
             served_one_by_one(tails, left[name])
         for seed, name in enumerate(names, start=1):
             assert_equal(tails.adapter(name), undisturbed(cut, name, seed)[1])
+
+
+@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)])
+def test_a_step_has_no_more_microbatches_than_were_agreed(cut):
+    """What is kept of a client that never steps has a bound."""
+    model = model_of_three()
+    one = tail_job(model, "a", cut)
+    first = replace(requests_of(model, one)[0], last=False)
+    with Tails(model, [one]) as tails:
+        for micro in range(one.local.accumulation):
+            (reply,) = tails.answer([replace(first, at=replace(first.at, micro=micro))])
+            assert isinstance(reply, Returned)
+        over = replace(first.at, micro=one.local.accumulation)
+        (reply,) = tails.answer([replace(first, at=over)])
+        assert isinstance(reply, Refused)
+        assert f"at most {one.local.accumulation} microbatches in a step" in reply.reason

@@ -147,9 +147,9 @@ class Fields:
         """Return a whole number."""
         return whole(self.take(key), self.at(key), least, most)
 
-    def number(self, key: str, least: float = -math.inf) -> float:
+    def number(self, key: str, least: float = -math.inf, most: float = math.inf) -> float:
         """Return a finite number."""
-        return number(self.take(key), self.at(key), least)
+        return number(self.take(key), self.at(key), least, most)
 
     def flag(self, key: str) -> bool:
         """Return true or false."""

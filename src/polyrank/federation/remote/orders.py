@@ -17,6 +17,7 @@ from polyrank.federation.remote.packet import Packet, pack
 from polyrank.federation.round import Task
 from polyrank.model.importance import METRICS
 from polyrank.planning import Split
+from polyrank.transport.layout import LONGEST_WAIT
 
 if TYPE_CHECKING:
     from polyrank.transport.remote.access import Access
@@ -51,6 +52,7 @@ def write_order(order: Order) -> bytes:
     task, assignment = order.task, order.task.assignment
     if assignment.scale.keys() != assignment.start.keys():
         raise refusal("order packet, scale", "one of each site that starts", len(assignment.scale))
+    reading.number(order.seconds, "order packet, seconds (faults.deadline)", 0.0, LONGEST_WAIT)
     sites, derived = [*assignment.start], negatives(assignment)
     frozen = {site: d for site, d in assignment.frozen.items() if site not in set(derived)}
     penalty = assignment.penalty
@@ -116,7 +118,7 @@ def read_order(data: bytes | bytearray | memoryview, bounds: Bounds = ORDERS) ->
         whole,
         fields.whole("score_every"),
         fields.choice("metric", METRICS),
-        fields.number("seconds", 0.0),
+        fields.number("seconds", 0.0, LONGEST_WAIT),
         _access(fields, task),
     )
     packet.close()

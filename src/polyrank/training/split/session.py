@@ -153,6 +153,9 @@ class Session:
             raise FrameError(f"{at}: microbatch {len(self._sent) - 1} was the last of its step")
         if at.micro != len(self._sent):
             raise FrameError(f"{at}: expected microbatch {len(self._sent)}")
+        agreed = self.job.local.accumulation
+        if at.micro >= agreed:  # Their answers are kept until the step.
+            raise FrameError(f"{at}: expected at most {agreed} microbatches in a step")
         if not (math.isfinite(request.weight) and request.weight > 0):
             raise FrameError(f"{at}: expected a loss weight above 0, got {request.weight}")
         if self._sent and request.weight != self.weight:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from polyrank.errors import FrameError
 from polyrank.transport.codec import codec
-from polyrank.transport.layout import NAME_BYTES, Limits
+from polyrank.transport.layout import LONGEST_WAIT, NAME_BYTES, Limits
 
 TOKEN_BYTES = 32
 _CERTIFICATE_BYTES = 16384
@@ -66,8 +65,11 @@ class Access:
                 f"access, limits: expected tokens and width above 0; {self.limits.tokens} and "
                 f"{self.limits.width} came"
             )
-        if not (math.isfinite(self.patience) and self.patience > 0):
-            raise FrameError(f"access, patience: expected seconds above 0; {self.patience} came")
+        if not 0 < self.patience <= LONGEST_WAIT:
+            raise FrameError(
+                f"access, patience: expected seconds above 0, at most {LONGEST_WAIT:.0f}; "
+                f"{self.patience} came"
+            )
 
     def to_dict(self) -> dict[str, object]:
         """Return it as texts and numbers, bytes in base64; this holds the token."""

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from polyrank.errors import FrameError
 from polyrank.training.split.link import Traffic
+from polyrank.transport.layout import LONGEST_WAIT
 from polyrank.transport.remote import split_pb2 as pb
 from polyrank.transport.remote.access import Access
 from polyrank.transport.remote.channel import channel, hopeless
@@ -25,6 +26,8 @@ _SOONEST, _LATEST = 0.05, 2.0
 """Seconds until a broken stream is tried again: doubled each time, from and up to."""
 _GOODBYE = 2.0
 """The most seconds that saying Bye may take."""
+_SHORTEST = 0.01
+"""The fewest seconds of silence that a server may ask for: four Alive are sent in them."""
 
 
 @dataclass(eq=False)
@@ -234,7 +237,7 @@ class Line:
                 stream.nonce = down.challenge.nonce
                 return
         elif what == "welcome" and not stream.credit:
-            if down.welcome.credit > 0 and down.welcome.silence > 0:
+            if down.welcome.credit > 0 and _SHORTEST <= down.welcome.silence <= LONGEST_WAIT:
                 self._known = True
                 self._state = "it is connected, and has not answered"
                 self._silence = stream.silence = down.welcome.silence
