@@ -91,12 +91,12 @@ class Proxy:
                 _break(client)
                 continue
             server.settimeout(None)
+            for end in (client, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._open |= {client, server}
                 self.connections += 1
             for direction, source, sink in (("up", client, server), ("down", server, client)):
-                for end in (source, sink):
-                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 pieces: queue.Queue[tuple[float, bytes]] = queue.Queue(HELD)
                 for work, end in ((self._read, source), (self._write, sink)):
                     threading.Thread(

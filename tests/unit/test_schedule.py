@@ -12,7 +12,7 @@ from polyrank.config import read
 from polyrank.config.trace import read_trace
 from polyrank.errors import RankError, RecipeError
 from polyrank.federation import Conduct, Encoding, prepare, setup
-from polyrank.federation.round import Round, RoundSettings
+from polyrank.federation.round import Receipt, Round, RoundSettings
 from polyrank.planning import Fleet, LoRAType, Redraw, Scaling, Trace
 
 TYPES = {name: LoRAType(name, {"all": rank}) for name, rank in (("low", 2), ("high", 16))}
@@ -117,7 +117,7 @@ def test_under_replace_the_same_way_loses_what_rank_2_cannot_hold():
 
 
 def merged(round, result):
-    round.accepted["a"] = None  # What an update brings beside its factors is not read here.
+    round.accepted["a"] = Receipt(1, 0, {})
     return round.aggregate(lambda client, site: result)
 
 
