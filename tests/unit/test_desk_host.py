@@ -32,6 +32,7 @@ from polyrank.model import LoadedModel, load_model
 from polyrank.planning import Split
 from polyrank.training.course import Trained
 from polyrank.training.split import SplitJob, SplitSettings, Tails
+from remote import Raw
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +200,17 @@ def test_an_address_in_use_and_settings_that_cannot_be_are_refused(
         TailSettings.from_dict({**made.to_dict(), "more": 1})
     assert replace(made, listen="[::1]:0").certified == ["::1"]
     assert replace(made, address="split.example:9000").certified == ["split.example"]
+
+
+def test_a_client_may_have_as_many_frames_here_as_it_has_in_flight(
+    base: Callable[[str], Path],
+) -> None:
+    """So much memory is held for a client, whatever it sends."""
+    source = base("float32")
+    model = load_model(source, device="cpu")
+    split = SplitSettings(wire="float32", in_flight=3)
+    with hosting(source, "float32", split) as host:
+        access = opened(host, model, [split_job(model, "a", CUTS["a"])])["a"]
+        with Raw(access) as raw:
+            raw.send(hello=raw.hello())
+            assert raw.received().welcome.credit == 3

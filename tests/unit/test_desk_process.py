@@ -1,6 +1,8 @@
 """The handle of a process that misbehaves; the processes here are scripts without torch."""
 
 import os
+import selectors
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -182,3 +184,31 @@ def test_death_is_seen_without_asking(made: Made) -> None:
 def test_the_certificate_is_for_the_host_that_clients_dial(listen, address, names):
     settings = TailSettings(HostedModel("model", 1), "run", listen=listen, address=address)
     assert settings.certified == names
+
+
+def test_a_busy_process_ends_when_its_parent_is_killed_though_its_input_stays_open() -> None:
+    """Nothing closes its input here: that its parent is gone is all there is to see."""
+    busy = (
+        "import os, threading, time, polyrank.apps.tails as tails\n"
+        "parent = int(os.environ['PARENT'])\n"
+        "threading.Thread(target=tails._watch, args=(parent,), daemon=True).start()\n"
+        "print(os.getppid() == parent, flush=True)\n"
+        "end = time.monotonic() + 60\n"
+        "while time.monotonic() < end: pass"
+    )
+    parent = (
+        "import os, subprocess, sys, time\n"
+        "os.environ['PARENT'] = str(os.getpid())\n"
+        f"subprocess.Popen([sys.executable, '-c', {busy!r}])\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"True\n"
+        process.kill()
+        with selectors.DefaultSelector() as selector:  # its output ends when it does
+            selector.register(process.stdout, selectors.EVENT_READ)
+            assert selector.select(30.0)
+        assert process.stdout.read() == b""

@@ -347,3 +347,11 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
 def test_what_no_packet_can_hold_is_refused_before_it_is_sent(write, match):
     with pytest.raises(PacketError, match=match):
         write()
+
+
+def test_reasons_are_read_as_they_can_be_shown():
+    """A terminal obeys control characters, and these come from elsewhere."""
+    reason, shown = "no\x1b[2J\xa0room\u202e\nline", "no\ufffd[2J\xa0room\ufffd\nline"
+    answer = read_answer(write_answer(Failure("a", 1, 0, reason)), Bounds(2**20, 2**20, 0))
+    assert answer.reason == shown
+    assert read_profile(write_profile(replace(samples.profile(), refusal=reason))).refusal == shown

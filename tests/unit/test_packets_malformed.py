@@ -402,6 +402,31 @@ CASES = [
         "number 0: expected no other field",
     ),
     ("profile", PROFILE, inside(lambda f: f["device"].update(memory_bytes=0)), "memory_bytes: exp"),
+    (
+        "profile",
+        PROFILE,
+        inside(lambda f: f["device"].update(name="a\nb")),
+        "device, name: .*printable",
+    ),
+    ("profile", PROFILE, fields(versions={"torch": "\x1b[2J"}), "versions, 'torch': .*printable"),
+    (
+        "profile",
+        PROFILE,
+        inside(lambda f: f["hosted"][0].update(client="\u202ea")),
+        "client: .*printable",
+    ),
+    (
+        "profile",
+        PROFILE,
+        inside(lambda f: f["hosted"][0].update(client=" ")),
+        "client: .*printable",
+    ),
+    (
+        "profile",
+        PROFILE,
+        inside(lambda f: f["hosted"][0].update(category="\r")),
+        "category: .*printable",
+    ),
     ("profile", PROFILE, inside(lambda f: f["device"].update(flops=-1)), "device: .*devices.board"),
     ("profile", PROFILE, inside(lambda f: f["device"].update(up=10**25)), "expected whole numbers"),
     (

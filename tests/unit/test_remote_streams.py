@@ -277,3 +277,14 @@ def test_more_clients_than_streams_are_told_to_try_again():
         assert first.refused()[0] is grpc.StatusCode.OK
         first.__exit__()
         assert place.hashes("a", place.head("a", link)) == undisturbed()
+
+
+@pytest.mark.parametrize("silence", [0.0, 1e-9, float("inf"), float("nan"), 1e12])
+def test_a_server_cannot_have_its_client_say_alive_without_end_or_never(place, silence):
+    link = GrpcLink(other(place, address="127.0.0.1:1"))
+    welcome = pb.Welcome(credit=1, longest=1, silence=silence)
+    with link._line._changed:
+        link._line._take(link._line._stream, pb.Down(welcome=welcome).SerializeToString())
+    with pytest.raises(FrameError, match="not due came: welcome"):
+        link._line.receive(time.monotonic())
+    link.close()

@@ -22,6 +22,10 @@ from polyrank.transport import Limits, codec
 from polyrank.transport.remote import Access, ServeSettings, SplitServer, new_identity
 
 log = logging.getLogger(__name__)
+DAYS = 400.0
+"""Days that the certificate is valid: longer than a run; it ends with this process."""
+MOST_CREDIT = 64
+"""The most frames of a client that may wait here; it has `in_flight` under way, and no more."""
 NO_ROOM = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -44,9 +48,14 @@ class TailHost:
         gather = None if settings.deterministic else settings.gather
         self._server = SplitServer(
             settings.listen,
-            new_identity(settings.certified),
+            new_identity(settings.certified, days=DAYS),
             settings.run,
-            ServeSettings(gather=gather, silence=settings.silence, streams=settings.streams),
+            ServeSettings(
+                gather=gather,
+                silence=settings.silence,
+                credit=min(settings.split.in_flight, MOST_CREDIT),
+                streams=settings.streams,
+            ),
             advertise=settings.address,
         )
         self._attached = ExitStack()

@@ -72,7 +72,8 @@ def read_answer(
     attempt, metrics = fields.whole("attempt"), _read_numbers(fields.table("metrics"))
     answer: Update | Failure
     if not fields.gone("reason"):
-        reason, kind = fields.text("reason", REASON_BYTES, 0), fields.choice("kind", _KINDS)
+        reason = reading.told(fields.text("reason", REASON_BYTES, 0))
+        kind = fields.choice("kind", _KINDS)
         answer = Failure(client, round, attempt, reason, metrics, _KINDS[kind])
     else:
         answer = Update(

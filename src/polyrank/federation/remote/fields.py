@@ -7,6 +7,7 @@ import math
 import reprlib
 from collections.abc import Collection, Iterator
 from typing import Any
+from unicodedata import category
 
 from polyrank.errors import PacketError
 
@@ -70,6 +71,20 @@ def text(value: object, place: str, most: int = NAME_BYTES, least: int = 1) -> s
     return value
 
 
+def name(value: object, place: str, most: int = NAME_BYTES, least: int = 1) -> str:
+    """Return a text that can be shown in one line: a terminal would obey what is not printable."""
+    found = text(value, place, most, least)
+    if not found.isprintable() or (least and not found.strip()):
+        raise refusal(place, "printable text", ascii(found[:40]))
+    return found
+
+
+def told(found: str) -> str:
+    """Return a reason that came from elsewhere as it can be shown, its lines kept."""
+    kept = (c if c == "\n" or c.isprintable() or category(c) == "Zs" else "\ufffd" for c in found)
+    return "".join(kept)
+
+
 def whole(value: object, place: str, least: int = 0, most: int = WHOLE) -> int:
     """Return a whole number within bounds; true and false are none."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -128,6 +143,10 @@ class Fields:
     def text(self, key: str, most: int = NAME_BYTES, least: int = 1) -> str:
         """Return a text of `least` to `most` bytes."""
         return text(self.take(key), self.at(key), most, least)
+
+    def name(self, key: str, most: int = NAME_BYTES, least: int = 1) -> str:
+        """Return a text of `least` to `most` bytes that can be shown in one line."""
+        return name(self.take(key), self.at(key), most, least)
 
     def hash(self, key: str) -> str:
         """Return a SHA-256 in hexadecimal digits."""

@@ -120,20 +120,22 @@ def read_profile(data: bytes | bytearray | memoryview, bounds: Bounds = PROFILES
     device = None if fields.gone("device") else _device(fields.table("device"))
     terms = _terms(fields.table("terms"))
     versions = {
-        name: reading.text(version, place, 64)
+        reading.name(name, place): reading.name(version, place, 64)
         for name, version, place in fields.table("versions").named()
     }
-    refused = None if fields.gone("refusal") else fields.text("refusal", REASON_BYTES, 0)
+    refused = (
+        None if fields.gone("refusal") else reading.told(fields.text("refusal", REASON_BYTES, 0))
+    )
     packet.close()
     return Profile(tuple(hosted), device, terms, versions, refused)
 
 
 def _hosted(fields: Fields) -> Hosted:
-    client, category = fields.text("client"), fields.text("category", least=0)
+    client, category = fields.name("client"), fields.name("category", least=0)
     seen, table = fields.flag("seen"), fields.table("counts")
     counts = {part: _counts(table.items(part), table.at(part)) for part in PARTS}
     table.close()
-    hosted = Hosted(client, category, seen, counts, fields.text("fingerprint", 128, 0))
+    hosted = Hosted(client, category, seen, counts, fields.name("fingerprint", 128, 0))
     fields.close()
     return hosted
 
@@ -152,7 +154,7 @@ def _counts(values: list[Any], place: str) -> Counts:
 
 
 def _device(fields: Fields) -> DeviceProfile:
-    name, memory = fields.text("name"), fields.whole("memory_bytes", 1)
+    name, memory = fields.name("name"), fields.whole("memory_bytes", 1)
     flops, up, down = (
         None if fields.gone(key) else fields.number(key) for key in ("flops", "up", "down")
     )
