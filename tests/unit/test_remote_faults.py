@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from polyrank.errors import FrameError
+from polyrank.errors import FrameError, ModelError
+from polyrank.planning import Split
 from polyrank.training.split import Step, Tails, train_head
 from polyrank.transport.remote import GrpcLink, ServeSettings, SplitServer
 from polyrank.transport.remote.line import Line
@@ -312,3 +313,11 @@ def test_one_round_follows_another_on_the_same_server():
         place.server.close()
         place.server.close()
         assert place.server.open([], 4, 0, {}, 1.0) == {}
+
+
+def test_a_link_is_closed_when_training_cannot_begin():
+    with serving([job("a")]) as place:
+        link = place.link("a")
+        with pytest.raises(ModelError):
+            train_head(model(), replace(job("a"), cut=Split(99)), link, OWN)
+        assert not link._line._thread.is_alive()

@@ -35,11 +35,16 @@ def train_head(
     `model` may hold these blocks alone; of the job's assignment the client's sites are taken. The
     result is of the client's sites: the server has the others. A client whose link or numbers fail
     says so in its result. `on_step` is called after every optimizer step. The link is closed at the
-    end.
+    end, also of an error.
 
     Raises what `Heads` raises.
     """
-    with Heads(model, [job.at_client(model)], [link], settings) as heads:
+    try:
+        made = Heads(model, [job.at_client(model)], [link], settings)
+    except BaseException:
+        link.close()
+        raise
+    with made as heads:
         _drive([heads], on_step)
         (trained,) = heads.results()
         return trained
