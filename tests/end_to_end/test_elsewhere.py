@@ -111,8 +111,7 @@ def desk_of(folder: Path, split: SplitSettings) -> Iterator[TailHost]:
 def test_split_clients_elsewhere_give_the_bytes_of_one_process(folder, rule, adapters, fleet):
     """Of several cuts, a U-shape, and types with nothing to train on one side of the cut.
 
-    With one adapter at the server its clients' frames are taken together, so that float32 sums
-    differ in their last digits.
+    Clients that share one adapter at the server take turns there, as they do in one process.
     """
     split = SplitSettings(wire="float32", adapters=adapters)
     conduct = Conduct(evaluation=QUIET, cohort=1, split=split)
@@ -131,16 +130,12 @@ def test_split_clients_elsewhere_give_the_bytes_of_one_process(folder, rule, ada
         found = there.adapter.factors
     for one, other in zip(ours, theirs, strict=True):
         assert other.rejected == {}
-        if adapters == "own":
-            assert one.loss == other.loss
-        assert one.loss == pytest.approx(other.loss, rel=1e-6)
+        assert one.loss == other.loss
         assert one.cuts == other.cuts
         assert (one.wire_up, one.wire_down) == (other.wire_up, other.wire_down)
         assert one.traffic == other.traffic
         assert other.wire_up > 0
-    assert (found.hash() == expected.hash()) == (adapters == "own")
-    for site, delta in expected.items():
-        torch.testing.assert_close(found[site].dense(), delta.dense(), rtol=1e-4, atol=1e-5)
+    assert found.hash() == expected.hash()
     second = [read_order(letter.payload).task for letter in orders(between)[len(WHO) :]]
     assert {task.round for task in second} == {2}
     assert all(bool(task.assignment.merged) == isinstance(rule, FLoRA) for task in second)

@@ -146,9 +146,25 @@ def test_a_cohort_and_a_shared_adapter_give_what_one_process_gives_up_to_roundin
         replace(one, cut=cut, job=replace(one.job, assignment=replace(start, merged=merged)))
         for one, cut in zip(same, CUTS.values(), strict=True)
     ]
-    found = trained(source, unlike, dtype, shared, deterministic=True)
+    found = trained(source, unlike, dtype, shared, cohort=2, gather=0.05)
     for client, one in in_process(model, unlike, shared).items():
         assert_close(found[client], one, 1e-9)
+
+
+def test_clients_of_one_adapter_that_take_turns_give_the_bits_of_one_process(
+    base: Callable[[str], Path],
+) -> None:
+    source, split = base("float32"), SplitSettings(wire="float32", adapters="shared")
+    model = load_model(source, device="cpu")
+    same = [split_job(model, c, Split(2), seed=i, count=5 + i) for i, c in enumerate("abc")]
+    start = same[0].job.assignment
+    unlike = [
+        replace(one, cut=cut, job=replace(one.job, assignment=start))
+        for one, cut in zip(same, CUTS.values(), strict=True)
+    ]
+    found = trained(source, unlike, "float32", split, deterministic=True)
+    for client, one in in_process(model, unlike, split).items():
+        assert_identical(found[client], one)
 
 
 def test_clients_of_one_cut_are_grouped_in_their_order_and_a_bad_one_spoils_no_other(

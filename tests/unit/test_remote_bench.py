@@ -1,10 +1,13 @@
 """Whose frames are taken in: those of a client's newest stream, until its work is over."""
 
+from functools import partial
+
 import pytest
 
 from polyrank.errors import FrameError
 from polyrank.training.split import Traffic
 from polyrank.transport.remote.bench import Bench
+from polyrank.transport.remote.gathering import Gathering
 from polyrank.transport.remote.sessions import Sessions, Work
 from polyrank.transport.remote.stream import Stream, Terms
 from remote import limits
@@ -20,7 +23,8 @@ class Idle:
 def seated(streams=3):
     bench = Bench(lambda: 0.0, streams)
     terms = dict.fromkeys("abc", TERMS)
-    bench.seat([(Idle(), "abc")], WORKS, dict.fromkeys("abc", limits()), 1.0, terms, 60.0)
+    gathering = partial(Gathering, gather=1.0)
+    bench.seat([(Idle(), "abc")], WORKS, dict.fromkeys("abc", limits()), gathering, terms, 60.0)
     return bench
 
 

@@ -112,3 +112,42 @@ def test_frames_of_those_who_have_left_are_dropped():
     made.add("a", b"a1", 0.0)
     assert made.wait(9.0) is None
     assert frames(made) == {}
+
+
+def test_in_turns_each_is_served_alone_until_the_tail_holds_a_request_of_it():
+    made = Gathering(("b", "a", "c"), None, turns=True)
+    for client in ALL:
+        made.connect(client)
+    made.take()
+    made.add("a", b"a0", 0.0)
+    made.add("c", b"c0", 0.0)
+    assert made.wait(1e9) is None, "it is the turn of b, the first that was named"
+    made.add("b", b"b0", 1.0)
+    made.add("b", b"b-step", 1.0)
+    assert made.wait(1.0) == 0.0
+    assert frames(made) == {"b": b"b0"}
+    made.hold(frozenset())
+    assert frames(made) == {"b": b"b-step"}
+    made.hold(frozenset("b"))
+    assert made.wait(1.0) == 0.0
+    assert frames(made) == {"a": b"a0"}
+    made.leave("a")
+    assert made.wait(1.0) == 0.0
+    assert frames(made) == {"c": b"c0"}
+    made.hold(frozenset())  # The step was taken.
+    assert made.wait(2.0) is None, "and it is the turn of b again"
+
+
+def test_a_held_request_that_comes_again_on_a_new_stream_has_its_turn_again():
+    made = Gathering(ALL, None, turns=True)
+    for client in ALL:
+        made.connect(client)
+    made.take()
+    made.hold(frozenset("a"))
+    made.connect("a")
+    made.add("b", b"b0", 0.0)
+    assert made.wait(0.0) is None, "what a had sent is forgotten: it is its turn again"
+    made.add("a", b"a-step", 0.0)
+    taken = made.take()
+    assert taken.forgotten == {"a"}
+    assert taken.frames == {"a": b"a-step"}

@@ -55,6 +55,7 @@ class TailHost:
                 silence=settings.silence,
                 credit=min(settings.split.in_flight, MOST_CREDIT),
                 streams=settings.streams,
+                turns=settings.deterministic,
             ),
             advertise=settings.address,
         )

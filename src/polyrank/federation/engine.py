@@ -92,6 +92,8 @@ class InProcess:
             together = [
                 id for key in sorted(cut) for group in self._chunks(cut[key]) for id in group
             ]
+            if self.cohort == 1:  # One after the other, in the order of other engines.
+                together = [id for key in sorted(cut) for id in sorted(cut[key])]
             return groups + ([together] if together else [])
         return groups + [group for key in sorted(cut) for group in self._chunks(cut[key])]
 

@@ -90,6 +90,7 @@ class Remote:
         together = [id for id in clients if cut_of(id) is not None]
         if self._split.adapters != "shared" or not together:
             return [[id] for id in clients]
+        together.sort(key=lambda id: (str(cut_of(id)), id))  # The order in which they take turns.
         return [[id] for id in clients if id not in together] + [together]
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from polyrank.errors import FrameError
@@ -59,7 +59,7 @@ class Bench:
         tails: Sequence[tuple[Tail, Sequence[str]]],
         works: Mapping[str, Work],
         limits: Mapping[str, Limits],
-        gather: float | None,
+        gathering: Callable[[Collection[str]], Gathering],
         terms: Mapping[str, Terms],
         seconds: float,
     ) -> None:
@@ -73,7 +73,7 @@ class Bench:
             for tail, clients in tails:
                 names = tuple(clients)
                 serving = Serving(tail, limits[names[0]], {one: limits[one] for one in names})
-                table = Table(serving, Gathering(names, gather), names)
+                table = Table(serving, gathering(names), names)
                 self._tables.append(table)
                 for one in names:
                     self._places[one] = Place(table, terms[one], works[one], until)

@@ -21,11 +21,16 @@ class Gathering:
     They are served once every client that is waited for has one here, a request that the tail
     holds counting as one; or `gather` seconds after the first of them came. Those with an open
     stream are waited for. With `gather` None everyone is who has not left, as long as it takes.
-    Times are those that the caller gives. Not thread-safe.
+
+    With `turns` nothing is served together: the first of the clients, in the order given, has its
+    turn until the tail holds a request of it, then the next; so what a tail sums up does not depend
+    on who came when. Times are those that the caller gives. Not thread-safe.
     """
 
-    def __init__(self, clients: Collection[str], gather: float | None) -> None:
-        self._gather = gather
+    def __init__(
+        self, clients: Collection[str], gather: float | None, *, turns: bool = False
+    ) -> None:
+        self._gather, self._turns = gather, turns
         self._at_work = set(clients)
         self._connected: set[str] = set()
         self._queues: dict[str, deque[tuple[float, bytes]]] = {one: deque() for one in clients}
@@ -61,6 +66,8 @@ class Gathering:
         first = min((queue[0][0] for queue in self._queues.values() if queue), default=None)
         if self._again:
             return 0.0
+        if self._turns:
+            return 0.0 if self._ready() else None
         if first is None:
             return None
         here = {client for client, queue in self._queues.items() if queue} | (
@@ -73,9 +80,18 @@ class Gathering:
 
     def take(self) -> Taken:
         """Hand over the oldest frame of every client that has one."""
-        forgotten, self._forgotten, self._again = frozenset(self._forgotten), set(), False
-        frames = {client: queue.popleft()[1] for client, queue in self._queues.items() if queue}
-        return Taken(forgotten, frames)
+        forgotten, self._again = frozenset(self._forgotten), False
+        ready = self._ready()
+        self._forgotten = set()
+        return Taken(forgotten, {client: self._queues[client].popleft()[1] for client in ready})
+
+    def _ready(self) -> list[str]:
+        """The clients whose oldest frame is to be served now."""
+        if not self._turns:
+            return [client for client, queue in self._queues.items() if queue]
+        held = self._held - self._forgotten
+        turn = next((one for one in self._queues if one in self._at_work - held), None)
+        return [turn] if turn is not None and self._queues[turn] else []
 
     def hold(self, clients: frozenset[str]) -> None:
         """Take note of whose requests the tail holds after it was asked."""

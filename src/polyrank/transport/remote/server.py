@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from polyrank.transport.layout import Limits
 from polyrank.transport.remote.access import Access
 from polyrank.transport.remote.bench import Bench
 from polyrank.transport.remote.door import Door
+from polyrank.transport.remote.gathering import Gathering
 from polyrank.transport.remote.identity import Identity
 from polyrank.transport.remote.sessions import Sessions, Work
 from polyrank.transport.remote.stream import Stream, Terms
@@ -35,15 +37,17 @@ class ServeSettings:
     """How a split server treats its clients.
 
     `gather` is how many seconds the first request waits for those of other clients of its tail;
-    None: until all who are at work have asked. A client of which nothing comes for `silence`
-    seconds leaves. `credit` requests of a client may be without reply at a time, and `streams`
-    clients may be connected. Raises FrameError for values that cannot be.
+    None: until all who are at work have asked. With `turns` the clients of a tail are served one
+    after the other instead, each until the tail waits for the next. A client of which nothing comes
+    for `silence` seconds leaves. `credit` requests of a client may be without reply at a time, and
+    `streams` clients may be connected. Raises FrameError for values that cannot be.
     """
 
     gather: float | None = 0.02
     silence: float = 60.0
     credit: int = 8
     streams: int = 64
+    turns: bool = False
 
     def __post_init__(self) -> None:
         if self.gather is not None and not (math.isfinite(self.gather) and self.gather >= 0):
@@ -172,7 +176,8 @@ class SplitServer:
             client: Terms(settings.credit, limits[client].nbytes, settings.silence)
             for client in names
         }
-        self._bench.seat(tails, works, limits, settings.gather, terms, seconds)
+        gathering = partial(Gathering, gather=settings.gather, turns=settings.turns)
+        self._bench.seat(tails, works, limits, gathering, terms, seconds)
         self._open = True
         return {
             client: Access(
