@@ -447,6 +447,25 @@ def test_a_split_client_refuses_a_cut_beyond_its_terms(terms, cut, reason):
     assert answer.kind == ("failed" if "no way" in reason else "refused")
 
 
+@pytest.mark.parametrize(
+    "limits",
+    [
+        Limits(10**6, 16, codec("float32")),
+        Limits(8, 32, codec("float32")),
+        Limits(8, 16, codec("bf16")),
+    ],
+)
+def test_a_split_client_opens_no_stream_for_larger_frames_than_its_own_work_makes(limits):
+    model = tiny_loaded("llama", num_hidden_layers=3, sites=SITES)
+    assert model.spec.hidden == 16
+    reached = Reached.by(Letters({1: machine(["c0"], model=model)}, clock=Clock()))
+    engine = reached.engine(model, desk=Counter(replace(ACCESS, limits=limits)))
+    (answer,) = ask(engine, ["c0"], cuts={"one": Split(1)})
+    assert isinstance(answer, Failure)
+    assert "expected frames of 16 numbers a token in float32" in answer.reason
+    assert "server and client read other recipes" in answer.reason
+
+
 class Withheld(Counter):
     """A desk whose clients are told no way, and are asked all the same."""
 

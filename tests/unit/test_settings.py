@@ -48,3 +48,9 @@ def test_bounds_that_are_not_set_are_not_in_a_run_s_description():
     found = _fields(chosen)
     assert (found["faults"]["deadline"], found["faults"]["clip_increment"]) == (9.0, 2.0)
     assert found["weights"]["most"] == 0.3
+
+
+def test_a_round_lasts_no_longer_than_orders_can_say():
+    assert Faults(deadline=31 * 24 * 3600.0).deadline
+    with pytest.raises(RecipeError, match=r"faults\.deadline: expected at most 2678400 seconds"):
+        Faults(deadline=31 * 24 * 3600.0 + 1)

@@ -53,10 +53,10 @@ class TailSettings:
     one), `address` what clients dial (default: the bound one), and `hosts` the names and addresses
     that its certificate is for (default: the one that clients dial). Up to `cohort` clients of one
     cut with adapters of their own are trained in one pass, once their frames are there or `gather`
-    seconds after the first; `deterministic` trains each alone, and clients that share an
-    adapter one after the other. A client that is silent for `silence` seconds has left; `patience` is how many seconds
-    a client waits for an answer, and at most `streams` clients are connected. `threads` are
-    torch's; 0: its own choice.
+    seconds after the first; `deterministic` trains each alone, and clients that share an adapter
+    one after the other. A client that is silent for `silence` seconds has left; `patience` is how
+    many seconds a client waits for an answer, and at most `streams` clients are connected.
+    `threads` are torch's; 0: its own choice.
 
     Raises RecipeError if `deterministic` meets another cohort than 1, or a number is out of range.
     """

@@ -10,6 +10,7 @@ from typing import Literal
 from polyrank.errors import RecipeError
 from polyrank.planning import Scaling
 from polyrank.training.split import SplitSettings
+from polyrank.transport.layout import LONGEST_WAIT
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,11 @@ class Faults:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise RecipeError(f"faults.{name}: expected a number above 0, got {value}")
+        if self.deadline is not None and self.deadline > LONGEST_WAIT:
+            raise RecipeError(
+                f"faults.deadline: expected at most {LONGEST_WAIT:.0f} seconds (31 days), got "
+                f"{self.deadline}"
+            )
 
 
 @dataclass(frozen=True)

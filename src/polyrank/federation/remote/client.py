@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Protocol
 
 from polyrank.aggregation import Update
-from polyrank.data import sizes
-from polyrank.errors import DataError, PolyrankError
+from polyrank.data import Encoded, sizes
+from polyrank.errors import DataError, FrameError, PolyrankError
 from polyrank.federation.engine import InProcess
 from polyrank.federation.evaluate import Marks
 from polyrank.federation.examiner import OwnExaminer, Question
@@ -36,6 +36,7 @@ from polyrank.model import LoadedModel
 from polyrank.planning import DeviceProfile, Split
 from polyrank.training import Job, LocalTraining, Scoring, Trained
 from polyrank.training.split import SplitJob, SplitSettings, train_head
+from polyrank.transport import Limits, codec
 
 
 class Models(Protocol):
@@ -202,6 +203,7 @@ class ClientSide:
             return Failure(task.client, task.round, task.attempt, "it has no way to its tail")
         model = self.models.head(task.cut)
         rows = self._work_of(task.client, model)[task.client].rows["train"]
+        self._check_limits(order.access.limits, model, rows)
         dealt = everywhere(task.assignment, model.spec)
         scoring = Scoring(order.score_every, order.metric)
         job = Job(task.client, dealt, rows, self.local, task.seed, scoring)
@@ -222,6 +224,17 @@ class ClientSide:
             metrics={**trained.metrics, "seconds": time.perf_counter() - began},
             importance=trained.importance,
         )
+
+    def _check_limits(self, limits: Limits, model: LoadedModel, rows: Sequence[Encoded]) -> None:
+        """Raise FrameError unless frames are as large as this client's work makes them."""
+        most = self.local.batch * max(size.tokens for size in sizes(rows))
+        wanted = codec(self.split.wire)
+        if (limits.width, limits.codec) != (model.spec.hidden, wanted) or limits.tokens > most:
+            raise FrameError(
+                f"its tail: expected frames of {model.spec.hidden} numbers a token in "
+                f"{self.split.wire} and up to {most} tokens, got {limits.width} in "
+                f"{limits.codec.name} and {limits.tokens}; server and client read other recipes"
+            )
 
     def _work_of(self, client: str, model: LoadedModel) -> Mapping[str, ClientWork]:
         work = self.prepare(model)
