@@ -131,12 +131,11 @@ class Reached:
 
     def examiner(
         self,
-        whole: Callable[[str], bool] = lambda _: True,
         tell: Callable[[str], None] = lambda _: None,
         seconds: float = 5.0,
     ) -> RemoteExaminer:
         clock = {} if self.post.clock is None else {"clock": self.post.clock}
-        return RemoteExaminer(self.post, self.homes, whole, seconds, tell, lambda: None, **clock)
+        return RemoteExaminer(self.post, self.homes, seconds, tell, lambda: None, **clock)
 
 
 def away(
@@ -176,7 +175,7 @@ def away(
         out=out,
         prepared=(reached.work, Skipped()),
         engine=engine,
-        examiner=reached.examiner(lambda id: id not in engine.cut, tell),
+        examiner=reached.examiner(tell),
         **rest,
     )
 

@@ -1,17 +1,20 @@
 """Scores that clients measure on their own machines."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from federations import MEASURED, QUIET, clients, federation, one_block
+from federations import MEASURED, QUIET, SITES, clients, federation, one_block
 from letters import After, Clock, Letters, Lost
-from models import random_adapter
+from models import random_adapter, tiny_loaded
 from polyrank.federation import Conduct
 from polyrank.federation.evaluate import Marks
 from polyrank.federation.examiner import OwnExaminer, Question
 from polyrank.federation.remote import write_marks
-from polyrank.federation.settings import Encoding
+from polyrank.federation.settings import Encoding, Sampling
 from polyrank.federation.work import prepare
+from polyrank.planning import Fleet, LoRAType, Split, Trace
 from remotes import Reached, away, machines, post
 
 MODEL = one_block(torch.float64)
@@ -23,9 +26,9 @@ QUESTIONS = (
 )
 
 
-def asked(between, **rest):
+def asked(between, questions=QUESTIONS):
     told = []
-    found = Reached.by(between).examiner(**rest, tell=told.append).answer(QUESTIONS)
+    found = Reached.by(between).examiner(tell=told.append).answer(questions)
     told.remove(f"asked {len(between.sent)} machines for scores")
     return found, told
 
@@ -53,13 +56,15 @@ def test_scores_are_those_of_one_process_and_every_machine_is_asked_once(each):
 
 def test_who_holds_only_some_blocks_is_not_asked():
     between = letters()
-    found, _ = asked(between, whole=lambda id: id not in ("c1", "c2"))
+    cut = frozenset({"c1", "c2"})
+    found, told = asked(between, [replace(one, cut=cut) for one in QUESTIONS])
     assert [list(one.clients) for one in found] == [
         ["c0", "c3", "u0"],
         ["u0", "c3", "c0"],
         ["u0"],
     ]
     assert len(between.sent) == 3
+    assert told == ["not scored, for they hold only some blocks of the model: c1, c2"]
 
 
 @pytest.mark.parametrize(
@@ -124,3 +129,37 @@ def test_a_run_whose_clients_score_nothing_goes_on_without_scores():
     with federation(conduct=Conduct(evaluation=QUIET, cohort=1)) as here:
         list(here.rounds(1))
         assert found == here.adapter.factors.hash()
+
+
+def test_who_is_cut_is_known_from_the_round_also_of_clients_that_were_not_asked(tmp_path):
+    types = {name: LoRAType(name, {"all": 2}) for name in ("one", "other")}
+    schedule = Trace({2: {"c0": "other", "c1": "other"}, 3: {"c1": "one"}})
+    changing = Fleet.table(dict.fromkeys(["c0", "c1", "c2", "c3"], "one"), types=types)
+    changing = replace(changing, cuts={"other": Split(1)}).with_schedule(schedule)
+    model = tiny_loaded("llama", num_hidden_layers=2, sites=SITES)
+    work, _ = prepare(clients(), model, Encoding())
+    few = Conduct(evaluation=MEASURED, cohort=1, sampling=Sampling(number=1))
+
+    class Noting:
+        """Scores here, and notes who of those asked for is said to be cut."""
+
+        def __init__(self):
+            self.inner, self.asked = OwnExaminer(model, work, MEASURED), []
+
+        def answer(self, questions):
+            self.asked.append({id for one in questions for id in one.cut})
+            return self.inner.answer(questions)
+
+    def run(out, *, resume, until):
+        examiner = Noting()
+        rest = {"fleet": changing, "conduct": few, "examiner": examiner, "resume": resume}
+        with federation(out, model=model, **rest) as made:
+            list(made.rounds(until))
+            if until == 3:
+                made.finish()
+        return [sorted(one) for one in examiner.asked]
+
+    begun = run(tmp_path / "run", resume=False, until=2)
+    assert begun == [[], [], ["c0", "c1"]], "before the rounds, and after each"
+    resumed = run(tmp_path / "run", resume=True, until=3)
+    assert resumed == [["c0"], ["c0"]], "after the third, and at the end"

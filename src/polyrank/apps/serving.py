@@ -216,12 +216,10 @@ class PartsElsewhere(Parts):
             deadline,
             self._desk(fleet),
             self.tell,
-            cut=[id for id, name in fleet.at(1).items() if name in fleet.cuts],
         )
         examiner = RemoteExaminer(
             self._post,
             homes,
-            lambda client: client not in engine.cut,
             deadline or LONGEST,
             self.tell,
             self._attendance.check_stop,

@@ -17,13 +17,15 @@ from polyrank.model import LoadedModel
 class Question:
     """How well an adapter (None: the bare base) does on one part of some clients' data.
 
-    With `texts` answers are generated too, as many as the evaluation says.
+    With `texts` answers are generated too, as many as the evaluation says. The clients in `cut`
+    train some blocks of the model only, as their machines may hold no more.
     """
 
     adapter: Adapter | None
     clients: tuple[str, ...]
     part: Part
     texts: bool = False
+    cut: frozenset[str] = frozenset()
 
 
 class Examiner(Protocol):

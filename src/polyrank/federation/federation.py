@@ -403,13 +403,13 @@ class Federation:
         """Return the bare base's scores on the test parts, measured once and kept."""
         file = self.folder.path / "base.json"
         if not file.exists():
-            storage.write_json(file, self._scorer.of(None, "test", texts=True))
+            storage.write_json(file, self._scorer.of(None, "test", max(1, self.round), texts=True))
         return storage.read_json(file)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate the result on the test parts, write adapter/ and summary.json, return it."""
         self._check_stop()
-        final = self._scorer.of(self.adapter.factors, "test", texts=True)
+        final = self._scorer.of(self.adapter.factors, "test", max(1, self.round), texts=True)
         storage.write_json(self.folder.path / "evaluation.json", final)
         with storage.disk_errors(self.folder.path / "adapter"):
             lost = self.adapter.save(self.folder.path / "adapter", overwrite=True)

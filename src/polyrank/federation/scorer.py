@@ -43,18 +43,31 @@ class Scorer:
         self._panel = panel(work, "validation", types, settings.clients, seed)
         self._final_panel = panel(work, "test", types, settings.final_clients, seed)
 
-    def of(self, adapter: Adapter | None, part: Part, *, texts: bool) -> Scores:
+    def of(self, adapter: Adapter | None, part: Part, number: int, *, texts: bool) -> Scores:
         """Return the scores of an adapter, or of the bare base, as before and after the rounds.
 
-        With a benchmark, what it says of them is among them, as ``benchmark``.
+        Clients are cut as in round `number`. With a benchmark, what it says of them is among them,
+        as ``benchmark``.
         """
-        asked = Question(adapter, tuple(self._final_panel), part, texts)
+        asked = self._question(adapter, [*self._final_panel], part, number, texts)
         (marks,) = self._answers([asked])
         scores = grouped(marks, self._final_panel, part)
         if self._benchmark is not None:
             found = self._benchmark.whole(self._model, adapter, self._check_stop)
             scores["benchmark"] = found
         return scores
+
+    def _question(
+        self,
+        adapter: Adapter | None,
+        clients: Sequence[str],
+        part: Part,
+        number: int,
+        texts: bool = False,
+    ) -> Question:
+        settings = self._round_settings
+        cut = {id for id in clients if id in settings.ranks and settings.cut(id, number)}
+        return Question(adapter, tuple(clients), part, texts, frozenset(cut))
 
     def _answers(self, questions: Sequence[Question]) -> list[Marks]:
         self._progress("evaluate", 0, 1)
@@ -73,7 +86,7 @@ class Scorer:
             return None
         texts = bool(settings.generate_every) and number % settings.generate_every == 0
         adapter = self._round_settings.rule.adapter(state)
-        asked = [Question(adapter, tuple(self._panel), "validation", texts)]
+        asked = [self._question(adapter, [*self._panel], "validation", number, texts)]
         by_type = self._by_type(number + 1) if settings.own_rank else {}
         asked += self._own_rank(state, number, [id for ids in by_type.values() for id in ids])
         whole, *own = self._answers(asked)
@@ -105,7 +118,7 @@ class Scorer:
         for ids in alike.values():
             assignment = dealt.assignment(ids[0])
             adapter = assignment.start + assignment.frozen + assignment.merged
-            asked.append(Question(adapter, tuple(ids), "validation"))
+            asked.append(self._question(adapter, ids, "validation", number))
         return asked
 
     def _by_type(self, round: int) -> dict[str, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from polyrank.aggregation import Assignment, Update
@@ -53,8 +53,8 @@ class Remote:
     `homes` says which machine hosts a client, `work` how much data it has. With `deadline` the
     clients of a round have so many seconds; who has not answered then is late, and what comes of it
     in later rounds is passed on as the answer to an earlier one. A split client's tail is trained
-    by the `desk`, whose part is put together with the client's when its answer comes. `cut` are the
-    clients that are cut before any is asked. `tell` is told what happens as it happens.
+    by the `desk`, whose part is put together with the client's when its answer comes. `tell` is
+    told what happens as it happens.
 
     Orders are made one by one as they are sent, and answers are passed on one by one as they come;
     those to clients that share an adapter at the server are kept until all of them have answered.
@@ -73,7 +73,6 @@ class Remote:
         deadline: float | None = None,
         desk: Desk | None = None,
         tell: Callable[[str], None] = lambda _: None,
-        cut: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
         self._post, self._homes, self._desk, self._tell = post, homes, desk, tell
@@ -82,8 +81,6 @@ class Remote:
         self._seconds = deadline or LONGEST
         self.scoring = Scoring(0)
         self._late: dict[str, Asked] = {}
-        self.cut = set(cut)
-        """The clients whose model was cut when they were last asked."""
 
     def cohorts(self, clients: Sequence[str], cut_of: CutOf) -> list[list[str]]:
         """Return each client on its own, but those that share one adapter at the server as one."""
@@ -104,8 +101,6 @@ class Remote:
         if not tasks:
             return
         split = [task for task in tasks if task.cut is not None]
-        self.cut -= {task.client for task in tasks}
-        self.cut |= {task.client for task in split}
         try:
             accesses = self._opened(split)
             yield from self._round(tasks, accesses, on_step)

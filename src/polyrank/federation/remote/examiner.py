@@ -15,28 +15,27 @@ from polyrank.federation.remote.post import Letter, Post
 class RemoteExaminer:
     """Asks every machine once for all that is wanted of its clients.
 
-    `homes` says which machine hosts a client. Clients that are not among `whole` hold only some
-    blocks of the model and cannot score it: they are left out, and so are those whose machine does
-    not answer within `seconds`, which `tell` is told.
+    `homes` says which machine hosts a client. Clients whose model is cut hold only some of its
+    blocks and cannot score it: they are left out, and so are those whose machine does not answer
+    within `seconds`, which `tell` is told.
     """
 
     def __init__(
         self,
         post: Post,
         homes: Mapping[str, int],
-        whole: Callable[[str], bool],
         seconds: float,
         tell: Callable[[str], None],
         on_step: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._post, self._homes, self._whole = post, homes, whole
+        self._post, self._homes = post, homes
         self._seconds, self._tell, self._on_step, self._clock = seconds, tell, on_step, clock
         self._unscored: set[str] = set()
 
     def answer(self, questions: Sequence[Question]) -> list[Marks]:
         """Return each question's scores of the clients that could be asked and answered."""
-        self._tell_unscored({id for one in questions for id in one.clients if not self._whole(id)})
+        self._tell_unscored({id for one in questions for id in one.clients if id in one.cut})
         found: list[dict[str, Mapping[str, float | None]]] = [{} for _ in questions]
         no_room = [0] * len(questions)
         places: dict[int, list[int]] = {}
@@ -45,7 +44,7 @@ class RemoteExaminer:
             asked = []
             for place, one in enumerate(questions):
                 here = tuple(
-                    id for id in one.clients if self._homes[id] == node and self._whole(id)
+                    id for id in one.clients if self._homes[id] == node and id not in one.cut
                 )
                 if here:
                     asked.append(Question(one.adapter, here, one.part, one.texts))
