@@ -13,7 +13,9 @@ from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.federation.evaluate import Marks
 from polyrank.federation.examiner import Question
 from polyrank.federation.remote import Counts, Exam, Hosted, Order, Profile, Terms
-from polyrank.federation.round import Round, RoundSettings, Task
+from polyrank.federation.round import Round
+from polyrank.federation.round_settings import RoundSettings
+from polyrank.federation.task import Task
 from polyrank.planning import DeviceProfile, Split
 from polyrank.planning.scaling import Scaling
 

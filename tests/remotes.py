@@ -11,6 +11,7 @@ from polyrank.aggregation import FlexLoRA, Update
 from polyrank.data import Skipped
 from polyrank.data.types import ClientData
 from polyrank.federation import Conduct, Federation, prepare, setup
+from polyrank.federation.answers import Failure
 from polyrank.federation.remote.client import ClientSide, Models
 from polyrank.federation.remote.desk import Desk
 from polyrank.federation.remote.engine import Remote
@@ -18,7 +19,7 @@ from polyrank.federation.remote.examiner import RemoteExaminer
 from polyrank.federation.remote.packets import Terms, read_profile
 from polyrank.federation.remote.post import Letter
 from polyrank.federation.remote.work import clients_of, work_of
-from polyrank.federation.round import Failure, Round
+from polyrank.federation.round import Round
 from polyrank.federation.settings import Encoding, Evaluation
 from polyrank.federation.work import ClientWork
 from polyrank.model import LoadedModel, Span, load_model

@@ -19,7 +19,7 @@ from polyrank.aggregation import Rule, Update
 from polyrank.algebra import Adapter, Delta, distance
 from polyrank.federation import Conduct, RoundRecord, Sampling
 from polyrank.federation.engine import InProcess
-from polyrank.federation.round import Task
+from polyrank.federation.task import Task
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet, LoRAType, Split
 from polyrank.training import LocalTraining

@@ -18,9 +18,10 @@ from polyrank.algebra import Adapter, LowRank, Sparse
 from polyrank.errors import ModelError, ResourceError
 from polyrank.federation import Conduct, prepare, setup
 from polyrank.federation import engine as engines
+from polyrank.federation.answers import Failure
 from polyrank.federation.engine import InProcess
 from polyrank.federation.judge import METRICS, WIRE
-from polyrank.federation.round import Failure, Round
+from polyrank.federation.round import Round
 from polyrank.federation.settings import Encoding
 from polyrank.federation.work import everywhere
 from polyrank.planning import Fleet, LoRAType, Split

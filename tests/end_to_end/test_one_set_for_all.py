@@ -10,7 +10,7 @@ from polyrank.aggregation import RULES, Rule, SLoRA
 from polyrank.algebra import Adapter
 from polyrank.errors import RankError, RuleError
 from polyrank.federation import Conduct
-from polyrank.federation.round import Task
+from polyrank.federation.task import Task
 from polyrank.planning import LoRAType, Split
 from splits import (
     BLOCKS,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from polyrank.aggregation import FleetSpec, FLoRA, State, Update
 from polyrank.algebra import Adapter, LowRank
-from polyrank.federation.round import Round, RoundSettings
+from polyrank.federation.round import Round
+from polyrank.federation.round_settings import RoundSettings
 from polyrank.planning import Scaling
 
 SHAPES = {"q": (9, 7), "up": (8, 6)}

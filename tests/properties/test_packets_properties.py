@@ -12,6 +12,7 @@ import packet_samples as samples
 from polyrank.aggregation import Update
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import PacketError
+from polyrank.federation.answers import Failure
 from polyrank.federation.examiner import Question
 from polyrank.federation.remote import (
     Bounds,
@@ -27,7 +28,6 @@ from polyrank.federation.remote import (
     write_order,
     write_profile,
 )
-from polyrank.federation.round import Failure
 from polyrank.planning import Split
 
 DEALT = samples.assignment()

@@ -12,6 +12,7 @@ from polyrank.algebra import Adapter
 from polyrank.errors import RoundFailedError, SplitServerError
 from polyrank.federation import Conduct
 from polyrank.federation import engine as engines
+from polyrank.federation.answers import Failure
 from polyrank.federation.remote import (
     Bounds,
     Terms,
@@ -22,7 +23,6 @@ from polyrank.federation.remote import (
     write_answer,
 )
 from polyrank.federation.remote.desk import Collected
-from polyrank.federation.round import Failure
 from polyrank.federation.settings import Faults
 from polyrank.planning import Fleet, LoRAType, Split
 from polyrank.training.split import SplitSettings

@@ -22,7 +22,8 @@ from polyrank.aggregation import (
 from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import RankError, RuleError, UpdateError
 from polyrank.federation import Conduct, setup, storage
-from polyrank.federation.round import Round, RoundSettings
+from polyrank.federation.round import Round
+from polyrank.federation.round_settings import RoundSettings
 from polyrank.planning import Scaling
 
 SHAPE = (14, 11)

@@ -11,6 +11,7 @@ import packet_samples as samples
 from polyrank.aggregation import FFA, FedIT, FlexLoRA, FLoRA, Full, HetLoRA, Segment, SLoRA
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import PacketError
+from polyrank.federation.answers import Failure
 from polyrank.federation.examiner import Question
 from polyrank.federation.remote import (
     Bounds,
@@ -27,7 +28,8 @@ from polyrank.federation.remote import (
     write_profile,
 )
 from polyrank.federation.remote.orders import Order
-from polyrank.federation.round import Failure, Round, Task
+from polyrank.federation.round import Round
+from polyrank.federation.task import Task
 from polyrank.planning import Split
 
 RULES = [

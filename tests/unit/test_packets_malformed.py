@@ -7,6 +7,7 @@ import torch
 
 import packet_samples as samples
 from polyrank.errors import PacketError
+from polyrank.federation.answers import Failure
 from polyrank.federation.remote import (
     Bounds,
     read_answer,
@@ -20,7 +21,6 @@ from polyrank.federation.remote import (
     write_order,
     write_profile,
 )
-from polyrank.federation.round import Failure
 from polyrank.planning import Split
 
 DEALT = samples.assignment()

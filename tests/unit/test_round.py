@@ -8,7 +8,10 @@ import torch
 from polyrank.aggregation import FedIT, FleetSpec, FlexLoRA, FLoRA, Update
 from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import RuleError, UpdateError
-from polyrank.federation.round import Failure, Round, RoundSettings, sample_clients
+from polyrank.federation.answers import Failure
+from polyrank.federation.draw import sample_clients
+from polyrank.federation.round import Round
+from polyrank.federation.round_settings import RoundSettings
 from polyrank.planning import Scaling, Split
 
 SHAPES = {"q": (6, 5), "v": (4, 7)}

@@ -9,8 +9,9 @@ from test_round import RANKS, SHAPES, WIRED, answer, begin, bytes_at, divided, s
 from polyrank.aggregation import FFA, FleetSpec, FlexLoRA, HetLoRA
 from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import UpdateError
+from polyrank.federation.answers import Failure
 from polyrank.federation.clip import clipped, moved
-from polyrank.federation.round import Failure, Round
+from polyrank.federation.round import Round
 
 NAN = spoiled(float("nan"))
 

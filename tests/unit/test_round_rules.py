@@ -8,7 +8,8 @@ import torch
 from polyrank.aggregation import Dealt, FleetSpec, Rule, SiteReport, State, Update
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import UpdateError
-from polyrank.federation.round import Round, RoundSettings
+from polyrank.federation.round import Round
+from polyrank.federation.round_settings import RoundSettings
 from polyrank.planning import Scaling
 
 SHAPE = (6, 5)

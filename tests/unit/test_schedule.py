@@ -12,7 +12,9 @@ from polyrank.config import read
 from polyrank.config.trace import read_trace
 from polyrank.errors import RankError, RecipeError
 from polyrank.federation import Conduct, Encoding, prepare, setup
-from polyrank.federation.round import Receipt, Round, RoundSettings
+from polyrank.federation.answers import Receipt
+from polyrank.federation.round import Round
+from polyrank.federation.round_settings import RoundSettings
 from polyrank.planning import Fleet, LoRAType, Redraw, Scaling, Trace
 
 TYPES = {name: LoRAType(name, {"all": rank}) for name, rank in (("low", 2), ("high", 16))}

@@ -1,5 +1,6 @@
 """Rounds, run folders and engines."""
 
+from polyrank.federation.answers import Failure
 from polyrank.federation.benchmark import Benchmark, BenchmarkSettings
 from polyrank.federation.checkpoint import Checkpoint
 from polyrank.federation.engine import Engine
@@ -9,7 +10,8 @@ from polyrank.federation.folder import RunFolder
 from polyrank.federation.planning import Planning, planner_of
 from polyrank.federation.records import RoundRecord
 from polyrank.federation.result import GlobalAdapter
-from polyrank.federation.round import Failure, Round, RoundSettings, Task
+from polyrank.federation.round import Round
+from polyrank.federation.round_settings import RoundSettings
 from polyrank.federation.settings import (
     Conduct,
     EarlyStopping,
@@ -19,6 +21,7 @@ from polyrank.federation.settings import (
     Sampling,
     Weighting,
 )
+from polyrank.federation.task import Task
 from polyrank.federation.work import ClientWork, prepare
 
 __all__ = [

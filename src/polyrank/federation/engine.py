@@ -11,7 +11,8 @@ import torch
 from polyrank.aggregation import Update
 from polyrank.data import sizes
 from polyrank.errors import ModelError, ResourceError
-from polyrank.federation.round import Failure, Task
+from polyrank.federation.answers import Failure
+from polyrank.federation.task import Task
 from polyrank.federation.work import ClientWork, everywhere
 from polyrank.model import LoadedModel
 from polyrank.planning import Split

@@ -15,8 +15,10 @@ from polyrank.aggregation import rule as rule_called
 from polyrank.data import ClientData, Skipped
 from polyrank.errors import InterruptedRunError, RoundFailedError, UpdateError
 from polyrank.federation import memory, preflight, setup, storage, surroundings
+from polyrank.federation.answers import Failure
 from polyrank.federation.benchmark import Benchmark
 from polyrank.federation.checkpoint import Checkpoint
+from polyrank.federation.draw import sample_clients
 from polyrank.federation.engine import Engine, InProcess
 from polyrank.federation.evaluate import Scores
 from polyrank.federation.examiner import Examiner, OwnExaminer
@@ -25,7 +27,7 @@ from polyrank.federation.planning import Importance, Planned, Planning
 from polyrank.federation.population import population
 from polyrank.federation.records import RoundRecord, summary
 from polyrank.federation.result import GlobalAdapter
-from polyrank.federation.round import Failure, Round, sample_clients
+from polyrank.federation.round import Round
 from polyrank.federation.scorer import Progress, Scorer
 from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork, fingerprint, prepare

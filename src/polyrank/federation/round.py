@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
-from polyrank.aggregation import Assignment, Contribution, Dealt, Rule, SiteReport, State, Update
+from polyrank.aggregation import Assignment, Contribution, Dealt, SiteReport, State, Update
 from polyrank.aggregation import deal as deal_all
 from polyrank.aggregation.weights import capped, normalised
 from polyrank.algebra import Adapter, Delta, Dense
 from polyrank.errors import RuleError, UpdateError
 from polyrank.federation.answers import Failure, Kind, Receipt, TurnedAway
-from polyrank.federation.answers import FailureKind as FailureKind
 from polyrank.federation.clip import clipped, shortened
 from polyrank.federation.judge import WIRE, check_update, counted
+from polyrank.federation.round_settings import RoundSettings
+from polyrank.federation.task import Task
 from polyrank.federation.traffic import Traffic
-from polyrank.planning.scaling import Scaling
-from polyrank.planning.split import Split
 from polyrank.seeds import derive
 
 D = TypeVar("D", bound=Delta)
@@ -31,64 +29,6 @@ _Key = tuple[str | None, tuple[tuple[str, int], ...]]
 
 ReadUpdate = Callable[[str, str], Delta]
 """(client, site) -> what that client returned at that site, accepted."""
-
-Ranks = Mapping[str, int]
-"""Rank per site."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one client is asked to do in a round.
-
-    `seed` is the root of its random choices; `cut` says where its model is cut, if it is.
-    """
-
-    client: str
-    round: int
-    attempt: int
-    seed: int
-    assignment: Assignment
-    cut: Split | None = None
-
-
-@dataclass(frozen=True)
-class RoundSettings:
-    """What stays the same from round to round.
-
-    `ranks` per client and site in the first round, and `ranks_in` those of any round, where they
-    change; `weights` per client, not yet normalised, of which none counts more than the share
-    `max_share`; `scaling` of LoRA; `max_increment`: an update whose ‖ΔW − what was dealt‖_F over
-    all sites is larger is refused, `clip_increment`: shortened to it. `cut_of` gives a client's cut
-    in a round, and `held_by` the sites that the client holds at each cut that may come, of those
-    that anyone trains; without them all clients run the whole model. `sites` are all of the
-    model's, where a client may measure importance; None: those that it trains.
-    """
-
-    rule: Rule
-    ranks: Mapping[str, Ranks]
-    weights: Mapping[str, float]
-    scaling: Scaling
-    seed: int
-    max_increment: float | None = None
-    clip_increment: float | None = None
-    max_share: float | None = None
-    ranks_in: Callable[[int], Mapping[str, Ranks]] | None = None
-    cut_of: Callable[[str, int], Split | None] | None = None
-    held_by: Mapping[Split, frozenset[str]] = field(default_factory=dict)
-    sites: frozenset[str] | None = None
-
-    def cut(self, client: str, round: int) -> Split | None:
-        """Return where this client's model is cut in this round; None if it runs all of it."""
-        return None if self.cut_of is None else self.cut_of(client, round)
-
-    def held(self, client: str, round: int) -> frozenset[str] | None:
-        """Return the sites that a split client holds itself in this round; None: all of them."""
-        cut = self.cut(client, round)
-        return None if cut is None else self.held_by[cut]
-
-    def affordable(self, client: str, round: int) -> Ranks:
-        """Return the ranks that this client can afford in this round."""
-        return (self.ranks if self.ranks_in is None else self.ranks_in(round))[client]
 
 
 @dataclass
@@ -378,17 +318,3 @@ class Round:
 def within(adapter: Adapter[D], sites: Collection[str]) -> Adapter[D]:
     """Return what an adapter has at some sites; it need not have all of them."""
     return adapter.restrict(site for site in adapter if site in sites)
-
-
-def sample_clients(
-    clients: Sequence[str], count: int, *seed: int | str, last: Collection[str] = ()
-) -> list[str]:
-    """Return `count` of the clients without replacement, sorted, from a seed of these parts.
-
-    Clients named in `last` are taken only where the others do not suffice.
-    """
-    draw = random.Random(derive(*seed))
-    first = sorted(set(clients) - set(last))
-    chosen = draw.sample(first, min(count, len(first)))
-    rest = sorted(set(clients) & set(last))
-    return sorted(chosen + draw.sample(rest, min(count - len(chosen), len(rest))))

@@ -11,7 +11,8 @@ from polyrank.federation.benchmark import Benchmark, Measured
 from polyrank.federation.evaluate import Marks, Scores, grouped, loss_only
 from polyrank.federation.examiner import Examiner, Question
 from polyrank.federation.panel import panel
-from polyrank.federation.round import Round, RoundSettings
+from polyrank.federation.round import Round
+from polyrank.federation.round_settings import RoundSettings
 from polyrank.federation.settings import Evaluation
 from polyrank.federation.work import ClientWork, Part
 from polyrank.model import LoadedModel

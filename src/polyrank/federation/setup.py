@@ -15,7 +15,8 @@ import torch
 from polyrank.aggregation import Assignment, FleetSpec, Rule, State
 from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import RankError
-from polyrank.federation.round import Round, RoundSettings
+from polyrank.federation.round import Round
+from polyrank.federation.round_settings import RoundSettings
 from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork
 from polyrank.planning import Fleet, ModelSpec, Split

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyrank.aggregation import Assignment, Update
+from polyrank.federation.answers import Failure, FailureKind
 from polyrank.federation.remote import fields as reading
 from polyrank.federation.remote.adapters import (
     read_adapter,
@@ -17,7 +18,6 @@ from polyrank.federation.remote.adapters import (
 from polyrank.federation.remote.bounds import Bounds
 from polyrank.federation.remote.fields import Fields
 from polyrank.federation.remote.packet import Packet, pack
-from polyrank.federation.round import Failure, FailureKind
 
 REASON_BYTES = 4096
 """The longest reason of a failure, in UTF-8; a longer one is cut."""

@@ -11,6 +11,7 @@ from typing import Protocol
 from polyrank.aggregation import Update
 from polyrank.data import Encoded, sizes
 from polyrank.errors import DataError, FrameError, PolyrankError
+from polyrank.federation.answers import Failure, FailureKind
 from polyrank.federation.engine import InProcess
 from polyrank.federation.evaluate import Marks
 from polyrank.federation.examiner import OwnExaminer, Question
@@ -28,7 +29,6 @@ from polyrank.federation.remote.packets import (
 )
 from polyrank.federation.remote.post import Kind
 from polyrank.federation.remote.work import PARTS
-from polyrank.federation.round import Failure, FailureKind
 from polyrank.federation.settings import Evaluation
 from polyrank.federation.surroundings import PACKAGES, config_fingerprint
 from polyrank.federation.work import ClientWork, Part, everywhere, fingerprint

@@ -10,12 +10,13 @@ from polyrank.aggregation import Assignment, Update
 from polyrank.algebra import Adapter
 from polyrank.data import sizes
 from polyrank.errors import PacketError, SplitServerError
+from polyrank.federation.answers import Failure, FailureKind
 from polyrank.federation.engine import CutOf, OnStep
 from polyrank.federation.remote.desk import ClientStatus, Desk
 from polyrank.federation.remote.packets import Bounds, Order, read_answer, write_order
 from polyrank.federation.remote.post import Delivery, Letter, Post
 from polyrank.federation.remote.watch import Watch
-from polyrank.federation.round import Failure, FailureKind, Task
+from polyrank.federation.task import Task
 from polyrank.federation.work import ClientWork, everywhere
 from polyrank.model import LoadedModel
 from polyrank.training import Job, LocalTraining, Scoring

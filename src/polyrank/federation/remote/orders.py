@@ -14,7 +14,7 @@ from polyrank.federation.remote.adapters import negatives, read_adapter, write_a
 from polyrank.federation.remote.bounds import ORDERS, Bounds
 from polyrank.federation.remote.fields import Fields, refusal
 from polyrank.federation.remote.packet import Packet, pack
-from polyrank.federation.round import Task
+from polyrank.federation.task import Task
 from polyrank.model.importance import METRICS
 from polyrank.planning import Split
 from polyrank.transport.layout import LONGEST_WAIT

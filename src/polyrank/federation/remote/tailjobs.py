@@ -20,7 +20,7 @@ from polyrank.federation.remote.desk import Collected
 from polyrank.federation.remote.fields import refusal
 from polyrank.federation.remote.orders import Order, read_order, write_order
 from polyrank.federation.remote.packet import Packet, pack
-from polyrank.federation.round import Task
+from polyrank.federation.task import Task
 from polyrank.training import LocalTraining, Scoring
 from polyrank.training.split import TailJob, Traffic
 
