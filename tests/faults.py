@@ -40,7 +40,7 @@ WATCHED = Path(__file__).parent / "watched"
 CLIENTS = {"a": "T4", "b": "T2", "c": "T1"}
 SPLIT, CUT = "c", 2
 ROWS = {"a": 30, "b": 20, "c": 40}
-"""Rows of each client; four fifths of them train, whole batches of 4."""
+"""Rows of each client; four fifths of them train, of the split one whole batches."""
 BATCH, STEPS, ROUNDS = 4, 40, 3
 LONG = 240.0
 """Seconds that a step of a test may take on a machine that is busy."""
@@ -63,10 +63,16 @@ CONTENT = {
 }
 
 
-def write_data(folder: Path) -> None:
+def write_base(folder: Path, counts: Mapping[str, int] = ROWS) -> None:
+    """Write a tiny model of three blocks, and the clients' data."""
+    write_tiny(folder / "base", num_hidden_layers=3)
+    write_data(folder, counts)
+
+
+def write_data(folder: Path, counts: Mapping[str, int]) -> None:
     """Write each client's examples, all of one length, and those of all in `union.jsonl`."""
     union = []
-    for number, (client, count) in enumerate(ROWS.items()):
+    for number, (client, count) in enumerate(counts.items()):
         rows = []
         for row in range(count):
             word = f"w{10 + (7 * row + number) % 80}"
@@ -77,12 +83,24 @@ def write_data(folder: Path) -> None:
     (folder / "union.jsonl").write_text("".join(union), encoding="utf-8")
 
 
-def recipe_of(folder: Path, *, apart: bool) -> Recipe:
-    """Return the recipe with each client's data at the client, or with that of all in one file."""
+def client_toml(folder: Path, name: str, data: str | None = None) -> Path:
+    """Write the client.toml of a name, with its own data or another one's."""
+    file, source = folder / f"{name}.toml", folder / f"{data or name}.jsonl"
+    file.write_text(f'name = "{name}"\n[data]\nsource = "{source}"\n', encoding="utf-8")
+    return file
+
+
+def recipe_of(folder: Path, *, apart: bool, **sections: Mapping[str, object] | int) -> Recipe:
+    """Return the recipe with each client's data at the client, or with that of all in one file.
+
+    `sections` change some keys of these sections, or a key of its own.
+    """
     union = {"source": str(folder / "union.jsonl"), "by": "client"}
     data = {"source": "client"} if apart else union
     model = {"source": str(folder / "base"), "device": "cpu"}
     content = {**CONTENT, "model": model, "data": {**CONTENT["data"], **data}}
+    for name, given in sections.items():
+        content[name] = {**content[name], **given} if isinstance(given, Mapping) else given
     return checked(content, "recipe")
 
 
@@ -101,8 +119,7 @@ class Watched:
 
     def __init__(self, folder: Path, heartbeat: int | None = None):
         self.folder = folder
-        write_tiny(folder / "base", num_hidden_layers=3)
-        write_data(folder)
+        write_base(folder)
         self._events = folder / "events"
         self._secrets = folder / "secrets"
         self._seen = 0
@@ -140,16 +157,9 @@ class Watched:
         self.site.__exit__(kind, error, None)
         assert self.site.daemons.all() == []
 
-    def client_toml(self, name: str, data: str | None = None) -> Path:
-        """Write the client.toml of a name."""
-        file = self.folder / f"{name}.toml"
-        source = self.folder / f"{data or name}.jsonl"
-        file.write_text(f'name = "{name}"\n[data]\nsource = "{source}"\n', encoding="utf-8")
-        return file
-
     def start_node(self, client: str) -> None:
         """Start a client's SuperNode, also again."""
-        self.site.start_node(client, self.client_toml(client))
+        self.site.start_node(client, client_toml(self.folder, client))
 
     def split_server(self) -> int:
         """Return the process of the split server, which must be there."""

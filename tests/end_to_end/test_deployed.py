@@ -23,6 +23,7 @@ from faults import (
     STEPS,
     Watched,
     adapter,
+    client_toml,
     files_below,
     found_in,
     parts_of,
@@ -56,12 +57,12 @@ def start_intruders(watched: Watched) -> None:
     """Start SuperNodes that must not get in: with a key that nobody registered, with another CA."""
     site = watched.site
     stranger = make_key(watched.folder / "stranger")
-    toml = watched.client_toml("stranger", "a")
+    toml = client_toml(watched.folder, "stranger", "a")
     site.start_node("stranger", toml, key=stranger, register=False)
     others = watched.folder / "others"
     others.mkdir()
     make_authority(others)
-    toml = watched.client_toml("misled", "a")
+    toml = client_toml(watched.folder, "misled", "a")
     site.start_node("misled", toml, authority=others / "ca.crt")
 
 

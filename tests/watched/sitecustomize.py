@@ -1,6 +1,6 @@
-"""What every Python process of a test's deployment does beside its work; the product has none of it.
+"""What every Python process of a test deployment does beside its work; the product has none of it.
 
-Python imports this file at its start where the folder is in PYTHONPATH, which only `faults.site`
+Python imports this file at its start where the folder is in PYTHONPATH, which only `faults.Watched`
 does. Flower's heartbeats are made to come faster (WATCHED_HEARTBEAT seconds), so that a death is
 noticed in seconds instead of a minute. What happens goes into the file WATCHED_EVENTS, a line each:
 what, process, client, round. Secrets go into the file WATCHED_SECRETS, in hexadecimal, so that a

@@ -1,0 +1,59 @@
+"""A split client's machine as a process: carries an order out, and kills at a phase of a step.
+
+    python split_client.py CONFIG CLIENT_TOML ORDER ANSWER [PHASE VICTIM]
+
+The files hold a Flower run config as JSON, the client.toml, the packet of an order, and take the
+packet of its answer. VICTIM is a process, 0: this one. The product has no such hooks; what is
+changed here is the link that the client's machine opens.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+PHASES = ("before the request", "after the request", "after the reply", "before the update")
+AT = 7
+"""The request at which it happens: the fourth step's activations."""
+
+
+def main(config: str, client: str, order: str, answer: str, phase: str = "", victim: str = "0"):
+    from polyrank.apps.hosting import side_of
+    from polyrank.transport.remote import link
+
+    def kill() -> None:
+        os.kill(int(victim) or os.getpid(), signal.SIGKILL)
+
+    submit, result = link.GrpcLink.submit, link.GrpcTicket.result
+    count = {"sent": 0, "came": 0}
+
+    def submitting(self, request):
+        count["sent"] += 1
+        now = count["sent"] == AT
+        if now and phase == PHASES[0]:
+            kill()
+        ticket = submit(self, request)
+        if now and phase == PHASES[1]:
+            time.sleep(0.5)  # until it is on its way
+            kill()
+        return ticket
+
+    def receiving(self):
+        found = result(self)
+        count["came"] += 1
+        if count["came"] == AT and phase == PHASES[2]:
+            kill()
+        return found
+
+    link.GrpcLink.submit, link.GrpcTicket.result = submitting, receiving
+    side = side_of(json.loads(Path(config).read_text(encoding="utf-8")), {"client": client})
+    made = side.answer("train", Path(order).read_bytes())
+    if phase == PHASES[3]:
+        kill()
+    Path(answer).write_bytes(made)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
