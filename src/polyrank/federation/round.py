@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from polyrank.aggregation import Assignment, Contribution, Dealt, SiteReport, State, Update
-from polyrank.aggregation import deal as deal_all
 from polyrank.aggregation.weights import capped, normalised
-from polyrank.algebra import Adapter, Delta, Dense
+from polyrank.algebra import Delta
 from polyrank.errors import RuleError, UpdateError
 from polyrank.federation.answers import Failure, Kind, Receipt, TurnedAway
 from polyrank.federation.clip import clipped, shortened
+from polyrank.federation.dealing import Dealing, within
 from polyrank.federation.judge import WIRE, check_update, counted
 from polyrank.federation.round_settings import RoundSettings
 from polyrank.federation.task import Task
 from polyrank.federation.traffic import Traffic
 from polyrank.seeds import derive
-
-D = TypeVar("D", bound=Delta)
-
-_Key = tuple[str | None, tuple[tuple[str, int], ...]]
-"""Whose assignment: one client's own, or that of all clients with these ranks."""
 
 ReadUpdate = Callable[[str, str], Delta]
 """(client, site) -> what that client returned at that site, accepted."""
@@ -60,9 +53,10 @@ class Round:
     rejected: dict[str, str] = field(default_factory=dict)
     turned_away: list[TurnedAway] = field(default_factory=list)
     _traffic: Traffic = field(default_factory=Traffic)
-    _dealt_bytes: dict[str, int] = field(default_factory=dict)
-    _dealt: dict[_Key, tuple[Assignment, str]] = field(default_factory=dict)
-    _by_client: dict[str, tuple[Assignment, str]] = field(default_factory=dict)
+    _dealing: Dealing = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._dealing = Dealing(self.settings, self.state, self.number)
 
     def task(self, client: str) -> Task:
         """Return the client's task. Clients of equal ranks share one assignment object."""
@@ -72,17 +66,20 @@ class Round:
 
     def assignment(self, client: str) -> Assignment:
         """Return what the rule deals this client; deterministic, so it can be asked again."""
-        return self._deal(client)[0]
+        return self._dealing.of(client)[0]
 
     def assignment_hash(self, client: str) -> str:
         """Return the hash that an update of this client must carry."""
-        return self._deal(client)[1]
+        return self._dealing.of(client)[1]
 
     @property
     def traffic(self) -> dict[str, dict[str, int]]:
         """Bytes per client, ``up`` and ``down``: of those asked, and of others that answered."""
         asked = dict.fromkeys([*self.clients, *self._traffic.up])
-        down = {client: self._down(client) if client in self.clients else 0 for client in asked}
+        down = {
+            client: self._dealing.nbytes(client) if client in self.clients else 0
+            for client in asked
+        }
         return {
             client: {
                 "up": self._traffic.up[client],
@@ -99,7 +96,7 @@ class Round:
     @property
     def bytes_down(self) -> int:
         """Bytes that travel to all clients of the round, merged sums and gradients included."""
-        return sum(map(self._down, self.clients)) + self.wire_down
+        return sum(map(self._dealing.nbytes, self.clients)) + self.wire_down
 
     @property
     def wire_up(self) -> int:
@@ -111,52 +108,11 @@ class Round:
         """Bytes of gradients that split clients got."""
         return self._traffic.wire_down.total()
 
-    def _down(self, client: str) -> int:
-        """Bytes of the tensors dealt to a client, at the sites that it holds; counted once."""
-        if client not in self._dealt_bytes:
-            self._dealt_bytes[client] = self._count_down(client)
-        return self._dealt_bytes[client]
-
-    def _count_down(self, client: str) -> int:
-        assignment, held = self.assignment(client), self.settings.held(client, self.number)
-        missed = self.settings.rule.catch_up(self.state, client, held)
-        if held is None:
-            return assignment.nbytes + missed
-        own = replace(
-            assignment, start=within(assignment.start, held), frozen=within(assignment.frozen, held)
-        )
-        return own.nbytes + missed
-
     @property
     def cuts(self) -> dict[str, int]:
         """How many of the clients are cut where; ``whole`` are those that are not."""
         cuts = (self.settings.cut(client, self.number) for client in self.clients)
         return dict(sorted(Counter("whole" if cut is None else str(cut) for cut in cuts).items()))
-
-    def _deal(self, client: str) -> tuple[Assignment, str]:
-        """Return the client's assignment and its hash, made once for all of equal ranks.
-
-        A client that the rule keeps factors for has an assignment of its own.
-        """
-        if client not in self._by_client:
-            rule, afforded = self.settings.rule, self.settings.affordable(client, self.number)
-            ranks = rule.ranks(self.state, client, afforded)
-            own = client if rule.personal(self.state, client) else None
-            key = own, tuple(sorted(ranks.items()))
-            if key not in self._dealt:
-                scale = {site: self.settings.scaling.scale(rank) for site, rank in ranks.items()}
-                seed = derive(self.settings.seed, self.number, "deal")
-                assignment = deal_all(
-                    rule, self.state, ranks, scale, seed, client=own, merged=self._merged
-                )
-                self._dealt[key] = assignment, assignment.hash()
-            self._by_client[client] = self._dealt[key]
-        return self._by_client[client]
-
-    @cached_property
-    def _merged(self) -> Adapter[Dense]:
-        """What is merged into the base of all clients; one object, so that it is hashed once."""
-        return self.settings.rule.merged(self.state)
 
     def accept(self, update: Update) -> Update:
         """Take an update in and return what to keep of it, or raise UpdateError; never both.
@@ -248,7 +204,7 @@ class Round:
     def _judge(self, update: Update) -> float:
         """Return the share of its way that counts; UpdateError unless it answers what was dealt."""
         chosen, place = self.settings, self._place(update.client)
-        assignment, expected = self._deal(update.client)
+        assignment, expected = self._dealing.of(update.client)
         split = chosen.cut(update.client, self.number) is not None
         check_update(update, assignment, expected, place, split, chosen.max_increment, chosen.sites)
         if chosen.clip_increment is None:
@@ -313,8 +269,3 @@ class Round:
                 None if penalty is None else (penalty.strength, penalty.keep[site]),
             )
             yield Contribution(weight, dealt, read(client, site), client)
-
-
-def within(adapter: Adapter[D], sites: Collection[str]) -> Adapter[D]:
-    """Return what an adapter has at some sites; it need not have all of them."""
-    return adapter.restrict(site for site in adapter if site in sites)
