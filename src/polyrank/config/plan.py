@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from polyrank.config.inputs import FleetSection
+from polyrank.config.fleet import FleetSection
 from polyrank.config.section import Expected, Section
 from polyrank.errors import RecipeError
 from polyrank.planning import DeviceProfile, PlanSettings

@@ -24,7 +24,8 @@ from polyrank.config.conduct import (
     SplitSection,
     StoppingSection,
 )
-from polyrank.config.inputs import DataSection, FleetSection, ModelSection
+from polyrank.config.fleet import FleetSection
+from polyrank.config.inputs import DataSection, ModelSection
 from polyrank.config.own_data import check_own
 from polyrank.config.plan import Devices, PlanSection, check_unchanged, own_devices
 from polyrank.config.section import Section
