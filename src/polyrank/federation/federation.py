@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from polyrank.aggregation import DEFAULT, Assignment, FleetSpec, Rule, State, Update
+from polyrank.aggregation import DEFAULT, Assignment, FleetSpec, Rule, State
 from polyrank.aggregation import rule as rule_called
 from polyrank.data import ClientData, Skipped
-from polyrank.errors import InterruptedRunError, RoundFailedError, UpdateError
+from polyrank.errors import InterruptedRunError
 from polyrank.federation import memory, preflight, setup, storage, surroundings
-from polyrank.federation.answers import Failure
+from polyrank.federation.attempts import Attempts
 from polyrank.federation.benchmark import Benchmark
 from polyrank.federation.checkpoint import Checkpoint
-from polyrank.federation.draw import sample_clients
 from polyrank.federation.engine import Engine, InProcess
 from polyrank.federation.evaluate import Scores
 from polyrank.federation.examiner import Examiner, OwnExaminer
@@ -119,12 +118,16 @@ class Federation:
                 self.folder = held.enter_context(RunFolder.open(path))
                 self._at = self._go_on(allow_inexact)
             else:
-                size, growth = self._round_size(), self.rule.growth(spec)
+                size = self.conduct.sampling.count(len(self.seen))
+                growth = self.rule.growth(spec)
                 preflight.check_disk(path, first.state, dealt, size, growth)
                 begun = RunFolder.create(path, self._begun(attachments or {}), first)
                 self.folder = held.enter_context(begun)
                 self._at = first
             self._held = held.pop_all()
+        self._attempts = Attempts(
+            self.engine, self.folder, self.conduct, self.seen, self._progress, self._check_stop
+        )
 
     def _own_engine(self, spec: FleetSpec, dealt: Sequence[Assignment]) -> InProcess:
         """Return the engine of this process, its cohort as large as memory allows."""
@@ -216,9 +219,6 @@ class Federation:
             self._use(self._planned.fleet, self._planned.fleet)
         return saved
 
-    def _round_size(self) -> int:
-        return self.conduct.sampling.count(len(self.seen))
-
     # --- rounds ---
 
     @property
@@ -249,7 +249,7 @@ class Federation:
     def _one_round(self) -> RoundRecord:
         started = time.perf_counter()
         storage.remove(self.folder.path / SUMMARY)  # That of a shorter run, if it was finished.
-        attempts = self._attempts()
+        attempts = self._attempts.at(self._settings, self._at.state, self._at.round + 1)
         round = attempts[-1]
         trained = time.perf_counter()
         self._progress("merge", 0, 1)
@@ -304,73 +304,6 @@ class Federation:
             return known
         scores = {client: receipt.importance for client, receipt in round.accepted.items()}
         return self.planning.after(known, scores, self._settings.weights, round.number)
-
-    def _attempts(self) -> list[Round]:
-        """Return the attempts at the next round, the last of which has enough updates.
-
-        Each asks clients drawn anew, and those that failed before only if there are no others.
-        """
-        number, faults = self._at.round + 1, self.conduct.faults
-        attempts: list[Round] = []
-        failed: dict[str, str] = {}
-        for attempt in range(faults.attempts):
-            seed = (self.conduct.seed, number, attempt, "sample")
-            clients = sample_clients(self.seen, self._round_size(), *seed, last=failed)
-            attempts.append(Round(self._settings, self._at.state, number, attempt, clients))
-            self._train(attempts[-1])
-            if attempts[-1].enough(faults.quorum):
-                return attempts
-            failed |= attempts[-1].rejected
-        listed = "\n  ".join(f"{client}: {why}" for client, why in sorted(failed.items()))
-        raise RoundFailedError(
-            f"round {number}: fewer than {faults.quorum:.0%} of the updates were usable in each of "
-            f"{faults.attempts} attempts; the state is that of round {number - 1}\n  {listed}"
-        )
-
-    def _train(self, round: Round) -> None:
-        """Train the round's clients, cohort by cohort; those persisted before a kill are read."""
-        done, total = 0, len(round.clients)
-        self._progress("train", 0, total)
-        cuts = {client: self._settings.cut(client, round.number) for client in round.clients}
-        left = []
-        for cohort in self.engine.cohorts(round.clients, cuts.get):
-            saved = self._saved(round, cohort)
-            for update in saved:
-                self._take(round, update)
-                done += 1
-            if not saved:
-                left.append([round.task(client) for client in cohort])
-        self._progress("train", done, total)
-        for answer in self.engine.run(left, self._check_stop):
-            if self._take(round, answer):
-                done += 1
-            self._progress("train", done, total)
-
-    def _take(self, round: Round, answer: Update | Failure) -> bool:
-        """Accept and persist an update, or leave the reason why not in the round.
-
-        Returns whether this was the answer of one of the round's clients.
-        """
-        if (answer.round, answer.attempt) != (round.number, round.attempt):
-            round.turn_away(answer)
-            return False
-        with suppress(UpdateError):  # It is counted, with its reason, in the round.
-            if isinstance(answer, Failure):
-                round.fail(answer)
-            else:
-                self.folder.save_update(round.accept(answer))
-        return True
-
-    def _saved(self, round: Round, cohort: list[str]) -> list[Update]:
-        """Return the persisted updates of a cohort; none unless there is one of every client."""
-        found = []
-        for client in cohort:
-            expected = round.assignment_hash(client)
-            update = self.folder.load_update(round.number, round.attempt, client, expected)
-            if update is None:
-                return []
-            found.append(update)
-        return found
 
     def _check_stop(self) -> None:
         if self._stop():
