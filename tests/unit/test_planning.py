@@ -310,7 +310,7 @@ def test_how_often_is_measured_on_the_largest_batch_with_the_fewest_adapted_bloc
         asked.append({"metric": metric, **how})
         return 3
 
-    monkeypatch.setattr("polyrank.federation.federation.scoring_interval", measured)
+    monkeypatch.setattr("polyrank.federation.replanning.scoring_interval", measured)
     with federation(every="auto", metric="paper") as run:
         assert run.engine.scoring.every == 3
         assert run.engine.scoring.metric == "paper"
@@ -326,7 +326,7 @@ def test_how_often_is_measured_on_the_largest_batch_with_the_fewest_adapted_bloc
 def test_a_run_that_goes_on_scores_as_often_as_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    how_often = "polyrank.federation.federation.scoring_interval"
+    how_often = "polyrank.federation.replanning.scoring_interval"
     monkeypatch.setattr(how_often, lambda *_, **__: 5)
     with federation(tmp_path / "run", every="auto") as run:
         list(run.rounds(1))

@@ -22,18 +22,17 @@ from polyrank.federation.engine import Engine, InProcess
 from polyrank.federation.evaluate import Scores
 from polyrank.federation.examiner import Examiner, OwnExaminer
 from polyrank.federation.folder import RUN, SUMMARY, RunFolder
-from polyrank.federation.planning import Importance, Planned, Planning
+from polyrank.federation.planning import Planned, Planning
 from polyrank.federation.population import population
 from polyrank.federation.records import RoundRecord, summary
+from polyrank.federation.replanning import Replanning
 from polyrank.federation.result import GlobalAdapter
-from polyrank.federation.round import Round
 from polyrank.federation.scorer import Progress, Scorer
 from polyrank.federation.settings import Conduct
 from polyrank.federation.work import ClientWork, fingerprint, prepare
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
 from polyrank.training import LocalTraining, Scoring
-from polyrank.training.interval import scoring_interval
 
 
 class Federation:
@@ -86,9 +85,8 @@ class Federation:
         self._stop: Callable[[], bool] = stop or (lambda: False)
 
         self.planning = planning
-        self._planned = None if planning is None else planning.planned(Importance())
-        if self._planned is not None:
-            fleet = self._planned.fleet
+        self._plans = Replanning(planning, pooled=self.conduct.pooled)
+        fleet = fleet if self._planned is None else self._planned.fleet
         self._benchmark = benchmark
         setup.check_names(fleet, clients)
         self.work, self.skipped = prepared or prepare(clients, model, self.conduct.encoding)
@@ -107,7 +105,9 @@ class Federation:
         first = Checkpoint(0, self.rule.init(spec))
         dealt = setup.heaviest_assignments(self._settings, spec, first.state)
         # A resumed run goes on as often as it began: see `_go_on`.
-        scoring = Scoring(0 if resume else self._score_every(), self._metric or "channel")
+        scoring = Scoring(
+            0 if resume else self._plans.score_every(model), self._plans.metric or "channel"
+        )
         self.engine: Engine = engine or self._own_engine(spec, dealt)
         self.engine.scoring = scoring
 
@@ -131,7 +131,7 @@ class Federation:
 
     def _own_engine(self, spec: FleetSpec, dealt: Sequence[Assignment]) -> InProcess:
         """Return the engine of this process, its cohort as large as memory allows."""
-        scored, work = self._metric is not None, self._who.work
+        scored, work = self._plans.metric is not None, self._who.work
         cohort = preflight.resolve_cohort(
             self.conduct.cohort, self.model, spec, self.local, work, dealt, scored=scored
         )
@@ -158,22 +158,9 @@ class Federation:
         )
 
     @property
-    def _metric(self) -> str | None:
-        """The metric by which importance is scored; None where it is not."""
-        return None if self.planning is None or self.conduct.pooled else self.planning.metric
-
-    def _score_every(self) -> int:
-        """Return how often importance is scored, as asked or as measured now; 0: never."""
-        planning, planned, metric = self.planning, self._planned, self._metric
-        if planning is None or planned is None or metric is None:
-            return 0
-        if planning.every != "auto":
-            return planning.every
-        load = planning.planner.cost.workload
-        ranks = planned.narrowest(self.model.spec)
-        return scoring_interval(
-            self.model, metric, ranks=ranks, rows=load.batch, length=load.length
-        )
+    def _planned(self) -> Planned | None:
+        """The plans in force, if the run has some."""
+        return self._plans.now
 
     # --- before the first round ---
 
@@ -204,7 +191,8 @@ class Federation:
             self.engine.cohort = before["settings"]["cohort"]
         stored = before["settings"].get("plan", {}).get("score_every", 0)
         given = self.planning is not None and self.planning.every != "auto"
-        every = stored if stored and self._metric and not given else self._score_every()
+        kept = stored if self._plans.metric and not given else 0
+        every = kept or self._plans.score_every(self.model)
         self.engine.scoring = replace(self.engine.scoring, every=every)
         saved = self.folder.load_checkpoint()
         now = surroundings.carried_over(
@@ -214,8 +202,8 @@ class Federation:
             storage.write_json(self.folder.path / RUN, now)
         self.folder.keep_records(saved.round)
         self.folder.clear_updates(last=saved.round)
-        if saved.importance.planned and self.planning is not None:
-            self._planned = self.planning.planned(saved.importance)
+        self._plans.go_on(saved.importance)
+        if saved.importance.planned and self._planned is not None:
             self._use(self._planned.fleet, self._planned.fleet)
         return saved
 
@@ -267,11 +255,8 @@ class Federation:
             "evaluate": ended - merged,
             "total": ended - started,
         }
-        known = self._learnt(round)
-        before = self._planned
-        if known.planned != self._at.importance.planned and self.planning is not None:
-            known = self.planning.with_spectra(known, self.rule.adapter(state))
-            self._planned = self.planning.planned(known)
+        before, modelled = self._planned, self._plans.seconds(round)
+        known = self._plans.after(round, state, self._at.importance)
         types = self.fleet.at(round.number)
         record = RoundRecord.of(
             attempts,
@@ -280,7 +265,7 @@ class Federation:
             scores,
             seconds,
             benchmark=held_out,
-            modelled_seconds=None if before is None else self._modelled(before, round),
+            modelled_seconds=modelled,
             planned_anew=self._planned != before,
         )
         self.folder.append_record(record.to_json())
@@ -292,18 +277,6 @@ class Federation:
             self._use(self._planned.fleet, self._planned.fleet)
         memory.give_back()
         return record
-
-    def _modelled(self, planned: Planned, round: Round) -> float | None:
-        """Return how long a round took by the cost model."""
-        return None if self.conduct.pooled else planned.seconds(round.clients, round.number)
-
-    def _learnt(self, round: Round) -> Importance:
-        """Return what is known of importance after a round."""
-        known = self._at.importance
-        if self.planning is None or self.conduct.pooled:
-            return known
-        scores = {client: receipt.importance for client, receipt in round.accepted.items()}
-        return self.planning.after(known, scores, self._settings.weights, round.number)
 
     def _check_stop(self) -> None:
         if self._stop():
