@@ -14,7 +14,7 @@ from rich.console import Console
 
 from polyrank.attending import attending, comparing
 from polyrank.errors import FolderExistsError, InterruptedRunError, PolyrankError
-from polyrank.showing import show, show_compared, show_prospect
+from polyrank.showing import show, show_compared, show_inside, show_prospect
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop (128 + SIGINT)."""
@@ -239,36 +239,9 @@ def flower_app(
 @app.command()
 def inspect(folder: RunFolderArgument) -> None:
     """Show a run's ranks, rounds, spectra and discarded energy; also while it goes on."""
-    from polyrank import report
-    from polyrank.federation.attendance import attendance
-    from polyrank.inside import cuts_of, look
+    from polyrank.inside import look
 
-    inside = look(folder)
-    console = Console(highlight=False)
-    for note in inside.notes:
-        console.print(note, style="yellow", markup=False)
-    if inside.fleet is not None:
-        types = list(inside.fleet["clients"].values())
-        counts = {name: types.count(name) for name in inside.fleet["ranks"]}
-        cuts, blocks = cuts_of(inside.fleet)
-        console.print(report.ranks(counts, inside.fleet["ranks"], cuts, blocks))
-    wire = any(record.wire_up + record.wire_down for record in inside.records)
-    console.print(report.round_header(wire), style="bold")
-    for record in inside.records:
-        console.print(report.round_line(record, wire))
-    troubled = report.attendance(attendance(map(vars, inside.records)))
-    if troubled is not None:
-        console.print(troubled)
-    if inside.factors is None:
-        console.print("no round is finished yet")
-        return
-    measured = [text for record in inside.records if (text := report.own_rank(record))]
-    if measured:
-        console.print(measured[-1])
-    if inside.result_round < inside.records[-1].round:
-        console.print(f"early stopping keeps the adapter of round {inside.result_round}")
-    at_result = next(r for r in inside.records if r.round == inside.result_round)
-    console.print(report.spectra(inside.factors, at_result))
+    show_inside(look(folder))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from polyrank.errors import PolyrankError
 
 if TYPE_CHECKING:
     from polyrank.compare import Compared
+    from polyrank.inside import Inside
     from polyrank.plans import Prospect
     from polyrank.runner import Outcome
 
@@ -89,3 +90,36 @@ def show(outcome: Outcome, as_json: bool) -> None:
         console.print(troubled)
     console.print(report.spent(summary))
     console.print(report.loading(outcome.folder / "adapter"), soft_wrap=True, markup=False)
+
+
+def show_inside(inside: Inside) -> None:
+    """Print what a run folder holds on stdout: ranks, rounds and the adapter's spectra."""
+    from polyrank import report
+    from polyrank.federation.attendance import attendance
+    from polyrank.inside import cuts_of
+
+    console = Console(highlight=False)
+    for note in inside.notes:
+        console.print(note, style="yellow", markup=False)
+    if inside.fleet is not None:
+        types = list(inside.fleet["clients"].values())
+        counts = {name: types.count(name) for name in inside.fleet["ranks"]}
+        cuts, blocks = cuts_of(inside.fleet)
+        console.print(report.ranks(counts, inside.fleet["ranks"], cuts, blocks))
+    wire = any(record.wire_up + record.wire_down for record in inside.records)
+    console.print(report.round_header(wire), style="bold")
+    for record in inside.records:
+        console.print(report.round_line(record, wire))
+    troubled = report.attendance(attendance(map(vars, inside.records)))
+    if troubled is not None:
+        console.print(troubled)
+    if inside.factors is None:
+        console.print("no round is finished yet")
+        return
+    measured = [text for record in inside.records if (text := report.own_rank(record))]
+    if measured:
+        console.print(measured[-1])
+    if inside.result_round < inside.records[-1].round:
+        console.print(f"early stopping keeps the adapter of round {inside.result_round}")
+    at_result = next(r for r in inside.records if r.round == inside.result_round)
+    console.print(report.spectra(inside.factors, at_result))

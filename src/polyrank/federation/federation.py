@@ -36,7 +36,7 @@ from polyrank.training import LocalTraining, Scoring
 
 
 class Federation:
-    """A run in this process: `rounds` trains, `finish` evaluates and writes the result.
+    """A run: `rounds` has its clients train, `finish` has the result scored and writes it.
 
     With `out` everything is kept in that folder, which must not exist yet, unless `resume` is set:
     then the run goes on after the last whole checkpoint in it. Without `out` a temporary folder is

@@ -1,12 +1,8 @@
-"""Texts and tables for people: what a run did, beside its control, and what is in its adapter.
-
-Everything fits 80 columns, unless names of tasks and matrices are very long.
-"""
+"""Tables of a run: scores, ranks, clients, and what is in its adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -16,7 +12,8 @@ from polyrank.algebra import Adapter
 from polyrank.federation import RoundRecord
 from polyrank.federation.result import factored
 from polyrank.planning import Split
-from polyrank.training.split import SplitSettings
+from polyrank.report.cuts import hosted
+from polyrank.report.words import number
 
 _SCORES = (("loss", "loss", 4), ("exact_match", "exact match", 3), ("rouge_l", "ROUGE-L", 3))
 _GROUPS = ("seen", "unseen")
@@ -27,11 +24,6 @@ _BENCHMARK = (
     ("", "nist", "NIST", 3, ""),
     ("", "rouge_l", "ROUGE-L", 3, ""),
 )
-
-
-def number(value: float | None, digits: int, sign: str = "") -> str:
-    """Return a score as text, or a dash where it was not measured."""
-    return "–" if value is None else f"{value:{sign}.{digits}f}"
 
 
 def table(title: str) -> Table:
@@ -102,13 +94,6 @@ def benchmark(
     return made
 
 
-def perplexity(record: RoundRecord) -> str | None:
-    """Return the perplexity on the benchmark after a round, if it was measured."""
-    if record.benchmark is None:
-        return None
-    return f"perplexity {number(record.benchmark['perplexity'], 3)} on the benchmark"
-
-
 def categories(per_category: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     """Return the final loss and exact match per category."""
     made = table("by category, after the last round")
@@ -150,35 +135,6 @@ def ranks(
     return made
 
 
-def hosted(cut: Split | None, blocks: int) -> str:
-    """Return which blocks of a model a client runs itself, e.g. ``blocks 0–1 of 4``."""
-    if cut is None:
-        return "whole"
-    below = "block 0" if cut.lower == 1 else f"blocks 0–{cut.lower - 1}"
-    if cut.upper is None:
-        return f"{below} of {blocks}"
-    last = f"{cut.upper}" if cut.upper == blocks - 1 else f"{cut.upper}–{blocks - 1}"
-    return f"blocks {below.split()[1]} and {last} of {blocks} (U)"
-
-
-def leaks(cuts: Iterable[Split], settings: SplitSettings) -> str | None:
-    """Return what the server learns of split clients, in a sentence; None if nobody is cut."""
-    shapes = {cut.upper is not None for cut in cuts}
-    if not shapes:
-        return None
-    labels = {
-        (False,): "and the labels",
-        (True,): "while the labels stay with the clients",
-        (False, True): "and the labels of all but the clients in a U-shape",
-    }[tuple(sorted(shapes))]
-    what = "the tails" if shapes == {False} else "the other blocks"
-    noise = f" (with Gaussian noise σ={settings.noise:g}, which is no guarantee)"
-    return (
-        f"split: the server that trains {what} sees activations{noise if settings.noise else ''}, "
-        f"from which most tokens can be recovered, {labels}; see docs/privacy.md"
-    )
-
-
 def attendance(clients: Mapping[str, Mapping[str, int | None]]) -> Table | None:
     """Return the clients with refusals or lateness, the most of them first; None without any."""
     troubles = ("refused", "late", "lost")
@@ -196,119 +152,6 @@ def attendance(clients: Mapping[str, Mapping[str, int | None]]) -> Table | None:
     if len(named) > _MOST_CLIENTS:
         made.caption = f"and {len(named) - _MOST_CLIENTS} more, in summary.json"
     return made
-
-
-def remarks(record: RoundRecord) -> list[str]:
-    """Return lines on clients of a round whose updates are not aggregated, or only shortened."""
-    late = {*record.late}
-    lines = [
-        f"{'late' if client in late else 'refused'} {client}: {why}"
-        for client, why in record.rejected.items()
-    ]
-    if record.clipped:
-        client, least = min(record.clipped.items(), key=lambda one: one[1])
-        lines.append(
-            f"shortened {count(len(record.clipped), 'update')}, most of all {client}: "
-            f"{least:.3g} of its way counts"
-        )
-    return lines
-
-
-def round_header(wire: bool = False) -> str:
-    """Return the line above lines of `round_line`."""
-    columns = "  wire MiB   lost" if wire else "  discarded"
-    return f"round     loss  validation  clients   up MiB  down MiB{columns}  seconds"
-
-
-def round_line(record: RoundRecord, wire: bool = False) -> str:
-    """Return a finished round as one line under `round_header`.
-
-    With `wire` it says how much of the bytes, up and down, are activations and gradients.
-    """
-    lost = f"  {record.discarded:9.2%}"
-    if wire:
-        carried = record.wire_up + record.wire_down
-        lost = f"  {carried / 2**20:8.1f}  {record.discarded:5.1%}"
-    return (
-        f"{record.round:5}  {record.loss:7.4f}  {number(record.validation_loss, 4):>10}"
-        f"  {len(record.clients) - len(record.rejected):7}"
-        f"  {record.bytes_up / 2**20:7.1f}  {record.bytes_down / 2**20:8.1f}"
-        f"{lost}  {record.seconds['total']:7.1f}"
-    )
-
-
-def own_rank(record: RoundRecord) -> str | None:
-    """Return the validation loss of what clients get at their own ranks, if it was measured."""
-    if record.evaluation is None or record.evaluation["own_rank"] is None:
-        return None
-    losses = {name: scores["loss"] for name, scores in record.evaluation["own_rank"].items()}
-    everyone = losses.pop("all")
-    by_type = ", ".join(f"{name} {number(loss, 4)}" for name, loss in losses.items())
-    return (
-        f"validation after round {record.round}: {number(record.validation_loss, 4)} at the "
-        f"server's rank, {number(everyone, 4)} at the clients' own ({by_type})"
-    )
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun, e.g. ``1 round`` or ``2 rounds``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def spent(summary: Mapping[str, Any]) -> str:
-    """Return what a run took, and how it ended, in one or two sentences."""
-    text = (
-        f"{count(summary['rounds'], 'round')} in {duration(summary['seconds'])}, "
-        f"{summary['bytes_up'] / 2**20:.1f} MiB up, {summary['bytes_down'] / 2**20:.1f} MiB down."
-    )
-    wire = summary.get("wire_up", 0) + summary.get("wire_down", 0)  # Runs of before had no cuts.
-    if wire:
-        text += f" {wire / 2**20:.1f} MiB of that are activations and gradients."
-    if summary["stopped"]:
-        text += f" Stopped early: {summary['stopped']}; result of round {summary['result_round']}."
-    lost = summary.get("adapter_lost", 0.0)  # Runs of before had no exact sums.
-    if lost > 1e-6:
-        text += (
-            f" The update is an exact sum; the adapter folder, at the server's rank, lacks "
-            f"{lost:.2%} of its energy (`polyrank export --merged` keeps all)."
-        )
-    target = summary["to_target"]
-    if target and target["rounds"] is None:
-        text += f" The target loss {target['loss']:g} was not reached."
-    elif target:
-        text += (
-            f" The target loss {target['loss']:g} was reached after {target['rounds']} rounds, "
-            f"{target['bytes'] / 2**20:.1f} MiB and {duration(target['seconds'])}."
-        )
-    target = summary.get("to_target_perplexity")
-    if target and target["rounds"] is None:
-        text += f" The target perplexity {target['perplexity']:g} was not reached."
-    elif target:
-        modelled = target["modelled_seconds"]
-        also = "" if modelled is None else f" ({duration(modelled)} by the cost model)"
-        text += (
-            f" The target perplexity {target['perplexity']:g} was reached after "
-            f"{count(target['rounds'], 'round')}, {target['bytes'] / 2**20:.1f} MiB and "
-            f"{duration(target['seconds'])}{also}."
-        )
-    return text
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time, e.g. ``42 s`` or ``1 h 03 min``."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def loading(adapter: Path) -> str:
-    """Return where the adapter lies and the lines that load it."""
-    return (
-        f"adapter: {adapter}\n"
-        "  from peft import AutoPeftModelForCausalLM\n"
-        f'  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")'
-    )
 
 
 def spectra(adapter: Adapter, last: RoundRecord | None) -> Table:
