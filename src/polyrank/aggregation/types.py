@@ -202,10 +202,6 @@ class Contribution:
     result: Delta
     client: str = ""
 
-    def with_weight(self, weight: float) -> Contribution:
-        """Return the same contribution under another weight."""
-        return replace(self, weight=weight)
-
 
 @dataclass(frozen=True)
 class SiteReport:
