@@ -124,7 +124,9 @@ class Watched:
         self._secrets = folder / "secrets"
         self._seen = 0
         environment = {
-            "PYTHONPATH": str(WATCHED),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, (str(WATCHED), os.environ.get("PYTHONPATH")))
+            ),
             "WATCHED_EVENTS": str(self._events),
             "WATCHED_SECRETS": str(self._secrets),
         }

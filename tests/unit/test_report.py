@@ -212,15 +212,20 @@ def test_the_adapter_is_loaded_in_two_lines() -> None:
 
 
 def test_remarks_tell_who_is_missing_in_a_round_and_what_was_shortened() -> None:
-    away = [{"client": "d", "kind": "late", "reason": "took too long"}]
+    away = [
+        {"client": "d", "kind": "late", "reason": "took too long"},
+        {"client": "e", "kind": "lost", "reason": "its process has died"},
+        {"client": "c", "kind": "invalid", "reason": "NaN"},
+    ]
     made = record(
-        rejected={"c": "NaN", "d": "took too long"},
+        rejected={"c": "NaN", "d": "took too long", "e": "its process has died"},
         turned_away=away,
         clipped={"a": 0.75, "b": 0.125},
     )
     assert report.remarks(made) == [
         "refused c: NaN",
         "late d: took too long",
+        "lost e: its process has died",
         "shortened 2 updates, most of all b: 0.125 of its way counts",
     ]
     assert report.remarks(record(rejected={})) == []

@@ -34,10 +34,10 @@ def round_line(record: RoundRecord, wire: bool = False) -> str:
 
 def remarks(record: RoundRecord) -> list[str]:
     """Return lines on clients of a round whose updates are not aggregated, or only shortened."""
-    late = {*record.late}
+    silent = ("late", "lost")
+    kinds = {one["client"]: one["kind"] for one in record.turned_away if one["kind"] in silent}
     lines = [
-        f"{'late' if client in late else 'refused'} {client}: {why}"
-        for client, why in record.rejected.items()
+        f"{kinds.get(client, 'refused')} {client}: {why}" for client, why in record.rejected.items()
     ]
     if record.clipped:
         client, least = min(record.clipped.items(), key=lambda one: one[1])
