@@ -1,8 +1,9 @@
 """Deployments whose processes are watched and killed, and what their runs must come to.
 
 with Watched(tmp_path) as watched:                    # SuperLink, three SuperNodes, real processes
+    watched.hold("training", "a", 2)
     run = watched.run(out)
-    watched.kill(watched.event("training", "a", 2))   # SIGKILL once client a trains in round 2
+    watched.kill(watched.event("training", "a", 2).pid)   # client a, when it trains in round 2
     ...
 adapter = replayed(recipe, out, tmp_path / "again")   # what the members that are recorded train
 """
@@ -122,6 +123,8 @@ class Watched:
         write_base(folder)
         self._events = folder / "events"
         self._secrets = folder / "secrets"
+        self._held = folder / "held"
+        self._held.mkdir()
         self._seen = 0
         environment = {
             "PYTHONPATH": os.pathsep.join(
@@ -129,6 +132,7 @@ class Watched:
             ),
             "WATCHED_EVENTS": str(self._events),
             "WATCHED_SECRETS": str(self._secrets),
+            "WATCHED_HELD": str(self._held),
         }
         if heartbeat is not None:
             environment["WATCHED_HEARTBEAT"] = str(heartbeat)
@@ -186,6 +190,15 @@ class Watched:
             time.sleep(0.2)
         status = self.site.wait(run, LONG)
         assert status.completed, (status, self.site.log(run))
+
+    def hold(self, what: str, client: str, round: int) -> None:
+        """Let a process go no further once it is at something, until `release`."""
+        (self._held / f"{what} {client} {round}").touch()
+
+    def release(self) -> None:
+        """Let all processes go on."""
+        for file in self._held.iterdir():
+            file.unlink()
 
     def event(self, what: str, client: str, round: int, skip: int = 0) -> Event:
         """Wait until a client is at something in a round, `skip` times more often than once."""

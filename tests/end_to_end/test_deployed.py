@@ -159,19 +159,26 @@ def test_a_kill_of_each_kind_of_process_is_survived_and_the_adapter_is_that_of_w
     """
     site, out = watched.site, watched.folder / "runs" / "killed"
     watched.forget()
+    watched.hold("replied", SPLIT, 1)
     first = watched.run(out)
-
     watched.event("replied", SPLIT, 1)
     watched.kill(watched.split_server())
+    watched.release()
+    watched.hold("training", "a", 2)
 
     watched.event("training", "a", 2)
     (server,) = site.pids("serverapp")
     watched.kill(server)
+    watched.release()
+    watched.hold("training", "b", 2)
     second = watched.run(out)
 
-    watched.event("training", "a", 2, skip=1)
+    watched.event("training", "b", 2, skip=1)
     assert site.superlink is not None
     site.kill(site.superlink)
+    watched.release()
+    watched.hold("training", "a", 3)
+    watched.hold("training", "b", 3)
     site.start_superlink()
     third = watched.run(out)
 
@@ -179,6 +186,7 @@ def test_a_kill_of_each_kind_of_process_is_survived_and_the_adapter_is_that_of_w
     watched.event("training", "b", 3)
     site.kill(site.nodes["b"])
     watched.completed(third, out)
+    watched.release()
 
     for run in (first, second):
         assert not site.status(run).completed

@@ -193,16 +193,20 @@ def test_the_server_dies_mid_round_and_goes_on_at_a_superlink_that_knows_nothing
     """Flower's own heartbeats. The final bytes are those of a run without disturbance."""
     with Watched(tmp_path) as watched:
         site, out = watched.site, tmp_path / "run"
+        watched.hold("training", "a", 2)
         watched.run(out)
         watched.event("training", "a", 2)
         (server,) = site.pids("serverapp")
         watched.kill(server)
+        watched.release()
+        watched.hold("training", "a", 3)
         watched.run(out)
         watched.event("training", "a", 3)
         assert site.superlink is not None
         site.kill(site.superlink)
         for client in CLIENTS:
             site.kill(site.nodes[client])
+        watched.release()
         site.start_superlink("another.db")
         for client in CLIENTS:
             site.register(client)
@@ -217,9 +221,11 @@ def test_the_server_dies_mid_round_and_goes_on_at_a_superlink_that_knows_nothing
 def test_machines_that_die_are_late_when_the_deadline_comes_before_flower_notices(
     tmp_path: Path,
 ) -> None:
-    """Flower's own heartbeats: a ClientApp and a SuperNode die, the round's deadline is 25 s."""
+    """Flower's own heartbeats: a ClientApp and a SuperNode die, the round's deadline is 45 s."""
     with Watched(tmp_path) as watched:
         site, out = watched.site, tmp_path / "run"
+        watched.hold("training", "a", 1)
+        watched.hold("training", "b", 1)
         run = watched.run(out, rounds=2, faults__deadline=45.0)
         watched.kill(watched.event("training", "a", 1).pid)
         watched.event("training", "b", 1)

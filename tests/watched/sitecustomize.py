@@ -3,13 +3,15 @@
 Python imports this file at its start where the folder is in PYTHONPATH, which only `faults.Watched`
 does. Flower's heartbeats are made to come faster (WATCHED_HEARTBEAT seconds), so that a death is
 noticed in seconds instead of a minute. What happens goes into the file WATCHED_EVENTS, a line each:
-what, process, client, round. Secrets go into the file WATCHED_SECRETS, in hexadecimal, so that a
+what, process, client, round; and while there is a file of that name (without the process) in the
+folder WATCHED_HELD, the process goes no further, so that it can be killed right there. Secrets go into the file WATCHED_SECRETS, in hexadecimal, so that a
 test can look for them wherever they must not be.
 """
 
 import importlib.machinery
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -39,6 +41,9 @@ def _heartbeats(constant: ModuleType) -> None:
 
 def _event(what: str, client: str, round: int) -> None:
     _note("WATCHED_EVENTS", f"{what} {os.getpid()} {client} {round}")
+    held = os.path.join(os.environ["WATCHED_HELD"], f"{what} {client} {round}")
+    while os.path.exists(held):
+        time.sleep(0.05)
 
 
 def _training(client: ModuleType) -> None:
