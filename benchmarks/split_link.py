@@ -99,6 +99,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--wires", nargs="+", choices=WIRES, default=WIRES)
     parser.add_argument("--cut", type=int, default=0, help="default: a quarter of the blocks")
     parser.add_argument("--length", type=int, default=64, help="tokens of every example")
     parser.add_argument("--batch", type=int, default=2)
@@ -290,7 +291,7 @@ def measure(source: Path, options: argparse.Namespace) -> None:
     model = load_model(source, device=options.device, dtype=options.dtype)
     cut = Split(options.cut or max(1, model.spec.blocks // 4))
     print(f"### {describe(model, options)}; cut at {cut} of {model.spec.blocks}\n", flush=True)
-    for wire in WIRES:
+    for wire in options.wires:
         settings = TailSettings(
             HostedModel(str(source), cut.lower, device=options.device, dtype=options.dtype),
             run="benchmark",
