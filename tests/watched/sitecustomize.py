@@ -3,9 +3,9 @@
 Python imports this file at its start where the folder is in PYTHONPATH, which only `faults.Watched`
 does. Flower's heartbeats are made to come faster (WATCHED_HEARTBEAT seconds), so that a death is
 noticed in seconds instead of a minute. What happens goes into the file WATCHED_EVENTS, a line each:
-what, process, client, round; and while there is a file of that name (without the process) in the
-folder WATCHED_HELD, the process goes no further, so that it can be killed right there. Secrets go into the file WATCHED_SECRETS, in hexadecimal, so that a
-test can look for them wherever they must not be.
+what, process, client, round. While there is a file of that name, without the process, in the folder
+WATCHED_HELD, the process goes no further, so that it can be killed right there. Secrets go into the
+file WATCHED_SECRETS, in hexadecimal, so that a test can look for them wherever they must not be.
 """
 
 import importlib.machinery
@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,8 +42,8 @@ def _heartbeats(constant: ModuleType) -> None:
 
 def _event(what: str, client: str, round: int) -> None:
     _note("WATCHED_EVENTS", f"{what} {os.getpid()} {client} {round}")
-    held = os.path.join(os.environ["WATCHED_HELD"], f"{what} {client} {round}")
-    while os.path.exists(held):
+    held = Path(os.environ["WATCHED_HELD"]) / f"{what} {client} {round}"
+    while held.exists():
         time.sleep(0.05)
 
 
