@@ -43,7 +43,7 @@ SPLIT, CUT = "c", 2
 ROWS = {"a": 30, "b": 20, "c": 40}
 """Rows of each client; four fifths of them train, of the split one whole batches."""
 BATCH, STEPS, ROUNDS = 4, 40, 3
-LONG = 240.0
+LONG = 400.0
 """Seconds that a step of a test may take on a machine that is busy."""
 
 PATIENT = {"app.split.patience": 10.0, "app.split.silence": 10.0}

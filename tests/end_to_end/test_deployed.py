@@ -41,7 +41,7 @@ from polyrank.planning.workload import Workload
 from runs import polyrank
 
 pytestmark = [
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="needs openssl and ssh-keygen"),
 ]
 HEARTBEAT = 8

@@ -35,7 +35,7 @@ from polyrank.federation import storage
 from proxy import Proxy
 from split_client import PHASES
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 FEW = {"local": {"steps": 6}, "rounds": 2}
 
 
