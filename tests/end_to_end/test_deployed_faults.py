@@ -155,7 +155,7 @@ def test_a_third_of_the_machines_dropping_out_in_each_of_ten_rounds_is_counted_a
         "rounds": 10,
         "local": {"steps": 6},
         "fleet": {"clients": MANY},
-        "faults": {"deadline": 25.0, "quorum": 0.3},
+        "faults": {"deadline": 40.0, "quorum": 0.3},
     }
     recipe = recipe_of(tmp_path, apart=True, **changes)
 
