@@ -1,6 +1,6 @@
 """Seconds of a round beyond training: in one process, simulated by Flower, deployed with Flower.
 
-    python benchmarks/rounds.py            # about fifteen minutes
+    python benchmarks/rounds.py            # about ten minutes
     python benchmarks/rounds.py --quick    # four clients, two rounds of one step
 
 FlexLoRA on the embedded miniature, nothing scored between rounds. *Ten clients*: in process,
@@ -103,6 +103,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--simulated", action="store_true", help="without the deployment")
+    parser.add_argument("--wide", action="store_true", help="one actor with two threads as well")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     options = parser.parse_args()
     if options.quick:
@@ -175,7 +176,7 @@ def ten(options: argparse.Namespace, work: Path) -> list[Found]:
         in_process(work / "alone", "in process, one by one", alone),
         simulated(work / "two", "simulated, 2 actors × 1 thread", alone, options.clients, 1),
     ]
-    if options.quick:
+    if not options.wide:
         return found
     also = simulated(work / "one", "simulated, 1 actor × 2 threads", wide, options.clients, 2)
     also.adapter = ""  # Two threads may add in another order.
