@@ -14,7 +14,7 @@ import torch
 
 from polyrank.config import Recipe
 from polyrank.data import Clients, Skipped
-from polyrank.errors import FolderExistsError, InterruptedRunError
+from polyrank.errors import FolderExistsError, InterruptedRunError, RunError
 from polyrank.federation import (
     Benchmark,
     ClientWork,
@@ -161,8 +161,17 @@ def start(recipe: Recipe, out: Path, attendance: Attendance) -> Outcome:
 
 
 def resume(folder: Path, attendance: Attendance) -> Outcome:
-    """Go on with what `start` began in this folder; what is finished is not done again."""
-    return _carry_out(recipe_of(folder), folder, attendance, resume=True)
+    """Go on with what `start` began in this folder; what is finished is not done again.
+
+    Raises RunError for an unfinished run whose clients have the data.
+    """
+    recipe = recipe_of(folder)
+    if recipe.data.at_clients and _finished(recipe, folder) is None:
+        raise RunError(
+            f"{folder}: the data of this run lies with its clients, so that Flower goes on with "
+            f"it: flwr run, with the same app, and app.out = {str(folder.resolve())!r}"
+        )
+    return _carry_out(recipe, folder, attendance, resume=True)
 
 
 def _carry_out(recipe: Recipe, folder: Path, attendance: Attendance, *, resume: bool) -> Outcome:
@@ -202,12 +211,18 @@ def carry_out(
     title: str | None = None,
 ) -> Mapping[str, Any]:
     """Carry out one run, or go on with it, and return its summary."""
-    if resume and (folder / SUMMARY).exists():
-        finished = storage.read_json(folder / SUMMARY)
-        if finished["stopped"] or finished["rounds"] >= recipe.rounds:
-            return finished  # Otherwise the recipe was changed to ask for more rounds.
+    if resume and (finished := _finished(recipe, folder)) is not None:
+        return finished
     with train(recipe, folder, attendance, parts, resume=resume, title=title) as federation:
         return federation.finish()
+
+
+def _finished(recipe: Recipe, folder: Path) -> Mapping[str, Any] | None:
+    """Return the summary of a run that has nothing left to do; a recipe may ask for more rounds."""
+    if not (folder / SUMMARY).exists():
+        return None
+    summary: Mapping[str, Any] = storage.read_json(folder / SUMMARY)
+    return summary if summary["stopped"] or summary["rounds"] >= recipe.rounds else None
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from remotes import machine, machines
 WAIT = 60.0
 
 
-def called(between, names=None, count=0, fits=lambda _: None, stop=lambda: None):
+def called(between, names=None, count=0, fits=lambda _: None, stop=lambda: None, alike=False):
     """Return the roll, and what was told meanwhile."""
     told = []
-    found = call(between, names, count, WAIT, told.append, stop, fits, between.clock)
+    found = call(between, names, count, WAIT, told.append, stop, fits, between.clock, alike=alike)
     return found, told
 
 
@@ -64,6 +64,22 @@ def test_who_does_not_come_is_named_in_time():
         called(letters(between.machines), count=9)
     with pytest.raises(RecipeError, match="0 clients are there"):
         called(letters({}))
+
+
+def test_who_refused_and_who_is_silent_is_said_where_too_few_came():
+    between = letters(machines(), lambda one, p: After(p, None) if one.node == 2 else p)
+    with pytest.raises(RecipeError) as raised:
+        called(between, count=9, fits=lambda _: "another model")
+    assert "a machine takes no part: another model" in str(raised.value)
+    assert "machines [2] were asked and have not answered yet" in str(raised.value)
+
+
+def test_where_machines_are_alike_and_all_refuse_no_others_are_waited_for():
+    for alike, in_time in ((True, True), (False, False)):
+        between = letters(machines())
+        with pytest.raises(RecipeError, match="takes no part: another model"):
+            called(between, count=4, fits=lambda _: "another model", alike=alike)
+        assert (between.clock.now < WAIT) == in_time
 
 
 def test_a_machine_that_cannot_be_reached_is_tried_again_and_not_waited_for():

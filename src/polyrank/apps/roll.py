@@ -69,6 +69,8 @@ def call(
     check_stop: Callable[[], None],
     fits: Callable[[Profile], str | None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
+    *,
+    alike: bool = False,
 ) -> Roll:
     """Ask machines as they come who they host, until those that are wanted are there.
 
@@ -76,9 +78,11 @@ def call(
     machines that come before none has come for a moment. Where `names` are given, others of these
     machines that would train take no part. `fits` says why a machine cannot take part. Machines
     that were asked are waited for; after `seconds` the run begins without those that are silent.
+    If machines are `alike`, as in a simulation, and all refuse, no others are waited for.
     Raises RecipeError if clients that are wanted are not there then.
     """
-    roll, until = Roll(names), clock() + seconds
+    roll, begun = Roll(names), clock()
+    until = begun + seconds
     asked: dict[str, int] = {}
     tried: set[int] = set()
     last = clock()
@@ -99,15 +103,28 @@ def call(
         missing = _missing(roll, names, count, settled=clock() - last > SETTLED)
         if not missing and not asked:
             return roll
-        if clock() <= until:
+        settled = clock() - last > SETTLED
+        hopeless = alike and settled and not asked and not roll.homes and bool(roll.profiles)
+        if clock() <= until and not hopeless:
             continue
         if missing:
             raise RecipeError(
-                f"app.wait: after {seconds:.0f} s {missing}; there are {sorted(roll.homes)}. "
-                "Start the others, or raise app.wait"
+                _too_few(roll, missing, asked.values(), min(clock() - begun, seconds))
             )
         tell(f"machines {sorted(asked.values())} take no part: they have not answered")
         return roll
+
+
+def _too_few(roll: Roll, missing: str, silent: Collection[int], seconds: float) -> str:
+    """Say who is missing, who is there, and what may be the reason."""
+    refusals = sorted({p.refusal for p in roll.profiles.values() if p.refusal is not None})
+    there = f"; there are {sorted(roll.homes)}" if roll.homes else ""
+    reasons = [f"a machine takes no part: {why}" for why in refusals[:10]]
+    if silent:
+        reasons.append(f"machines {sorted(silent)[:10]} were asked and have not answered yet")
+    told = "".join(f"\n  {line}" for line in reasons)
+    todo = "put these right, or start others" if refusals else "start the others"
+    return f"app.wait: after {seconds:.0f} s {missing}{there}; {todo}, or raise app.wait{told}"
 
 
 def _profile(

@@ -143,6 +143,7 @@ class PartsElsewhere(Parts):
             self.tell,
             self._attendance.check_stop,
             self._fits,
+            alike=not recipe.data.at_clients,
         )
         enrolled = enrol(recipe, found, self.model)
         for client, why in enrolled.left_out.items():
