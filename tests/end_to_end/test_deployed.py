@@ -120,6 +120,8 @@ def test_three_machines_give_the_bytes_of_one_process_and_nobody_else_gets_in(
 
 def test_secrets_are_in_no_command_line_no_log_and_no_run_folder(watched: Watched) -> None:
     """Of the run before: access tokens, session secrets, private keys."""
+    if not (watched.folder / "runs" / "away").exists():
+        pytest.skip("looks at what the test above has left; run both")
     secrets = watched.secrets()
     assert len(secrets) >= 2 * ROUNDS + 3, "the tokens and secrets of three rounds, and a key"
     site = watched.site
