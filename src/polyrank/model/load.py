@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -147,10 +148,15 @@ def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     return fetch("tokenizer", name, read, revision=revision, trust_remote_code=False)
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""transformers changes what is global while it reads, such as how weights are tied."""
+
+
 def fetch(what: str, name: str, read: Callable[..., Any], **options: Any) -> Any:
     """Return what `read` gives of a model; ModelError, saying what was read, if it fails."""
     try:
-        return read(name, **options)
+        with _ONE_AT_A_TIME:
+            return read(name, **options)
     except UNREADABLE as error:
         raise ModelError(_unreadable(what, name, error)) from error
 
