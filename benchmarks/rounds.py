@@ -37,7 +37,7 @@ from pathlib import Path
 
 import psutil
 
-from polyrank.federation.storage import read_update
+from polyrank.run.storage import read_update
 from polyrank.sample import TASKS
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "examples" / "deploy")]
@@ -301,8 +301,8 @@ def deployed(work: Path, name: str, file: Path, tomls: dict[str, Path]) -> Found
 
 
 def write_app(file: Path, folder: Path) -> None:
-    from polyrank import app_folder
     from polyrank.config import read
+    from polyrank.flower import app_folder
 
     app_folder.write_app(read(file), folder)
 

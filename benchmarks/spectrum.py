@@ -14,7 +14,7 @@ from pathlib import Path
 
 from polyrank.algebra import Delta, LowRank, factor_dense, factorise
 from polyrank.config import read
-from polyrank.federation import RunFolder
+from polyrank.run import RunFolder
 
 BEHIND = (1, 4, 8)
 

@@ -42,8 +42,6 @@ import transformers
 from local_training import describe, make_job, make_model
 
 from polyrank.algebra import Adapter
-from polyrank.apps.desk import SplitProcess
-from polyrank.apps.tail_settings import HostedModel, TailSettings
 from polyrank.data.types import Encoded
 from polyrank.model import LoadedModel, load_model
 from polyrank.model.anatomy import anatomy_of
@@ -52,6 +50,8 @@ from polyrank.planning.cost import CostModel
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.workload import Workload
 from polyrank.sample import MODEL
+from polyrank.split_server.process import SplitProcess
+from polyrank.split_server.settings import HostedModel, TailSettings
 from polyrank.training import Job, LocalTraining, Trained, train_cohort
 from polyrank.training.split import SplitJob, SplitSettings, train_head, train_split
 from polyrank.transport import InProcessLinks

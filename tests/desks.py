@@ -13,11 +13,11 @@ import torch
 
 from jobs import job
 from polyrank.algebra import Adapter, Dense
-from polyrank.federation.remote.desk import Collected
 from polyrank.model import LoadedModel, Span, load_model
 from polyrank.planning import Split
+from polyrank.split_server.interface import Collected
 from polyrank.training import LocalTraining, Scoring
-from polyrank.training.course import Trained
+from polyrank.training.job import Trained
 from polyrank.training.split import (
     Link,
     SplitJob,

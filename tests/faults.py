@@ -26,16 +26,17 @@ from rich.console import Console
 from deployment import Site
 from models import write_tiny
 from polyrank.aggregation import Update
-from polyrank.app_folder import write_app
 from polyrank.config import Recipe
 from polyrank.config.reading import checked
-from polyrank.federation import Engine, Examiner
-from polyrank.federation.engine import InProcess
-from polyrank.federation.examiner import OwnExaminer
-from polyrank.federation.round import Failure, Task
+from polyrank.evaluation import Examiner
+from polyrank.evaluation.evaluator import OwnExaminer
+from polyrank.flower.app_folder import write_app
 from polyrank.planning import Fleet
-from polyrank.runner import Attendance, Parts, carry_out
-from polyrank.terminal import Terminal
+from polyrank.report.progress import Terminal
+from polyrank.rounds import Engine
+from polyrank.rounds.messages import Failure, Task
+from polyrank.run.engine import InProcess
+from polyrank.runner.runner import Attendance, Parts, carry_out
 
 WATCHED = Path(__file__).parent / "watched"
 CLIENTS = {"a": "T4", "b": "T2", "c": "T1"}

@@ -9,9 +9,10 @@ import torch
 from models import VOCABULARY, tiny_loaded
 from polyrank.aggregation import Rule
 from polyrank.data.types import ClientData, Example
-from polyrank.federation import Conduct, Evaluation, Federation
+from polyrank.evaluation import Evaluation
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet, LoRAType
+from polyrank.run import Conduct, Federation
 from polyrank.training import LocalTraining
 
 TYPES = {

@@ -5,8 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from polyrank.errors import PolyrankError
-from polyrank.federation.remote.client import ClientSide
-from polyrank.federation.remote.post import Delivery, Letter
+from polyrank.remote.client import ClientSide
+from polyrank.remote.message_channel import Delivery, Letter
 
 
 @dataclass(frozen=True)

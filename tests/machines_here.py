@@ -16,9 +16,9 @@ import psutil
 
 import split_client
 from faults import client_toml
-from polyrank.apps.hosting import side_of
-from polyrank.federation.remote.orders import read_order
-from polyrank.federation.remote.post import Delivery, Letter
+from polyrank.protocol.train_request import read_order
+from polyrank.remote.hosting import side_of
+from polyrank.remote.message_channel import Delivery, Letter
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def split_server() -> int:
     (found,) = [
         child.pid
         for child in psutil.Process().children()
-        if "polyrank.apps.tails" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE
+        if "polyrank.split_server.worker" in child.cmdline()
+        and child.status() != psutil.STATUS_ZOMBIE
     ]
     return found

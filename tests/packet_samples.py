@@ -10,14 +10,14 @@ from aggregation_rounds import noisy_training
 from polyrank.aggregation import Dealt, FleetSpec, Penalty, Rule, Update
 from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
-from polyrank.federation.evaluate import Marks
-from polyrank.federation.examiner import Question
-from polyrank.federation.remote import Counts, Exam, Hosted, Order, Profile, Terms
-from polyrank.federation.round import Round
-from polyrank.federation.round_settings import RoundSettings
-from polyrank.federation.task import Task
+from polyrank.evaluation.clients import Marks
+from polyrank.evaluation.evaluator import Question
 from polyrank.planning import DeviceProfile, Split
 from polyrank.planning.scaling import Scaling
+from polyrank.protocol import Counts, Exam, Hosted, Order, Profile, Terms
+from polyrank.rounds.assignments import RoundSettings
+from polyrank.rounds.messages import Task
+from polyrank.rounds.round import Round
 
 SHAPES = {"block.0.q": (6, 5), "block.0.down": (4, 7), "block.1.q": (6, 5)}
 RANKS = {

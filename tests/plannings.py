@@ -7,10 +7,10 @@ import federations
 from models import tiny_loaded
 from polyrank.aggregation import rule
 from polyrank.data.types import ClientData
-from polyrank.federation import Conduct, Federation, Planning, planner_of, prepare
 from polyrank.model import LoadedModel
 from polyrank.planning import DeviceProfile, Fleet, LoRAType, Planner, PlanSettings, Split
-from polyrank.training import LocalTraining
+from polyrank.run import Conduct, Federation, Planning, planner_of
+from polyrank.training import LocalTraining, prepare
 
 LOCAL = LocalTraining(lr=0.02, batch=2, epochs=None, steps=2)
 CONDUCT = Conduct(evaluation=federations.QUIET, cohort=2)

@@ -23,7 +23,7 @@ from polyrank.algebra import Adapter
 from polyrank.model import LoadedModel
 from polyrank.planning import Split
 from polyrank.training import LocalTraining
-from polyrank.training.course import Trained
+from polyrank.training.job import Trained
 from polyrank.training.split import Link, SplitJob, SplitSettings, Tail, Tails, train_head
 from polyrank.transport import InProcessLinks, Limits, codec
 from polyrank.transport.remote import Access, GrpcLink, ServeSettings, SplitServer, new_identity

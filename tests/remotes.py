@@ -10,21 +10,22 @@ from letters import Clock, Letters
 from polyrank.aggregation import FlexLoRA, Update
 from polyrank.data import Skipped
 from polyrank.data.types import ClientData
-from polyrank.federation import Conduct, Federation, prepare, setup
-from polyrank.federation.answers import Failure
-from polyrank.federation.remote.client import ClientSide, Models
-from polyrank.federation.remote.desk import Desk
-from polyrank.federation.remote.engine import Remote
-from polyrank.federation.remote.examiner import RemoteExaminer
-from polyrank.federation.remote.packets import Terms, read_profile
-from polyrank.federation.remote.post import Letter
-from polyrank.federation.remote.work import clients_of, work_of
-from polyrank.federation.round import Round
-from polyrank.federation.settings import Encoding, Evaluation
-from polyrank.federation.work import ClientWork
+from polyrank.evaluation.settings import Evaluation
 from polyrank.model import LoadedModel, Span, load_model
 from polyrank.planning import Fleet, LoRAType, Split
-from polyrank.training import LocalTraining
+from polyrank.protocol import Terms, read_profile
+from polyrank.remote.client import ClientSide, Models
+from polyrank.remote.engine import Remote
+from polyrank.remote.evaluator import RemoteExaminer
+from polyrank.remote.message_channel import Letter
+from polyrank.remote.registration import clients_of, work_of
+from polyrank.rounds.messages import Failure
+from polyrank.rounds.round import Round
+from polyrank.run import Conduct, Federation, setup
+from polyrank.split_server.interface import Desk
+from polyrank.training import LocalTraining, prepare
+from polyrank.training.client_data import ClientWork
+from polyrank.training.encoding import Encoding
 from polyrank.training.split import SplitSettings
 
 WIRE = SplitSettings(wire="float32")

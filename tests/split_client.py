@@ -20,7 +20,7 @@ AT = 7
 
 
 def main(config: str, client: str, order: str, answer: str, phase: str = "", victim: str = "0"):
-    from polyrank.apps.hosting import side_of
+    from polyrank.remote.hosting import side_of
     from polyrank.transport.remote import link
 
     def kill() -> None:

@@ -17,11 +17,12 @@ from federations import QUIET, SITES, clients, federation
 from models import tiny_loaded
 from polyrank.aggregation import Rule, Update
 from polyrank.algebra import Adapter, Delta, distance
-from polyrank.federation import Conduct, RoundRecord, Sampling
-from polyrank.federation.engine import InProcess
-from polyrank.federation.task import Task
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.rounds import Sampling
+from polyrank.rounds.messages import Task
+from polyrank.run import Conduct, RoundRecord
+from polyrank.run.engine import InProcess
 from polyrank.training import LocalTraining
 from polyrank.training.split import SplitSettings
 

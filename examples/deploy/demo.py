@@ -64,8 +64,8 @@ def main() -> int:
 
 def play(folder: Path, out: Path) -> bool:
     """Set the machines up, run the recipe, and stop everything; return whether it went well."""
-    from polyrank.app_folder import write_app
     from polyrank.config import read
+    from polyrank.flower.app_folder import write_app
 
     say("a certificate for the server, and a SuperLink that demands SuperNodes' keys")
     with Site(folder) as site:

@@ -44,7 +44,7 @@ KINDS = {
     "superexec": "flower-superexec",
     "serverapp": "flwr-serverapp",
     "clientapp": "flwr-clientapp",
-    "tails": "polyrank.apps.tails",
+    "tails": "polyrank.split_server.worker",
 }
 """By what a kind of process is known in its command line."""
 CONNECTION = "here"

@@ -12,19 +12,12 @@ if TYPE_CHECKING:
     from polyrank.aggregation import FFA, FedIT, FlexLoRA, FLoRA, HetLoRA, Segment, SLoRA
     from polyrank.data import load_tasks, partition
     from polyrank.errors import PolyrankError
-    from polyrank.federation import (
-        Conduct,
-        EarlyStopping,
-        Encoding,
-        Evaluation,
-        Faults,
-        Federation,
-        Sampling,
-        Weighting,
-    )
+    from polyrank.evaluation import Evaluation
     from polyrank.model import load_adapter, load_model, wrap_model
     from polyrank.planning import Fleet, LoRAType, Scaling, Split
-    from polyrank.training import LocalTraining
+    from polyrank.rounds import Faults, Sampling, Weighting
+    from polyrank.run import Conduct, EarlyStopping, Federation
+    from polyrank.training import Encoding, LocalTraining
     from polyrank.training.split import SplitSettings
 
 __all__ = [
@@ -61,19 +54,12 @@ _HOMES = {
     "aggregation": ("FFA", "FedIT", "FlexLoRA", "FLoRA", "HetLoRA", "Segment", "SLoRA"),
     "data": ("load_tasks", "partition"),
     "errors": ("PolyrankError",),
-    "federation": (
-        "Conduct",
-        "EarlyStopping",
-        "Encoding",
-        "Evaluation",
-        "Faults",
-        "Federation",
-        "Sampling",
-        "Weighting",
-    ),
+    "evaluation": ("Evaluation",),
     "model": ("load_adapter", "load_model", "wrap_model"),
     "planning": ("Fleet", "LoRAType", "Scaling", "Split"),
-    "training": ("LocalTraining",),
+    "rounds": ("Faults", "Sampling", "Weighting"),
+    "run": ("Conduct", "EarlyStopping", "Federation"),
+    "training": ("Encoding", "LocalTraining"),
     "training.split": ("SplitSettings",),
 }
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from polyrank.attending import attending, comparing
+from polyrank.compare.console import show_compared
 from polyrank.errors import FolderExistsError, InterruptedRunError, PolyrankError
-from polyrank.showing import show, show_compared, show_inside, show_prospect
+from polyrank.report.console import show, show_inside, show_prospect
 
 INTERRUPTED = 130
 """Exit code of a run that was asked to stop (128 + SIGINT)."""
@@ -68,7 +71,8 @@ def run(
 ) -> None:
     """Carry out a recipe: train, evaluate, and write a PEFT adapter."""
     with attending() as attendance:
-        from polyrank import config, runner
+        from polyrank import config
+        from polyrank.runner import runner
 
         forced = [] if control is None else [f"control={json.dumps(control)}"]
         read = config.read(recipe, [*(overrides or []), *forced])
@@ -89,7 +93,7 @@ def plan(
 ) -> None:
     """Tell what each device would train, what that costs, and who cannot take part."""
     from polyrank import config
-    from polyrank.plans import prospect
+    from polyrank.runner.plans import prospect
 
     found = prospect(config.read(recipe, overrides or []))
     show_prospect(found, as_json)
@@ -170,7 +174,7 @@ def resume(
         show_compared(compared, as_json)
         return
     with attending(allow_inexact) as attendance:
-        from polyrank import runner
+        from polyrank.runner import runner
 
         outcome = runner.resume(folder, attendance)
     show(outcome, as_json)
@@ -193,7 +197,7 @@ def export(
     if target.exists():
         raise FolderExistsError(f"{target}: exists already; choose another folder")
     from polyrank import report
-    from polyrank.inside import adapter_of
+    from polyrank.runner.inspect import adapter_of
 
     adapter = adapter_of(folder)
     if merged:
@@ -224,8 +228,8 @@ def flower_app(
 ) -> None:
     """Write a recipe as a Flower app, to simulate, or to run on other machines."""
     from polyrank import config
-    from polyrank.app_folder import write_app
     from polyrank.config.app import OWN, own_keys
+    from polyrank.flower.app_folder import write_app
 
     given = overrides or []
     of_recipe = [one for one in given if not one.startswith(OWN)]
@@ -239,7 +243,7 @@ def flower_app(
 @app.command()
 def inspect(folder: RunFolderArgument) -> None:
     """Show a run's ranks, rounds, spectra and discarded energy; also while it goes on."""
-    from polyrank.inside import look
+    from polyrank.runner.inspect import look
 
     show_inside(look(folder))
 
@@ -256,7 +260,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine, and print it as a device that a recipe takes."""
-    from polyrank.profile import measure
+    from polyrank.runner.measure_device import measure
 
     measured = measure(
         name, device=device, dtype=dtype, threads=threads, up=up, down=down, latency=latency
@@ -305,3 +309,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+if TYPE_CHECKING:
+    from polyrank.compare import Following
+    from polyrank.runner.runner import Attendance
+
+
+@contextmanager
+def attending(allow_inexact: bool = False) -> Iterator[Attendance]:
+    """Show a run on stderr, and turn the first Ctrl-C or SIGTERM into a wish to stop."""
+    console = Console(stderr=True)
+    with _wish_to_stop(console) as stop:
+        from polyrank.report.progress import Terminal
+        from polyrank.runner.runner import Attendance
+
+        with Terminal(console) as terminal:
+            yield Attendance(terminal, stop, allow_inexact)
+
+
+@contextmanager
+def comparing(allow_inexact: bool = False) -> Iterator[tuple[Attendance, Following]]:
+    """Do the same for a comparison."""
+    console = Console(stderr=True)
+    with _wish_to_stop(console) as stop:
+        from polyrank.compare import Following
+        from polyrank.runner.runner import Attendance
+
+        with Following(console) as following:
+            yield Attendance(following, stop, allow_inexact), following
+
+
+@contextmanager
+def _wish_to_stop(console: Console) -> Iterator[Callable[[], bool]]:
+    """Yield whether Ctrl-C or SIGTERM came; the second one ends at once."""
+    wish = threading.Event()
+
+    def note(*_: Any) -> None:
+        if wish.is_set():
+            raise KeyboardInterrupt
+        wish.set()
+        console.print("stopping after this step or batch; once more to end at once", style="yellow")
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield wish.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

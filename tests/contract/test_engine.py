@@ -16,16 +16,16 @@ from letters import Letters
 from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
 from polyrank.algebra import Adapter, LowRank, Sparse
 from polyrank.errors import ModelError, ResourceError
-from polyrank.federation import Conduct, prepare, setup
-from polyrank.federation import engine as engines
-from polyrank.federation.answers import Failure
-from polyrank.federation.engine import InProcess
-from polyrank.federation.judge import METRICS, WIRE
-from polyrank.federation.round import Round
-from polyrank.federation.settings import Encoding
-from polyrank.federation.work import everywhere
 from polyrank.planning import Fleet, LoRAType, Split
-from polyrank.training import Job
+from polyrank.rounds.messages import Failure
+from polyrank.rounds.round import Round
+from polyrank.rounds.validation import METRICS, WIRE
+from polyrank.run import Conduct, setup
+from polyrank.run import engine as engines
+from polyrank.run.engine import InProcess
+from polyrank.training import Job, prepare
+from polyrank.training.client_data import everywhere
+from polyrank.training.encoding import Encoding
 from polyrank.training.split import SplitJob, SplitSettings, Tails, train_head
 from polyrank.transport import InProcessLinks, Limits, PipeLink, codec, serve_pipe
 from remotes import Reached, machines

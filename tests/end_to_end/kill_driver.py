@@ -30,9 +30,10 @@ import models
 import plannings
 from polyrank.algebra import Adapter
 from polyrank.errors import ResourceError
-from polyrank.federation import Conduct, EarlyStopping, Faults, RunFolder, Sampling, storage
 from polyrank.model import LoadedModel, peft_folder
 from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.rounds import Faults, Sampling
+from polyrank.run import Conduct, EarlyStopping, RunFolder, storage
 from polyrank.training.split import SplitSettings
 
 ROUNDS = 4

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from polyrank.algebra import Dense
-from polyrank.inside import adapter_of
+from polyrank.runner.inspect import adapter_of
 from runs import adapter_bytes, lines_with, polyrank, widest, write_recipe
 
 QUICK = ("rounds=2", "evaluation.generate=0", "local.lr=1e-2")

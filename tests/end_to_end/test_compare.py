@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from polyrank.compare import figures
-from polyrank.federation import RunFolder
+from polyrank.run import RunFolder
 from runs import lines_with, polyrank, process, widest, write_recipe
 
 RULES = ("--rules", "flexlora,flexlora:delta,fedit", "--seeds", "2", "--control", "weakest")

@@ -33,11 +33,11 @@ from faults import (
     written,
 )
 from polyrank.data import sizes
-from polyrank.federation import storage
 from polyrank.model.anatomy import anatomy_of
 from polyrank.planning import Split
 from polyrank.planning.cost import CostModel
 from polyrank.planning.workload import Workload
+from polyrank.run import storage
 from runs import polyrank
 
 pytestmark = [
@@ -126,7 +126,7 @@ def test_secrets_are_in_no_command_line_no_log_and_no_run_folder(watched: Watche
     assert len(secrets) >= 2 * ROUNDS + 3, "the tokens and secrets of three rounds, and a key"
     site = watched.site
     commands = {" ".join(words): " ".join(words).encode() for words in watched.commands}
-    assert any("polyrank.apps.tails" in line for line in commands)
+    assert any("polyrank.split_server.worker" in line for line in commands)
     assert any("flwr-clientapp" in line for line in commands)
     assert found_in(commands, secrets) == []
     kept = files_below(site.daemons.logs, watched.folder / "runs", watched.folder / "app")

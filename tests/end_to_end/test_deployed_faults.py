@@ -28,10 +28,10 @@ from faults import (
     write_base,
 )
 from machines_here import Fate, Machines
-from polyrank.apps.serving import serve
 from polyrank.config import Recipe
 from polyrank.config.flower import APP_KEYS, app_settings, from_run_config, to_run_config
-from polyrank.federation import storage
+from polyrank.remote.server import serve
+from polyrank.run import storage
 from proxy import Proxy
 from split_client import PHASES
 

@@ -18,12 +18,12 @@ from federations import MEASURED, QUIET, SITES, federation, one_block
 from letters import Letters
 from models import write_tiny
 from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
-from polyrank.apps.tail_host import TailHost
-from polyrank.apps.tail_settings import HostedModel, TailSettings
-from polyrank.federation import Conduct
-from polyrank.federation.remote import read_order
 from polyrank.model import load_model
 from polyrank.planning import LoRAType
+from polyrank.protocol import read_order
+from polyrank.run import Conduct
+from polyrank.split_server.host import TailHost
+from polyrank.split_server.settings import HostedModel, TailSettings
 from polyrank.training.split import SplitSettings
 from remotes import OnDisk, away, machines, orders, post
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from federations import QUIET, federation
 from polyrank.aggregation import FlexLoRA, SLoRA
 from polyrank.algebra import Dense, LowRank, Sparse
-from polyrank.federation import Conduct
-from polyrank.inside import adapter_of, look
+from polyrank.run import Conduct
+from polyrank.runner.inspect import adapter_of, look
 from runs import polyrank, write_recipe
 
 FAST = ("rounds=2", "evaluation.generate=0", "evaluation.every=0", "local.steps=1")

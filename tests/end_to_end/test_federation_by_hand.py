@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 import federations
 from polyrank.aggregation import FlexLoRA
 from polyrank.aggregation.fresh import fresh_rows
-from polyrank.federation import Conduct
+from polyrank.run import Conduct
 from polyrank.seeds import derive
 from polyrank.training import LocalTraining
 

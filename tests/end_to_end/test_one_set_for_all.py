@@ -9,9 +9,9 @@ from federations import QUIET, federation
 from polyrank.aggregation import RULES, Rule, SLoRA
 from polyrank.algebra import Adapter
 from polyrank.errors import RankError, RuleError
-from polyrank.federation import Conduct
-from polyrank.federation.task import Task
 from polyrank.planning import LoRAType, Split
+from polyrank.rounds.messages import Task
+from polyrank.run import Conduct
 from splits import (
     BLOCKS,
     CUTS,

@@ -13,11 +13,11 @@ from transformers import LlamaConfig
 import models
 from measured import kept_by_training
 from polyrank import config
-from polyrank.federation import prepare
-from polyrank.federation.planning import Importance
 from polyrank.model import LoadedModel
 from polyrank.model.anatomy import load_bare
-from polyrank.plans import planning_of, prospect
+from polyrank.run.planning import Importance
+from polyrank.runner.plans import planning_of, prospect
+from polyrank.training import prepare
 from runs import RECIPE, adapter_bytes, lines_with, polyrank, widest, write_recipe
 
 PLANNED = RECIPE.replace(

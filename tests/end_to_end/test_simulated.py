@@ -11,9 +11,9 @@ from rich.console import Console
 
 from deployment import simulate
 from polyrank import config
-from polyrank.app_folder import write_app
-from polyrank.runner import Attendance, start
-from polyrank.terminal import Terminal
+from polyrank.flower.app_folder import write_app
+from polyrank.report.progress import Terminal
+from polyrank.runner.runner import Attendance, start
 
 RECIPE = """
 name = "simulated"

@@ -15,8 +15,8 @@ import federations
 from models import tiny_loaded
 from polyrank.aggregation import rule
 from polyrank.aggregation.fresh import fresh_rows
-from polyrank.federation import Conduct
 from polyrank.planning import Fleet, LoRAType, Scaling, Split
+from polyrank.run import Conduct
 from polyrank.seeds import derive
 from polyrank.training import LocalTraining
 from polyrank.training.batches import step_groups

@@ -12,9 +12,9 @@ from federations import QUIET, SITES, clients, federation
 from models import tiny_loaded
 from polyrank.aggregation import RULES, SLoRA
 from polyrank.algebra import Adapter, Delta, LowRank, distance
-from polyrank.federation import Conduct, RoundRecord
 from polyrank.planning import Fleet, LoRAType, Split
 from polyrank.planning.schedule import Trace
+from polyrank.run import Conduct, RoundRecord
 from polyrank.training import LocalTraining
 from polyrank.training.split import SplitSettings
 from runs import lines_with, polyrank

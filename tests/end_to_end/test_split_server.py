@@ -35,14 +35,14 @@ from desks import (
     whole,
 )
 from models import write_tiny
-from polyrank.apps.desk import SplitProcess
-from polyrank.apps.tail_settings import HostedModel, TailSettings
 from polyrank.errors import SplitServerError
-from polyrank.federation.remote.desk import Desk
-from polyrank.federation.remote.packet import pack
 from polyrank.model import LoadedModel, load_model
 from polyrank.planning import Split
-from polyrank.training.course import Trained
+from polyrank.protocol.packet import pack
+from polyrank.split_server.interface import Desk
+from polyrank.split_server.process import SplitProcess
+from polyrank.split_server.settings import HostedModel, TailSettings
+from polyrank.training.job import Trained
 from polyrank.training.split import SplitJob
 from polyrank.transport.remote import Access, GrpcLink
 
@@ -192,7 +192,12 @@ def test_no_secret_and_no_path_is_in_the_command_line(desk: SplitProcess) -> Non
     line = Path(f"/proc/{desk.pid}/cmdline")
     if not line.exists():
         pytest.skip("reads Linux's /proc")
-    assert line.read_bytes().split(b"\0")[1:] == [b"-P", b"-m", b"polyrank.apps.tails", b""]
+    assert line.read_bytes().split(b"\0")[1:] == [
+        b"-P",
+        b"-m",
+        b"polyrank.split_server.worker",
+        b"",
+    ]
 
 
 def training(
@@ -258,9 +263,9 @@ def test_a_server_that_cannot_start_says_why(source: Path, model: LoadedModel) -
 PARENT = """
 import subprocess, sys, time
 from pathlib import Path
-from polyrank.apps.control import Control
+from polyrank.split_server.pipe import Control
 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-child = subprocess.Popen([sys.executable, "-m", "polyrank.apps.tails"], **pipes, bufsize=0)
+child = subprocess.Popen([sys.executable, "-m", "polyrank.split_server.worker"], **pipes, bufsize=0)
 control = Control(child.stdout.fileno(), child.stdin.fileno())
 control.send(Path(sys.argv[1]).read_bytes())
 control.receive(2**20)

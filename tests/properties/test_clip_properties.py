@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from polyrank.aggregation import Assignment, Update
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
-from polyrank.federation.clip import clipped
+from polyrank.rounds.clipping import clipped
 
 relaxed = settings(max_examples=80, deadline=None, suppress_health_check=[*HealthCheck])
 

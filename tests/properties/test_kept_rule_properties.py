@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from polyrank.aggregation import FleetSpec, FLoRA, State, Update
 from polyrank.algebra import Adapter, LowRank
-from polyrank.federation.round import Round
-from polyrank.federation.round_settings import RoundSettings
 from polyrank.planning import Scaling
+from polyrank.rounds.assignments import RoundSettings
+from polyrank.rounds.round import Round
 
 SHAPES = {"q": (9, 7), "up": (8, 6)}
 CLIENTS = ("a", "a/b ü", "c", "d")

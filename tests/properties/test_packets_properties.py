@@ -12,9 +12,9 @@ import packet_samples as samples
 from polyrank.aggregation import Update
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import PacketError
-from polyrank.federation.answers import Failure
-from polyrank.federation.examiner import Question
-from polyrank.federation.remote import (
+from polyrank.evaluation.evaluator import Question
+from polyrank.planning import Split
+from polyrank.protocol import (
     Bounds,
     Exam,
     read_answer,
@@ -28,7 +28,7 @@ from polyrank.federation.remote import (
     write_order,
     write_profile,
 )
-from polyrank.planning import Split
+from polyrank.rounds.messages import Failure
 
 DEALT = samples.assignment()
 PACKETS = {

@@ -88,9 +88,9 @@ def _identity(identity: ModuleType) -> None:
 
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "flwr.common.constant": _heartbeats,
-    "polyrank.federation.remote.client": _training,
-    "polyrank.transport.remote.line": _line,
-    "polyrank.transport.remote.access": _access,
+    "polyrank.remote.client": _training,
+    "polyrank.transport.remote.reconnecting_stream": _line,
+    "polyrank.transport.remote.credentials": _access,
     "polyrank.transport.remote.identity": _identity,
 }
 """What is done to a module once it is loaded."""

@@ -13,8 +13,8 @@ from polyrank.compare.results import collect
 from polyrank.compare.run import Comparison, Follower
 from polyrank.compare.table import markdown
 from polyrank.errors import FolderExistsError
-from polyrank.federation import storage
-from polyrank.runner import Attendance
+from polyrank.run import storage
+from polyrank.runner.runner import Attendance
 
 RESULTS, TEXT = "compare.json", "compare.md"
 

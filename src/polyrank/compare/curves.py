@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from polyrank.federation import RoundRecord
+from polyrank.run import RoundRecord
 
 Point = tuple[float, float | None]
 """(x, y); y is None where it was not measured."""

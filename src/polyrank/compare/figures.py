@@ -15,7 +15,7 @@ from typing import Any
 from polyrank.compare.curves import Curve, apart, discarded_by_round, loss_by_bytes, loss_by_round
 from polyrank.compare.results import records_of
 from polyrank.errors import PolyrankError
-from polyrank.federation import storage
+from polyrank.run import storage
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#777777")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from polyrank import report
-from polyrank.federation import Federation, RoundRecord
+from polyrank.run import Federation, RoundRecord
 
 _EVALUATIONS = 0.2
 """The share of a run that base and final evaluation are taken to be, for the time that is left."""

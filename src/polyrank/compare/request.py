@@ -17,8 +17,8 @@ from polyrank.compare.method import Method, methods
 from polyrank.compare.tuning import default_grid
 from polyrank.config import Recipe
 from polyrank.errors import RecipeError, RunError
-from polyrank.federation import storage
-from polyrank.federation.surroundings import flat
+from polyrank.run import storage
+from polyrank.run.environment import flat
 
 FILE = "comparison.toml"
 SCHEMA = 1

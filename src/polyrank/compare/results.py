@@ -10,9 +10,9 @@ from polyrank.compare import statistics
 from polyrank.compare.request import Request
 from polyrank.compare.run import Course, Run
 from polyrank.compare.tuning import edge
-from polyrank.federation import RoundRecord, RunFolder, storage
-from polyrank.inside import ABOUT, FLEET
-from polyrank.runner import SUMMARY
+from polyrank.run import RoundRecord, RunFolder, storage
+from polyrank.runner.inspect import ABOUT, FLEET
+from polyrank.runner.runner import SUMMARY
 
 SCHEMA = 1
 GROUPS = ("seen", "unseen")

@@ -24,8 +24,8 @@ from polyrank.errors import (
     RuleError,
     UpdateError,
 )
-from polyrank.federation import RoundRecord, RunFolder, storage
-from polyrank.runner import (
+from polyrank.run import RoundRecord, RunFolder, storage
+from polyrank.runner.runner import (
     BASE,
     SUMMARY,
     Attendance,

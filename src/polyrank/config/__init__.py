@@ -1,6 +1,6 @@
 """Recipes: TOML files that say everything about a run, checked before anything is loaded."""
 
-from polyrank.config.inputs import CLIENT, SAMPLE
+from polyrank.config.model_and_data import CLIENT, SAMPLE
 from polyrank.config.reading import parse, read
 from polyrank.config.recipe import Recipe
 

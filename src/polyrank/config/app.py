@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from polyrank.config.mistakes import keys, mistakes
 from polyrank.config.reading import listed, toml_value
 from polyrank.config.section import Section
+from polyrank.config.validation_errors import keys, mistakes
 from polyrank.errors import RecipeError
 
 Scalar = bool | int | float | str

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from polyrank.config.section import Section
 from polyrank.errors import RecipeError
-from polyrank.federation import BenchmarkSettings
+from polyrank.evaluation import BenchmarkSettings
 
 
 class BenchmarkSection(Section):

@@ -13,15 +13,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from polyrank.config.inputs import SAMPLE, DataSection, ModelSection
-from polyrank.config.mistakes import mistakes
+from polyrank.config.model_and_data import SAMPLE, DataSection, ModelSection
 from polyrank.config.reading import listed
 from polyrank.config.recipe import Recipe, cores
 from polyrank.config.section import Expected, Section
+from polyrank.config.validation_errors import mistakes
 from polyrank.data import Clients, single
 from polyrank.errors import PolyrankError, RecipeError
-from polyrank.federation.remote import Terms
 from polyrank.planning import DEVICES, DeviceProfile, device
+from polyrank.protocol import Terms
 from polyrank.seeds import derive
 
 LONGEST_NAME = 200

@@ -19,10 +19,10 @@ from pydantic.fields import FieldInfo
 
 from polyrank.config.app import APP_KEYS, OWN, PLACE, AppSettings, Scalar, SplitServer, app_settings
 from polyrank.config.baselines import BASELINES
-from polyrank.config.inputs import CLIENT
-from polyrank.config.mistakes import keys, subsection
+from polyrank.config.model_and_data import CLIENT
 from polyrank.config.reading import PAIRS, checked, listed, resolve_sources
 from polyrank.config.recipe import Recipe
+from polyrank.config.validation_errors import keys, subsection
 from polyrank.errors import RecipeError
 
 __all__ = [

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from polyrank.config.baselines import with_baseline
-from polyrank.config.inputs import CLIENT, SAMPLE
-from polyrank.config.mistakes import mistakes
+from polyrank.config.model_and_data import CLIENT, SAMPLE
 from polyrank.config.recipe import Recipe
+from polyrank.config.validation_errors import mistakes
 from polyrank.errors import PolyrankError, RecipeError
 
 PAIRS = (

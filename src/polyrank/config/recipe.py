@@ -13,7 +13,11 @@ from pydantic import Field
 from polyrank.aggregation import Rule, SLoRA
 from polyrank.config.baselines import BASELINES, Name
 from polyrank.config.benchmark import BenchmarkSection
-from polyrank.config.conduct import (
+from polyrank.config.fleet import FleetSection
+from polyrank.config.model_and_data import DataSection, ModelSection, check_own
+from polyrank.config.plan import Devices, PlanSection, check_unchanged, own_devices
+from polyrank.config.section import Section
+from polyrank.config.sections import (
     AggregationSection,
     EngineSection,
     EvaluationSection,
@@ -24,16 +28,12 @@ from polyrank.config.conduct import (
     SplitSection,
     StoppingSection,
 )
-from polyrank.config.fleet import FleetSection
-from polyrank.config.inputs import DataSection, ModelSection
-from polyrank.config.own_data import check_own
-from polyrank.config.plan import Devices, PlanSection, check_unchanged, own_devices
-from polyrank.config.section import Section
 from polyrank.data import Clients
 from polyrank.errors import RecipeError
-from polyrank.federation import Benchmark, Conduct
+from polyrank.evaluation import Benchmark
 from polyrank.model import LoadedModel
 from polyrank.planning import DeviceProfile, Fleet, device
+from polyrank.run import Conduct
 from polyrank.seeds import derive
 
 SERVER = "server"

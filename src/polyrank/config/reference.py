@@ -11,9 +11,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from polyrank.config.client import ClientSettings
-from polyrank.config.mistakes import subsection, words
 from polyrank.config.recipe import Recipe
 from polyrank.config.section import Section
+from polyrank.config.validation_errors import subsection, words
 
 HEAD = """\
 # Recipes: every key

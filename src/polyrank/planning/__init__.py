@@ -1,6 +1,7 @@
 """What a model costs and which ranks each client affords. Pure."""
 
 from polyrank.planning.cost import CostModel
+from polyrank.planning.cut import Split
 from polyrank.planning.devices import DEVICES, DeviceProfile, device
 from polyrank.planning.fleet import DISTRIBUTIONS, TYPES, Fleet, LoRAType, shares_of
 from polyrank.planning.importance import Scores, averaged, moved, smoothed
@@ -11,7 +12,6 @@ from polyrank.planning.scaling import Scaling
 from polyrank.planning.schedule import EVERYONE, Redraw, Schedule, Trace
 from polyrank.planning.sharing import BySpectrum
 from polyrank.planning.spec import ModelSpec, Site
-from polyrank.planning.split import Split
 from polyrank.planning.workload import Workload
 
 __all__ = [

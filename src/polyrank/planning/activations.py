@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from polyrank.planning.anatomy import Anatomy, Section, Size
 from polyrank.planning.backward import AtSite, working_bytes
-from polyrank.planning.places import Places, Ranks
+from polyrank.planning.cut import Split
+from polyrank.planning.site_index import Places, Ranks
 from polyrank.planning.spec import Site
-from polyrank.planning.split import Split
 from polyrank.planning.traffic import microbatch
 from polyrank.planning.workload import Workload
 

@@ -12,7 +12,7 @@ import torch
 from polyrank.errors import RankError
 from polyrank.planning.importance import tied
 from polyrank.planning.levels import checked_levels
-from polyrank.planning.swaps import ROUNDING, Site, repair, worth
+from polyrank.planning.local_search import ROUNDING, Site, repair, worth
 
 
 def allocate(

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from polyrank.errors import ModelError
 from polyrank.planning.activations import Activations, Held
 from polyrank.planning.anatomy import Anatomy
+from polyrank.planning.cut import Split
 from polyrank.planning.operations import Arithmetic, Operations
-from polyrank.planning.places import Places, Ranks
+from polyrank.planning.site_index import Places, Ranks
 from polyrank.planning.spec import ModelSpec
-from polyrank.planning.split import Split
 from polyrank.planning.timing import Clock, Machine, Seconds, step_seconds
 from polyrank.planning.traffic import Wire, messages, step_traffic
 from polyrank.planning.workload import Workload

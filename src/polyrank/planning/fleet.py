@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from polyrank.errors import ModelError, RankError
+from polyrank.planning.cut import Split
 from polyrank.planning.schedule import Schedule
 from polyrank.planning.spec import ModelSpec, Site
-from polyrank.planning.split import Split
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 
-from polyrank.planning.split import Split
+from polyrank.planning.cut import Split
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polyrank.planning.anatomy import Anatomy, Section
-from polyrank.planning.places import Places, Ranks
-from polyrank.planning.split import Split
+from polyrank.planning.cut import Split
+from polyrank.planning.site_index import Places, Ranks
 from polyrank.planning.workload import Workload
 
 

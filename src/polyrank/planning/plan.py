@@ -8,10 +8,10 @@ from typing import Literal, get_args
 
 from polyrank.errors import RecipeError
 from polyrank.planning.cost import Memory, Operations, Seconds, Wire
+from polyrank.planning.cut import Split
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.fleet import Fleet, LoRAType
 from polyrank.planning.levels import checked_levels
-from polyrank.planning.split import Split
 
 Cuts = Literal["best", "needed", "none"]
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from polyrank.errors import RecipeError
 from polyrank.planning.cost import CostModel
+from polyrank.planning.cut import Split
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.importance import Scores
 from polyrank.planning.levels import derived_levels
@@ -16,7 +17,6 @@ from polyrank.planning.plan import Plan, PlanSettings, in_units
 from polyrank.planning.search import Ranks, Search
 from polyrank.planning.sharing import ByImportance, Even, Sharing
 from polyrank.planning.spec import ModelSpec
-from polyrank.planning.split import Split
 
 
 class Planner:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 
 from polyrank.planning.cost import CostModel
+from polyrank.planning.cut import Split
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.limits import Limits
 from polyrank.planning.plan import Plan, PlanSettings
 from polyrank.planning.sharing import Sharing
 from polyrank.planning.spec import Site
-from polyrank.planning.split import Split
 
 MOST_OPTIONS = 16
 """Cuts, and depths per cut, that are tried; deeper models are tried at evenly spread ones."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from polyrank.planning.split import Split
+from polyrank.planning.cut import Split
 from polyrank.planning.traffic import Wire
 
 

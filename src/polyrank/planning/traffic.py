@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from polyrank.planning.split import Split
+from polyrank.planning.cut import Split
 from polyrank.planning.workload import WIRES, Workload
 
 FRAME = 60

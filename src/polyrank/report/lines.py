@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from polyrank.federation import RoundRecord
 from polyrank.report.words import count, duration, number
+from polyrank.run import RoundRecord
 
 
 def round_header(wire: bool = False) -> str:

@@ -9,11 +9,11 @@ from rich import box
 from rich.table import Table
 
 from polyrank.algebra import Adapter
-from polyrank.federation import RoundRecord
-from polyrank.federation.result import factored
 from polyrank.planning import Split
 from polyrank.report.cuts import hosted
 from polyrank.report.words import number
+from polyrank.run import RoundRecord
+from polyrank.run.adapter import factored
 
 _SCORES = (("loss", "loss", 4), ("exact_match", "exact match", 3), ("rouge_l", "ROUGE-L", 3))
 _GROUPS = ("seen", "unseen")

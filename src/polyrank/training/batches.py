@@ -11,7 +11,7 @@ from torch import Tensor
 from polyrank.data.collate import IGNORED, collate
 from polyrank.data.types import Encoded
 from polyrank.seeds import generator
-from polyrank.training.recipe import LocalTraining
+from polyrank.training.settings import LocalTraining
 
 
 def step_groups(examples: int, local: LocalTraining, seed: int) -> Iterator[list[list[int]]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.model import Cohort, LoadedModel, Part, Slot, logits_at
-from polyrank.training.recipe import LocalTraining
+from polyrank.training.settings import LocalTraining
 
 MOST = 16
 """Larger cohorts gain little: by then the base's own arithmetic fills the machine."""

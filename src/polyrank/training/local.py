@@ -12,9 +12,9 @@ from polyrank.algebra import Adapter, Dense
 from polyrank.errors import SiteError
 from polyrank.model import Cohort, LoadedModel, Part, Slot, logits_at, losses_then_gradient
 from polyrank.training.batches import assemble
-from polyrank.training.course import Course, Job, Trained
-from polyrank.training.learner import Learner
-from polyrank.training.recipe import LocalTraining
+from polyrank.training.job import Course, Job, Trained
+from polyrank.training.optimizer import Learner
+from polyrank.training.settings import LocalTraining
 
 
 def train_cohort(

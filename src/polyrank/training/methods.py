@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from polyrank.errors import RecipeError
-from polyrank.training.recipe import LocalTraining, OptimizerName
+from polyrank.training.settings import LocalTraining, OptimizerName
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from polyrank.errors import ModelError
 from polyrank.model import Cohort, Cut, LoadedModel, Span, side
-from polyrank.training.course import Trained
+from polyrank.training.job import Trained
 from polyrank.training.local import merged_of, slot_of
 from polyrank.training.split.job import SplitJob
 from polyrank.training.split.link import Link

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from polyrank.aggregation.types import Assignment
 from polyrank.model import LoadedModel
 from polyrank.planning import Split
-from polyrank.training.course import Job
-from polyrank.training.recipe import LocalTraining
+from polyrank.training.job import Job
 from polyrank.training.scoring import NEVER, Scoring
+from polyrank.training.settings import LocalTraining
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.errors import FrameError
-from polyrank.training.course import Course
-from polyrank.training.learner import Learner
+from polyrank.training.job import Course
+from polyrank.training.optimizer import Learner
 from polyrank.training.split.job import SplitJob
 from polyrank.training.split.link import Link, Pending
 from polyrank.training.split.messages import At, Request, Returned, Step, Stepped

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from polyrank.algebra import Adapter, Dense
 from polyrank.model import Cohort, LoadedModel, Part
-from polyrank.training.learner import Learner
 from polyrank.training.local import slot_of
+from polyrank.training.optimizer import Learner
 from polyrank.training.scoring import Scored
 from polyrank.training.split.messages import Activations, Step
 from polyrank.training.split.session import Session

@@ -10,7 +10,7 @@ from polyrank.algebra import Adapter
 from polyrank.errors import ModelError
 from polyrank.model import LoadedModel, applied
 from polyrank.planning import Split
-from polyrank.training.course import Trained
+from polyrank.training.job import Trained
 from polyrank.training.local import merged_of
 from polyrank.training.split.heads import Heads
 from polyrank.training.split.job import SplitJob

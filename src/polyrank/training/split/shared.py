@@ -13,8 +13,8 @@ from polyrank.algebra import Adapter, Delta, Dense, LowRank
 from polyrank.errors import RankError
 from polyrank.model import Cohort, LoadedModel, Part, Share
 from polyrank.planning import Split
-from polyrank.training.learner import Learner
 from polyrank.training.local import slot_of
+from polyrank.training.optimizer import Learner
 from polyrank.training.scoring import Scored
 from polyrank.training.split.job import TailJob
 from polyrank.training.split.messages import Activations, Step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from polyrank.transport.remote.access import Access
+from polyrank.transport.remote.credentials import Access
 from polyrank.transport.remote.wire import MESSAGE_BYTES
 
 _REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)

@@ -9,8 +9,8 @@ from polyrank.errors import FrameError
 from polyrank.training.split.link import Traffic
 from polyrank.training.split.messages import Request, Returned, Stepped
 from polyrank.transport.awaited import Awaited, write_request
-from polyrank.transport.remote.access import Access
-from polyrank.transport.remote.line import Line
+from polyrank.transport.remote.credentials import Access
+from polyrank.transport.remote.reconnecting_stream import Line
 
 
 class GrpcLink:

@@ -17,13 +17,13 @@ import grpc
 from polyrank.errors import FrameError
 from polyrank.training.split.link import Tail, Traffic
 from polyrank.transport.layout import Limits
-from polyrank.transport.remote.access import Access
-from polyrank.transport.remote.bench import Bench
-from polyrank.transport.remote.door import Door
-from polyrank.transport.remote.gathering import Gathering
+from polyrank.transport.remote.admission import Door
+from polyrank.transport.remote.batching import Gathering
+from polyrank.transport.remote.credentials import Access
 from polyrank.transport.remote.identity import Identity
+from polyrank.transport.remote.scheduler import Bench
+from polyrank.transport.remote.server_stream import Stream, Terms
 from polyrank.transport.remote.sessions import Sessions, Work
-from polyrank.transport.remote.stream import Stream, Terms
 from polyrank.transport.remote.wire import MESSAGE_BYTES, SERVICE
 
 T = TypeVar("T")

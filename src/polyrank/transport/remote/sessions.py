@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from polyrank.errors import FrameError
-from polyrank.transport.remote.access import TOKEN_BYTES
+from polyrank.transport.remote.credentials import TOKEN_BYTES
 
 SECRET_BYTES = NONCE_BYTES = 32
 _NOBODY = bytes(32)

@@ -1,0 +1,19 @@
+"""polyrank's Flower ServerApp: a recipe's rounds, carried out by clients on their own machines."""
+
+from __future__ import annotations
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from polyrank.config.flower import app_settings, from_run_config
+from polyrank.flower.grid_channel import GridPost
+from polyrank.remote.server import serve
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Carry out the recipe of the run config; see `polyrank.remote.server.serve`."""
+    recipe, settings = from_run_config(context.run_config), app_settings(context.run_config)
+    serve(recipe, settings, GridPost(grid), str(context.run_id))

@@ -1,0 +1,166 @@
+"""Adapters as the tensors of a packet, named ``role|site|name``, and back, bit by bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from polyrank.aggregation import Assignment
+from polyrank.algebra import Adapter, Delta, Dense, LowRank, Sparse
+from polyrank.errors import FactorError
+from polyrank.protocol.json_fields import refusal
+from polyrank.protocol.packet import Packet
+
+REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What an update may be kept in."""
+_PLACES = (torch.int32, torch.int64)
+_MOST = 2**31
+
+
+def write_adapter(role: str, adapter: Mapping[str, Delta]) -> dict[str, Tensor]:
+    """Return the tensors of an adapter.
+
+    Positions travel as int32 where the matrix has fewer than 2^31 entries.
+    """
+    found = {}
+    for site, delta in adapter.items():
+        for name, tensor in delta.tensors().items():
+            found[f"{role}|{site}|{name}"] = tensor
+        if isinstance(delta, Sparse) and math.prod(delta.shape) < _MOST:
+            found[f"{role}|{site}|positions"] = delta.positions.to(torch.int32)
+    return found
+
+
+def read_adapter(packet: Packet, role: str) -> Adapter[Delta]:
+    """Return the adapter of a role; PacketError for tensors that make no update of a matrix."""
+    found: dict[str, dict[str, str]] = {}
+    for whole in packet.names():
+        if whole.startswith(f"{role}|"):
+            site, _, name = whole[len(role) + 1 :].rpartition("|")
+            found.setdefault(site, {})[name] = whole
+    return Adapter({site: _read(packet, f"{role}|{site}", found[site]) for site in found})
+
+
+def _read(packet: Packet, place: str, names: Collection[str]) -> Delta:
+    kind = set(names)
+    try:
+        if kind == {"b", "a"}:
+            b = packet.tensor(f"{place}|b", (None, None), REAL)
+            return LowRank(b, packet.tensor(f"{place}|a", (b.shape[1], None), [b.dtype]))
+        if kind == {"matrix"}:
+            return Dense(packet.tensor(f"{place}|matrix", (None, None), REAL))
+        if kind == {"values", "positions", "shape"}:
+            return _sparse(packet, place)
+    except FactorError as error:
+        raise refusal(f"{packet.place}, {place!r}", "an update of a matrix", error) from error
+    raise refusal(
+        f"{packet.place}, {place!r}",
+        "factors b and a, a matrix, or values with positions and shape",
+        sorted(kind),
+    )
+
+
+def _sparse(packet: Packet, place: str) -> Sparse:
+    values = packet.tensor(f"{place}|values", (None,), REAL)
+    positions = packet.tensor(f"{place}|positions", tuple(values.shape), _PLACES).long()
+    m, n = packet.tensor(f"{place}|shape", (2,), [torch.int64]).tolist()
+    at = f"{packet.place}, {place!r}"
+    if not (0 <= m < _MOST and 0 <= n < _MOST):
+        raise refusal(at, f"a shape of two numbers below {_MOST}", f"{m}×{n}")
+    if len(positions):
+        least, most = (int(end) for end in torch.aminmax(positions))
+        if least < 0 or most >= m * n:
+            raise refusal(at, f"positions of 0 to {m * n - 1}", f"{least} to {most}")
+        ordered = positions.sort().values
+        if bool((ordered[1:] == ordered[:-1]).any()):
+            raise refusal(at, "each position once", "one that is there twice")
+    return Sparse(values, positions, (m, n))
+
+
+def negatives(assignment: Assignment) -> list[str]:
+    """Return the sites whose frozen term is −B, A of the start bit by bit, negative zeros too.
+
+    A reader that has the start can make it, so it need not travel.
+    """
+    return [
+        site
+        for site, frozen in assignment.frozen.items()
+        if isinstance(start := assignment.start.get(site), LowRank)
+        and _same_bits(start.a, frozen.a)
+        and _same_bits(-start.b, frozen.b)
+    ]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(
+        one.contiguous().view(-1).view(whole), other.contiguous().view(-1).view(whole)
+    )
+
+
+def write_trained(
+    role: str, trained: Mapping[str, Delta], dealt: Assignment, place: str
+) -> dict[str, Tensor]:
+    """Return the tensors that training may have changed, of an update to `dealt`.
+
+    PacketError if it changed what was not to be trained, or has other sites: neither would travel.
+    """
+    _check_sites(trained, dealt, place)
+    found: dict[str, Tensor] = {}
+    for site, delta in trained.items():
+        start, at = dealt.start[site], f"{place}, {site!r}"
+        if type(delta) is not type(start) or delta.shape != start.shape:
+            expected = f"{type(start).__name__} of {start.shape}, as was dealt"
+            raise refusal(at, expected, f"{type(delta).__name__} of {delta.shape}")
+        sent = delta.tensors()
+        for name in _fixed(start, dealt):
+            before, after = start.tensors()[name], sent.pop(name)
+            if not torch.equal(before.to(after), after):
+                raise refusal(at, f"{name} as it was dealt", "another")
+        found |= {f"{role}|{site}|{name}": tensor for name, tensor in sent.items()}
+    return found
+
+
+def read_trained(packet: Packet, role: str, dealt: Assignment) -> Adapter[Delta]:
+    """Return the update to `dealt` whose trained tensors a packet has, of any real dtype.
+
+    PacketError for a site, kind or shape that was not dealt, or that is missing.
+    """
+    found: dict[str, Delta] = {}
+    for site, start in dealt.start.items():
+        place = f"{role}|{site}"
+        if isinstance(start, Sparse):
+            values = packet.tensor(f"{place}|values", tuple(start.values.shape), REAL)
+            found[site] = Sparse(values, start.positions, start.shape)
+            continue
+        if isinstance(start, Dense):
+            found[site] = Dense(packet.tensor(f"{place}|matrix", start.shape, REAL))
+            continue
+        b = packet.tensor(f"{place}|b", tuple(start.b.shape), REAL)
+        if dealt.train == "b":
+            found[site] = LowRank(b, start.a.to("cpu", b.dtype))
+        else:
+            a = packet.tensor(f"{place}|a", tuple(start.a.shape), [b.dtype])
+            found[site] = LowRank(b, a)
+    return Adapter(found)
+
+
+def _fixed(start: Delta, dealt: Assignment) -> Iterable[str]:
+    """Name the tensors of a start that its training leaves alone."""
+    if isinstance(start, Sparse):
+        return ("positions", "shape")
+    return ("a",) if isinstance(start, LowRank) and dealt.train == "b" else ()
+
+
+def _check_sites(trained: Mapping[str, Delta], dealt: Assignment, place: str) -> None:
+    if trained.keys() != dealt.start.keys():
+        missing = sorted(dealt.start.keys() - trained.keys())
+        extra = sorted(trained.keys() - dealt.start.keys())
+        raise refusal(
+            place, f"the sites that were dealt; {missing} are missing", extra or "the rest"
+        )

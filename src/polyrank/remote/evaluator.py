@@ -1,0 +1,97 @@
+"""Scores of adapters that clients measure on their own machines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from polyrank.errors import PacketError
+from polyrank.evaluation.clients import Marks
+from polyrank.evaluation.evaluator import Question
+from polyrank.protocol import Exam, read_marks, write_exam
+from polyrank.remote.message_channel import Letter, Post
+
+
+class RemoteExaminer:
+    """Asks every machine once for all that is wanted of its clients.
+
+    `homes` says which machine hosts a client. Clients whose model is cut hold only some of its
+    blocks and cannot score it: they are left out, and so are those whose machine does not answer
+    within `seconds`, which `tell` is told.
+    """
+
+    def __init__(
+        self,
+        post: Post,
+        homes: Mapping[str, int],
+        seconds: float,
+        tell: Callable[[str], None],
+        on_step: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._post, self._homes = post, homes
+        self._seconds, self._tell, self._on_step, self._clock = seconds, tell, on_step, clock
+        self._unscored: set[str] = set()
+
+    def answer(self, questions: Sequence[Question]) -> list[Marks]:
+        """Return each question's scores of the clients that could be asked and answered."""
+        self._tell_unscored({id for one in questions for id in one.clients if id in one.cut})
+        found: list[dict[str, Mapping[str, float | None]]] = [{} for _ in questions]
+        no_room = [0] * len(questions)
+        places: dict[int, list[int]] = {}
+        exams: dict[int, Exam] = {}
+        for node in sorted({self._homes[id] for one in questions for id in one.clients}):
+            asked = []
+            for place, one in enumerate(questions):
+                here = tuple(
+                    id for id in one.clients if self._homes[id] == node and id not in one.cut
+                )
+                if here:
+                    asked.append(Question(one.adapter, here, one.part, one.texts))
+                    places.setdefault(node, []).append(place)
+            if asked:
+                exams[node] = Exam(tuple(asked))
+        for node, payload in self._asked(exams):
+            try:
+                marks = read_marks(payload, exams[node])
+            except PacketError as error:
+                self._tell(f"scores of machine {node} are not used: {error}")
+                continue
+            for place, scored in zip(places[node], marks, strict=True):
+                found[place] |= scored.clients
+                no_room[place] += scored.no_room
+        return [
+            Marks({id: each[id] for id in one.clients if id in each}, none)
+            for one, each, none in zip(questions, found, no_room, strict=True)
+        ]
+
+    def _tell_unscored(self, clients: set[str]) -> None:
+        if clients - self._unscored:
+            names = ", ".join(sorted(clients))
+            self._tell(f"not scored, for they hold only some blocks of the model: {names}")
+        self._unscored |= clients
+
+    def _asked(self, exams: Mapping[int, Exam]) -> list[tuple[int, bytes]]:
+        """Return the packets that come back in time, by machine."""
+        until = self._clock() + self._seconds
+        letters = (Letter(node, "evaluate", write_exam(exam)) for node, exam in exams.items())
+        waiting: dict[str, int] = {}
+        for node, ticket in zip(exams, self._post.send(letters, self._seconds), strict=True):
+            if ticket is None:
+                self._tell(f"machine {node} has no scores: it cannot be reached")
+            else:
+                waiting[ticket] = node
+        self._tell(f"asked {len(waiting)} machines for scores")
+        came, over = [], False
+        while waiting and not over:
+            self._on_step()
+            over = self._clock() >= until
+            for delivery in self._post.receive(waiting):
+                node = waiting.pop(delivery.ticket)
+                if delivery.payload is None:
+                    self._tell(f"machine {node} has no scores: {delivery.lost}")
+                else:
+                    came.append((node, delivery.payload))
+        for node in waiting.values():
+            self._tell(f"machine {node} has no scores: none came within {self._seconds:.0f} s")
+        return came

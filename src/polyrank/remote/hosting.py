@@ -1,0 +1,124 @@
+"""A client's machine, from what Flower tells its app and what its owner has written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from polyrank.config import Recipe
+from polyrank.config.client import ClientSettings, read_client
+from polyrank.config.flower import Scalar, from_run_config
+from polyrank.config.model_and_data import ModelSection
+from polyrank.data import Clients
+from polyrank.errors import RecipeError
+from polyrank.model import LoadedModel, Span
+from polyrank.planning import Split
+from polyrank.remote.client import ClientSide
+from polyrank.training import ClientWork, prepare
+
+PARTITION, PARTITIONS, CLIENT = "partition-id", "num-partitions", "client"
+"""Keys of Flower's node config: the first two in simulation, the third names a client.toml."""
+
+
+def side_of(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> ClientSide:
+    """Return the machine; made once in a process for the same configuration.
+
+    RecipeError if neither a client.toml is named nor a partition given, or one cannot be read.
+    """
+    return _side(json.dumps(dict(run_config)), json.dumps(dict(node_config)))
+
+
+@lru_cache(maxsize=2)
+def _side(run_config: str, node_config: str) -> ClientSide:
+    recipe, node = from_run_config(json.loads(run_config)), json.loads(node_config)
+    if CLIENT in node:
+        return _deployed(recipe, read_client(Path(str(node[CLIENT])).expanduser()))
+    if PARTITION in node and PARTITIONS in node:
+        place = int(node[PARTITION]), int(node[PARTITIONS])
+        return _simulated(recipe, _everyone(run_config), *place)
+    raise RecipeError(
+        'node config: expected client = "/path/to/client.toml" (flower-supernode --node-config '
+        f"'client=\"…\"'), got {sorted(node) or 'nothing'}"
+    )
+
+
+class Models:
+    """The model as a recipe's section says; with `whole_only` every client runs from all of it."""
+
+    def __init__(self, section: ModelSection, *, whole_only: bool):
+        self._section, self._whole_only = section, whole_only
+        self.whole = lru_cache(1)(self._section.load)
+        self.bare = lru_cache(1)(self._section.load_bare)
+
+    def head(self, cut: Split) -> LoadedModel:
+        """Return the blocks below the cut and, in a U-shape, the last ones."""
+        if self._whole_only:
+            return self.whole()
+        own = [Span(0, cut.lower)] + ([] if cut.upper is None else [Span(cut.upper)])
+        return self._section.load(own)
+
+
+class Prepared:
+    """The work of the clients that are here, made once."""
+
+    def __init__(self, clients: Clients, recipe: Recipe):
+        self._clients, self._encoding = clients, recipe.data.encoding()
+        self._made: Mapping[str, ClientWork] | None = None
+
+    def __call__(self, model: LoadedModel) -> Mapping[str, ClientWork]:
+        """Return the work; the model gives the tokenizer."""
+        if self._made is None:
+            self._made, _ = prepare(self._clients, model, self._encoding)
+        return self._made
+
+    def of(self, names: Collection[str]) -> Callable[[LoadedModel], Mapping[str, ClientWork]]:
+        """Return what gives the work of these clients alone."""
+
+        def some(model: LoadedModel) -> Mapping[str, ClientWork]:
+            return {id: client for id, client in self(model).items() if id in names}
+
+        return some
+
+
+def _deployed(recipe: Recipe, own: ClientSettings) -> ClientSide:
+    torch.set_num_threads(own.threads(recipe))
+    return ClientSide(
+        Models(own.model_of(recipe), whole_only=False),
+        Prepared(own.clients(recipe), recipe),
+        recipe.local.build(),
+        recipe.split.build(),
+        recipe.evaluation.build(),
+        own.terms(),
+        own.profile(recipe.model.dtype),
+    )
+
+
+def _simulated(recipe: Recipe, everyone: Everyone, partition: int, partitions: int) -> ClientSide:
+    """Every so many clients of the recipe's data, which are trained one after the other."""
+    return ClientSide(
+        everyone.models,
+        everyone.prepared.of([*everyone.clients][partition::partitions]),
+        recipe.local.build(),
+        recipe.split.build(),
+        recipe.evaluation.build(),
+    )
+
+
+class Everyone:
+    """What the simulated machines of a process share: model, clients, and their work."""
+
+    def __init__(self, recipe: Recipe):
+        if recipe.engine.threads:  # Otherwise what the simulation's resources leave.
+            torch.set_num_threads(recipe.engine.threads)
+        self.models = Models(recipe.model, whole_only=True)
+        self.clients = recipe.clients()
+        self.prepared = Prepared(self.clients, recipe)
+
+
+@lru_cache(maxsize=1)
+def _everyone(run_config: str) -> Everyone:
+    return Everyone(from_run_config(json.loads(run_config)))

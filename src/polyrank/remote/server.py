@@ -1,0 +1,264 @@
+"""The server of a run whose clients are elsewhere: a recipe, carried out in its run folder."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from polyrank.config import Recipe
+from polyrank.config.flower import AppSettings
+from polyrank.data import Clients, Skipped
+from polyrank.errors import FolderInUseError, RecipeError
+from polyrank.evaluation import Examiner
+from polyrank.model import LoadedModel
+from polyrank.planning import Fleet
+from polyrank.protocol import Profile
+from polyrank.remote.admission import Enrolled, enrol
+from polyrank.remote.engine import LONGEST, Remote
+from polyrank.remote.evaluator import RemoteExaminer
+from polyrank.remote.message_channel import Post
+from polyrank.remote.registration import Roll, call, clients_of, work_of
+from polyrank.report.console import show
+from polyrank.report.progress import Terminal
+from polyrank.rounds import Engine
+from polyrank.run import Planning, RunFolder
+from polyrank.run.environment import config_fingerprint
+from polyrank.run.folder import RUN
+from polyrank.runner.inspect import RECIPE
+from polyrank.runner.runner import Attendance, Outcome, Parts, carry_out, resumable
+from polyrank.split_server.interface import Desk
+from polyrank.split_server.settings import HostedModel, TailSettings
+from polyrank.training import ClientWork
+
+WIDTH = 120
+"""Columns of what is shown, which Flower keeps as its log."""
+
+
+def serve(recipe: Recipe, settings: AppSettings, post: Post, run: str) -> Outcome:
+    """Carry out a recipe with the clients that `post` reaches; a begun one goes on.
+
+    The run folder is ``app.out``, seen from where the server was started. What happens is shown on
+    stderr as it happens, and the result at the end.
+
+    Raises RecipeError for what cannot be done with clients elsewhere, or if too few come.
+    """
+    check(recipe)
+    folder = settings.folder(recipe.name).resolve()
+    torch.set_num_threads(recipe.resolved().engine.threads)
+    console = Console(file=sys.stderr, width=WIDTH)
+    with Terminal(console) as terminal:
+        # Flower ends this process, whenever it is told to; the folder is whole at any moment.
+        attendance = Attendance(terminal, lambda: False, settings.allow_inexact)
+        console.print(f"run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
+        with resumable(folder, folder / RECIPE, f"flwr run, with app.out = {str(folder)!r}"):
+            parts = PartsElsewhere(recipe.resolved(), settings, post, run, attendance, console)
+            parts.tell_deadline()
+            wait_for(folder, parts.tell)
+            summary = carry_out(
+                recipe.resolved(), folder, attendance, parts, resume=folder.exists()
+            )
+    outcome = Outcome(folder, summary)
+    show(outcome, as_json=False)
+    return outcome
+
+
+def wait_for(
+    folder: Path,
+    tell: Callable[[str], None],
+    seconds: float = 60.0,
+    pause: float = 1.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Wait until no process works in a run's folder; FolderInUseError if one still does then.
+
+    A server that Flower has stopped, or that has lost its SuperLink, takes a while to end.
+    """
+    until, told = clock() + seconds, False
+    while (folder / RUN).is_file():
+        try:
+            RunFolder.open(folder).close()
+            return
+        except FolderInUseError as error:
+            if clock() >= until:
+                raise
+            if not told:
+                tell(f"waiting for another process to end: {error}")
+            told = True
+            time.sleep(pause)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise RecipeError for what needs all data in one process."""
+    if recipe.data.pooled:
+        raise RecipeError("data.pooled: clients elsewhere keep their data; use polyrank run")
+    if recipe.control is not None:
+        raise RecipeError(
+            "control: a run over Flower has none; make a second app, with fleet.force = "
+            f"{recipe.control!r}"
+        )
+
+
+class PartsElsewhere(Parts):
+    """What a run is made of where its clients are elsewhere."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: AppSettings,
+        post: Post,
+        run: str,
+        attendance: Attendance,
+        console: Console,
+    ):
+        super().__init__(recipe, attendance)
+        self._settings, self._post, self._run, self._console = settings, post, run, console
+
+    def tell(self, line: str) -> None:
+        """Show what happens, as it happens."""
+        shown = "".join(c if c.isprintable() else " " for c in line)  # Others wrote parts of it.
+        self._console.print(f"  {shown}", highlight=False, markup=False, soft_wrap=True)
+
+    def tell_deadline(self) -> None:
+        """Warn of a round that nothing ends."""
+        if self._recipe.faults.deadline is None:
+            self.tell(
+                "faults.deadline is not set: a machine that hangs holds a round up for "
+                f"{LONGEST / 3600:.0f} h"
+            )
+
+    @cached_property
+    def enrolled(self) -> Enrolled:
+        """Who takes part, once all that are wanted are there."""
+        self._attendance.listener.loading("clients")
+        recipe, settings = self._recipe, self._settings
+        found = call(
+            self._post,
+            recipe.fleet.clients,
+            settings.clients,
+            settings.wait,
+            self.tell,
+            self._attendance.check_stop,
+            self._fits,
+            alike=not recipe.data.at_clients,
+        )
+        enrolled = enrol(recipe, found, self.model)
+        for client, why in enrolled.left_out.items():
+            self.tell(f"{client} takes no part: {why}")
+        return enrolled
+
+    @property
+    def roll(self) -> Roll:
+        """The machines and their clients that take part."""
+        return self.enrolled.roll
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """The clients that take no part, with the reasons."""
+        return self.enrolled.left_out
+
+    @cached_property
+    def fleet(self) -> Fleet:
+        """The fleet, not forced to one type."""
+        return self.enrolled.fleet
+
+    def planning(self, recipe: Recipe, fleet: Fleet) -> Planning | None:  # noqa: ARG002
+        """Return how the run plans, within the clients' limits; None without [plan]."""
+        if recipe.plan is None:
+            return None
+        return self.enrolled.planning(recipe, self.model, self.prepared[0])
+
+    def _fits(self, profile: Profile) -> str | None:
+        """Say why a machine cannot take part: it would train another model."""
+        ours, theirs = config_fingerprint(self.model), profile.versions.get("model")
+        if theirs == ours:
+            return None
+        return f"it has another model than {self.model.source}: its configuration differs"
+
+    @cached_property
+    def clients(self) -> Clients:
+        """Who takes part."""
+        return clients_of(self.roll.hosted)
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        """The model: its weights only where the server itself needs them.
+
+        For a benchmark, and to measure how often importance may be scored, with ``plan.every``
+        left at auto.
+        """
+        self._attendance.listener.loading("model")
+        recipe = self._recipe
+        plan = recipe.plan
+        measures = plan is not None and plan.importance != "none" and plan.every == "auto"
+        if measures or recipe.benchmark is not None:
+            return recipe.model.load()
+        return recipe.model.load_bare()
+
+    @cached_property
+    def prepared(self) -> tuple[Mapping[str, ClientWork], Skipped]:
+        """The clients' sizes."""
+        return {one.client: work_of(one) for one in self.roll.hosted}, Skipped()
+
+    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Examiner]:
+        """Return who trains and scores the fleet's clients: their own machines."""
+        recipe, homes = self._recipe, self.roll.homes
+        deadline = recipe.faults.build().deadline
+        engine = Remote(
+            self._post,
+            homes,
+            self.model,
+            self.prepared[0],
+            recipe.local.build(),
+            recipe.split.build(),
+            deadline,
+            self._desk(fleet),
+            self.tell,
+        )
+        examiner = RemoteExaminer(
+            self._post,
+            homes,
+            deadline or LONGEST,
+            self.tell,
+            self._attendance.check_stop,
+        )
+        return engine, examiner
+
+    def _desk(self, fleet: Fleet) -> Desk | None:
+        """Return the split server, if a client may be cut; it starts when it is needed."""
+        recipe, split = self._recipe, self._settings.split
+        cuts = [fleet.cuts[name] for name in fleet.possible if name in fleet.cuts]
+        if not cuts and recipe.plan is None:
+            return None
+        from polyrank.split_server.process import SplitProcess
+
+        uppers = [cut.upper for cut in cuts]
+        planned = recipe.plan is not None  # Plans may come to cut anywhere.
+        lowest = recipe.plan.lowest_cut if recipe.plan else min(cut.lower for cut in cuts)
+        upper = None if planned or None in uppers else max(u for u in uppers if u is not None)
+        engine = recipe.engine.clients_in_one_pass()
+        return SplitProcess(
+            TailSettings(
+                HostedModel(
+                    lower=lowest,
+                    upper=upper,
+                    device=recipe.model.device,
+                    **recipe.model.options(),
+                ),
+                self._run,
+                recipe.split.build(),
+                listen=split.listen,
+                address=split.address or None,
+                cohort=1 if engine == "auto" else engine,
+                deterministic=recipe.engine.deterministic,
+                threads=recipe.engine.threads,
+                gather=split.gather,
+                silence=split.silence,
+                patience=split.patience,
+            )
+        )

@@ -1,0 +1,3 @@
+"""A recipe carried out: the run, its control beside it, and what is read from a run folder."""
+
+__all__ = []

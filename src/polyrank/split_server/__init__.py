@@ -1,0 +1,3 @@
+"""The process that trains the server-side parts of split clients' models."""
+
+__all__ = []

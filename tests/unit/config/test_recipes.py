@@ -1,0 +1,38 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from polyrank import config
+from polyrank.config.reference import page
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_ours_is_valid_and_named_after_its_file(path: Path) -> None:
+    assert config.read(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_ours_begins_with_what_it_is(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    assert "fleet" in tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_recipe_is_named_in_the_docs() -> None:
+    pages = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    assert RECIPES
+    assert [path.stem for path in RECIPES if f"recipes/{path.name}" not in text] == []
+
+
+def test_the_page_marks_values_as_code_and_leaves_apostrophes() -> None:
+    assert "| one of `adamw`, `sgd` |" in page()
+    assert "a family's name or a table" in page()
+
+
+def test_the_page_of_all_keys_is_up_to_date() -> None:
+    """Made by ``python -m polyrank.config.reference > docs/recipes.md``."""
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page()

@@ -1,0 +1,166 @@
+"""Scores that clients measure on their own machines."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from federations import MEASURED, QUIET, SITES, clients, federation, one_block
+from letters import After, Clock, Letters, Lost
+from models import random_adapter, tiny_loaded
+from polyrank.evaluation.clients import Marks
+from polyrank.evaluation.evaluator import OwnExaminer, Question
+from polyrank.planning import Fleet, LoRAType, Split, Trace
+from polyrank.protocol import write_marks
+from polyrank.rounds.settings import Sampling
+from polyrank.run import Conduct
+from polyrank.training.client_data import prepare
+from polyrank.training.encoding import Encoding
+from remotes import Reached, away, machines, post
+
+MODEL = one_block(torch.float64)
+NAMES = tuple(sorted(clients()))
+QUESTIONS = (
+    Question(None, NAMES, "test", True),
+    Question(random_adapter(MODEL), NAMES[::-1], "validation"),
+    Question(random_adapter(MODEL, seed=1), ("c1", "u0"), "validation"),
+)
+
+
+def asked(between, questions=QUESTIONS):
+    told = []
+    found = Reached.by(between).examiner(tell=told.append).answer(questions)
+    told.remove(f"asked {len(between.sent)} machines for scores")
+    return found, told
+
+
+def letters(each=1, trouble=None):
+    return Letters(machines(each=each, model=MODEL), trouble, clock=Clock())
+
+
+@pytest.mark.parametrize("each", [1, 2, 5])
+def test_scores_are_those_of_one_process_and_every_machine_is_asked_once(each):
+    work, _ = prepare(clients(), MODEL, Encoding())
+    expected = OwnExaminer(MODEL, work, MEASURED).answer(QUESTIONS)
+    between = letters(each)
+    found, told = asked(between)
+    for question, one, other in zip(QUESTIONS, found, expected, strict=True):
+        assert list(one.clients) == list(question.clients), "in the order of the question"
+        assert one.no_room == other.no_room
+        for id, scores in other.clients.items():
+            mine = {name: score for name, score in one.clients[id].items() if score is not None}
+            its = {name: score for name, score in scores.items() if score is not None}
+            assert mine == pytest.approx(its, rel=1e-9)
+    assert [letter.node for letter in between.sent] == sorted(between.machines)
+    assert told == []
+
+
+def test_who_holds_only_some_blocks_is_not_asked():
+    between = letters()
+    cut = frozenset({"c1", "c2"})
+    found, told = asked(between, [replace(one, cut=cut) for one in QUESTIONS])
+    assert [list(one.clients) for one in found] == [
+        ["c0", "c3", "u0"],
+        ["u0", "c3", "c0"],
+        ["u0"],
+    ]
+    assert len(between.sent) == 3
+    assert told == ["not scored, for they hold only some blocks of the model: c1, c2"]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [
+        (lambda one, p: After(p, None), "machine 2 has no scores: none came within 5 s"),
+        (lambda one, p: After(p, 100.0), "machine 2 has no scores: none came within 5 s"),
+        (lambda one, p: Lost("error 5"), "machine 2 has no scores: error 5"),
+        (lambda one, p: p[:9], "scores of machine 2 are not used: "),
+        (lambda one, p: write_marks([Marks({})]), "scores of machine 2 are not used: "),
+        (
+            lambda one, p: write_marks(
+                [Marks({"c3": {"loss": 0.0, "exact_match": 1.0, "rouge_l": 1.0}})] * 3
+            ),
+            "scores of machine 2 are not used: ",
+        ),
+    ],
+)
+def test_a_machine_without_usable_scores_is_left_out_and_told_of(trouble, told):
+    found, lines = asked(letters(trouble=lambda o, p: trouble(o, p) if o.node == 2 else p))
+    assert all("c1" not in one.clients for one in found)
+    assert [len(one.clients) for one in found] == [4, 4, 1]
+    assert len(lines) == 1
+    assert lines[0].startswith(told)
+
+
+def test_a_machine_that_cannot_be_reached_is_left_out_and_told_of():
+    between = letters()
+    reached = Reached.by(between)
+    between.unreachable.add(2)
+    told = []
+    found = reached.examiner(tell=told.append).answer(QUESTIONS)
+    assert all("c1" not in one.clients for one in found)
+    assert told[0] == "machine 2 has no scores: it cannot be reached"
+    assert len(told) == 2
+
+
+def test_scores_that_had_come_by_the_deadline_count_however_long_asking_took():
+    between = letters()
+
+    def slow(_, payload):
+        between.clock.now += 10
+        return payload
+
+    between.trouble = slow
+    found, told = asked(between)
+    assert [len(one.clients) for one in found] == [5, 5, 2]
+    assert told == []
+
+
+def test_a_run_whose_clients_score_nothing_goes_on_without_scores():
+    conduct = Conduct(evaluation=MEASURED, cohort=1)
+    silent = post()
+    silent.trouble = lambda one, p: Lost("gone") if one.kind == "evaluate" else p
+    with away(silent, conduct=conduct) as made:
+        (record,) = made.rounds(1)
+        summary = made.finish()
+        found = made.adapter.factors.hash()
+    assert record.evaluation["server"]["seen"]["loss"] is None
+    assert record.evaluation["own_rank"]["all"]["clients"] == 0
+    assert summary["final"]["seen"] == {**summary["final"]["seen"], "loss": None, "clients": 0}
+    with federation(conduct=Conduct(evaluation=QUIET, cohort=1)) as here:
+        list(here.rounds(1))
+        assert found == here.adapter.factors.hash()
+
+
+def test_who_is_cut_is_known_from_the_round_also_of_clients_that_were_not_asked(tmp_path):
+    types = {name: LoRAType(name, {"all": 2}) for name in ("one", "other")}
+    schedule = Trace({2: {"c0": "other", "c1": "other"}, 3: {"c1": "one"}})
+    changing = Fleet.table(dict.fromkeys(["c0", "c1", "c2", "c3"], "one"), types=types)
+    changing = replace(changing, cuts={"other": Split(1)}).with_schedule(schedule)
+    model = tiny_loaded("llama", num_hidden_layers=2, sites=SITES)
+    work, _ = prepare(clients(), model, Encoding())
+    few = Conduct(evaluation=MEASURED, cohort=1, sampling=Sampling(number=1))
+
+    class Noting:
+        """Scores here, and notes who of those asked for is said to be cut."""
+
+        def __init__(self):
+            self.inner, self.asked = OwnExaminer(model, work, MEASURED), []
+
+        def answer(self, questions):
+            self.asked.append({id for one in questions for id in one.cut})
+            return self.inner.answer(questions)
+
+    def run(out, *, resume, until):
+        examiner = Noting()
+        rest = {"fleet": changing, "conduct": few, "examiner": examiner, "resume": resume}
+        with federation(out, model=model, **rest) as made:
+            list(made.rounds(until))
+            if until == 3:
+                made.finish()
+        return [sorted(one) for one in examiner.asked]
+
+    begun = run(tmp_path / "run", resume=False, until=2)
+    assert begun == [[], [], ["c0", "c1"]], "before the rounds, and after each"
+    resumed = run(tmp_path / "run", resume=True, until=3)
+    assert resumed == [["c0"], ["c0"]], "after the third, and at the end"

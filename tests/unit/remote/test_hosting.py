@@ -1,0 +1,106 @@
+"""A client's machine from what Flower tells its app: a partition, or a client.toml."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from polyrank.config.flower import APP_KEYS, to_run_config
+from polyrank.config.reading import checked
+from polyrank.errors import RecipeError
+from polyrank.planning import Split
+from polyrank.protocol import Terms, read_profile
+from polyrank.remote.hosting import Models, side_of
+
+CONTENT = {
+    "name": "tiny",
+    "seed": 1,
+    "model": {"source": "sample"},
+    "data": {"source": "sample"},
+    "fleet": {"distribution": "uniform", "types": "scaled"},
+    "local": {"steps": 1},
+    "engine": {"threads": 1},
+}
+
+
+def run_config(**changes):
+    return {**APP_KEYS, **to_run_config(checked({**CONTENT, **changes}, "recipe"))}
+
+
+def hosted(side):
+    return [one.client for one in read_profile(side.answer("hello", b"")).hosted]
+
+
+def part(number, of):
+    return side_of(run_config(), {"partition-id": number, "num-partitions": of})
+
+
+def test_partitions_share_all_clients_of_the_recipes_data():
+    everyone = sorted(checked(CONTENT, "recipe").clients())
+    held = [hosted(part(number, 4)) for number in range(4)]
+    assert sorted(client for one in held for client in one) == everyone
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+def test_a_machine_beyond_the_clients_hosts_nobody():
+    assert hosted(part(40, 41)) == []
+
+
+def test_a_machine_is_made_once_for_the_same_configuration():
+    assert part(0, 4) is part(0, 4)
+    assert part(0, 4) is not part(1, 4)
+
+
+def test_partitions_in_one_process_have_one_model_and_prepare_their_data_once():
+    one, other = part(0, 4), part(1, 4)
+    assert one.models.whole() is other.models.whole()
+    tokens = [side.prepare(side.models.bare()) for side in (one, other, part(0, 4))]
+    assert not tokens[0].keys() & tokens[1].keys()
+    assert all(tokens[0][client] is tokens[2][client] for client in tokens[0])
+
+
+def deployed(folder: Path, **limits):
+    rows = [{"prompt": f"w{n}", "answer": "secretive words"} for n in range(20)]
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in limits.items())
+    (folder / "client.toml").write_text(
+        'name = "ward"\n[data]\nsource = "own.jsonl"\nprompt = "prompt"\ncompletion = "answer"\n'
+        f'[device]\nmemory = "1 GiB"\n[limits]\n{lines}\n'
+    )
+    return {"client": str(folder / "client.toml")}
+
+
+def test_a_client_toml_gives_one_client_its_device_and_its_limits(tmp_path):
+    config = run_config(data={"source": "client"}, fleet={**CONTENT["fleet"]})
+    node = deployed(tmp_path, largest_rank=4, smallest_count=2)
+    side = side_of(config, node)
+    payload = side.answer("hello", b"")
+    profile = read_profile(payload)
+    (one,) = profile.hosted
+    assert (one.client, one.seen) == ("ward", True)
+    assert sum(one.counts[name].rows for name in one.counts) == 20
+    assert profile.device.memory_bytes == 2**30
+    assert profile.terms == Terms(largest_rank=4, smallest_count=2)
+    assert b"secretive" not in payload
+    assert str(tmp_path).encode() not in payload
+
+
+@pytest.mark.parametrize("node", [{}, {"partition-id": 1}, {"site": "x"}])
+def test_a_node_that_says_nothing_of_itself_is_told_what_to_say(node):
+    with pytest.raises(RecipeError, match=r"node config: expected client = .*client\.toml"):
+        side_of(run_config(), node)
+
+
+def test_a_client_toml_that_is_not_there_is_named():
+    with pytest.raises(RecipeError, match=r"nowhere\.toml"):
+        side_of(run_config(), {"client": "/nowhere.toml"})
+
+
+def test_a_split_client_loads_its_own_blocks_alone_but_for_simulation():
+    section = checked(CONTENT, "recipe").model
+    own, simulated = Models(section, whole_only=False), Models(section, whole_only=True)
+    assert own.head(Split(1)).hosted == {0}
+    assert own.head(Split(1, 3)).hosted == {0, 3}
+    assert own.whole().hosted == {0, 1, 2, 3}
+    assert simulated.head(Split(1)) is simulated.whole()
+    assert own.whole() is own.whole()

@@ -1,0 +1,51 @@
+"""A run whose clients have the data is gone on with by Flower, not by `polyrank resume`."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from polyrank import config
+from polyrank.errors import RunError
+from polyrank.report.progress import Terminal
+from polyrank.runner.runner import Attendance, resume
+
+RECIPE = """
+rounds = 2
+[model]
+source = "sample"
+[data]
+source = "client"
+[fleet]
+types = { T1 = 4 }
+clients = { a = "T1" }
+[local]
+lr = 1e-3
+steps = 1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "first.toml").write_text(RECIPE)
+    written = config.read(tmp_path / "first.toml").to_toml()
+    (tmp_path / "recipe.toml").write_text(written)
+    return tmp_path
+
+
+def resumed(folder):
+    return resume(folder, Attendance(Terminal(Console(file=io.StringIO())), lambda: False))
+
+
+def test_an_unfinished_run_names_flower_and_its_folder(folder):
+    with pytest.raises(RunError) as raised:
+        resumed(folder)
+    assert "flwr run" in str(raised.value)
+    assert f"app.out = {str(folder)!r}" in str(raised.value)
+
+
+def test_a_finished_run_is_shown(folder):
+    summary = {"stopped": False, "rounds": 2}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert resumed(folder).summary == summary
