@@ -145,7 +145,7 @@ def measured(path: Path, clients: int, given: argparse.Namespace, out: Path) -> 
     dealt = pr.partition(tasks, by="task", unseen=0.05, seed=0)
     now = lap("partition", now)
     fleet = pr.Fleet.sample(dealt.seen, "heavy-tail-light", types="scaled", seed=0)
-    conduct = pr.Conduct(
+    conduct = pr.RunSettings(
         sampling=pr.Sampling(number=given.sampled),
         encoding=pr.Encoding(max_length=128, too_long="cut-prompt"),
         evaluation=pr.Evaluation(

@@ -45,17 +45,17 @@ from polyrank.algebra import Adapter
 from polyrank.data.types import Encoded
 from polyrank.model import LoadedModel, load_model
 from polyrank.model.anatomy import anatomy_of
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.planning.cost import CostModel
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.workload import Workload
 from polyrank.sample import MODEL
-from polyrank.split_server.process import SplitProcess
-from polyrank.split_server.settings import HostedModel, TailSettings
+from polyrank.split_server.process import SplitServerProcess
+from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training import Job, LocalTraining, Trained, train_cohort
 from polyrank.training.split import SplitJob, SplitSettings, train_head, train_split
 from polyrank.transport import InProcessLinks
-from polyrank.transport.remote import Access, GrpcLink
+from polyrank.transport.remote import Credentials, GrpcLink
 
 NAME = "client"
 WIRES = ("float32", "bf16")
@@ -136,8 +136,8 @@ class Bench:
     """A model, twice: here and in the split server's process."""
 
     model: LoadedModel
-    desk: SplitProcess
-    cut: Split
+    desk: SplitServerProcess
+    cut: CutPoint
     wire: str
     options: argparse.Namespace
 
@@ -247,7 +247,7 @@ def settings_of(bench: Bench, under_way: int) -> SplitSettings:
     return SplitSettings(wire=bench.wire, in_flight=under_way)  # type: ignore[arg-type]
 
 
-def opened(bench: Bench, one: SplitJob) -> Access:
+def opened(bench: Bench, one: SplitJob) -> Credentials:
     """Return the way to a new tail of the client."""
     tail = one.at_server(bench.model)
     most = bench.options.batch * bench.options.length
@@ -289,17 +289,17 @@ def between(target: str, delay: float, rate: float) -> Iterator[tuple[str, objec
 def measure(source: Path, options: argparse.Namespace) -> None:
     """Print all tables of a model."""
     model = load_model(source, device=options.device, dtype=options.dtype)
-    cut = Split(options.cut or max(1, model.spec.blocks // 4))
+    cut = CutPoint(options.cut or max(1, model.spec.blocks // 4))
     print(f"### {describe(model, options)}; cut at {cut} of {model.spec.blocks}\n", flush=True)
     for wire in options.wires:
-        settings = TailSettings(
+        settings = SplitServerSettings(
             HostedModel(str(source), cut.lower, device=options.device, dtype=options.dtype),
             run="benchmark",
             split=SplitSettings(wire=wire),
             deterministic=True,
             threads=options.threads,
         )
-        with SplitProcess(settings) as desk:
+        with SplitServerProcess(settings) as desk:
             bench = Bench(model, desk, cut, wire, options)
             check(bench)
             steps(bench)

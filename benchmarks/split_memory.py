@@ -36,9 +36,9 @@ from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter, LowRank
 from polyrank.data.types import Encoded
 from polyrank.model import LoadedModel, Span, load_model
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training import Job, LocalTraining, train_cohort
-from polyrank.training.split import SplitJob, SplitSettings, Tails, train_head
+from polyrank.training.split import ServerParts, SplitJob, SplitSettings, train_head
 from polyrank.transport import Limits, PipeLink, codec, serve_pipe
 
 NAME = "weakest"
@@ -254,7 +254,7 @@ def client(work: Path, plan: Plan, numbers: Sequence[int]) -> Outcome:
         work / "base", device=plan.device, dtype=plan.dtype, spans=[Span(0, plan.cut)]
     )
     settings = SplitSettings(wire=plan.wire)  # type: ignore[arg-type]  # checked there
-    one = SplitJob(job_of(model, plan), Split(plan.cut), round=1)
+    one = SplitJob(job_of(model, plan), CutPoint(plan.cut), round=1)
     trained = train_head(model, one, link, settings)
     if trained.failure is not None:
         raise RuntimeError(trained.failure)
@@ -264,8 +264,8 @@ def client(work: Path, plan: Plan, numbers: Sequence[int]) -> Outcome:
 def server(work: Path, plan: Plan, numbers: Sequence[int]) -> Outcome:
     (end,) = numbers
     model = load_model(work / "base", device=plan.device, dtype=plan.dtype, spans=[Span(plan.cut)])
-    own = SplitJob(job_of(model, plan), Split(plan.cut), round=1)
-    with Tails(model, [own.at_server(model)]) as tails:
+    own = SplitJob(job_of(model, plan), CutPoint(plan.cut), round=1)
+    with ServerParts(model, [own.at_server(model)]) as tails:
         serve_pipe(tails, {NAME: Connection(end)}, limits_of(plan))
         return model, tails.adapter(NAME), {}
 

@@ -6,7 +6,7 @@
 Three tables. *A split step against the whole one*: the same clients on the same batches by
 `train_cohort`, and cut in two by `train_split` over links of this process, which write and read
 every message as bytes. *Eight tails*: the server's time alone, on activations recorded before, for
-one call of `Tails.answer` with all clients' requests against a call for each. *Bytes*: what the
+one call of `ServerParts.answer` for all clients against a call for each. *Bytes*: what the
 links have counted, against what an uncut bf16 exchange of activations and gradients would take.
 
 All ways take turns in each repetition, in another order each time; the tables give medians and the
@@ -29,19 +29,19 @@ from local_training import SCALE, describe, make_clock, make_examples, make_job,
 from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter
 from polyrank.model import Cut, LoadedModel, load_model, wrap_model
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training import Job, LocalTraining, Trained, train_cohort
 from polyrank.training.batches import assemble
 from polyrank.training.split import (
     Activations,
     At,
     Returned,
+    ServerPartJob,
+    ServerParts,
     SplitJob,
     SplitSettings,
     Step,
     Stepped,
-    TailJob,
-    Tails,
     train_split,
 )
 from polyrank.training.split.packing import Rows
@@ -133,7 +133,7 @@ def ratio(of: Sequence[float], to: Sequence[float]) -> float:
 # --- a split step against the whole one -----------------------------------------------------------
 
 
-def split(model: LoadedModel, jobs: Sequence[Job], cut: Split, wire: str) -> list[Trained]:
+def split(model: LoadedModel, jobs: Sequence[Job], cut: CutPoint, wire: str) -> list[Trained]:
     settings = SplitSettings(wire=wire)
     most = max(len(row.input_ids) for job in jobs for row in job.examples) * jobs[0].local.batch
     return train_split(
@@ -145,11 +145,11 @@ def split(model: LoadedModel, jobs: Sequence[Job], cut: Split, wire: str) -> lis
     )
 
 
-def cuts_of(model: LoadedModel) -> tuple[Split, Split, Split]:
+def cuts_of(model: LoadedModel) -> tuple[CutPoint, CutPoint, CutPoint]:
     """Return a cut at a quarter of the blocks, one at half, and a U-shape of the outer quarters."""
     blocks = model.spec.blocks
     quarter = max(1, blocks // 4)
-    return Split(quarter), Split(max(2, blocks // 2)), Split(quarter, blocks - quarter)
+    return CutPoint(quarter), CutPoint(max(2, blocks // 2)), CutPoint(quarter, blocks - quarter)
 
 
 def steps(model: LoadedModel, options: argparse.Namespace, clock: Clock) -> None:
@@ -221,7 +221,7 @@ def tails(model: LoadedModel, options: argparse.Namespace, clock: Clock) -> None
 
 def alternated_tails(
     model: LoadedModel,
-    jobs: Sequence[TailJob],
+    jobs: Sequence[ServerPartJob],
     recorded: Sequence[Sequence[Activations]],
     shared: bool,
     repeats: int,
@@ -235,7 +235,7 @@ def alternated_tails(
     trained: dict[str, list[Adapter]] = {}
     for repeat in range(repeats):
         for name in ("each", "all") if repeat % 2 else ("all", "each"):
-            with Tails(model, jobs, shared=shared) as end:
+            with ServerParts(model, jobs, shared=shared) as end:
                 start = clock()
                 for requests in recorded:
                     calls = [[one] for one in requests] if name == "each" else [requests]
@@ -263,7 +263,7 @@ def expect(replies: Sequence[object], kind: type) -> None:
         raise RuntimeError(f"the server answered {wrong[0]}")
 
 
-def record(model: LoadedModel, job: Job, cut: Split, step: int) -> Activations:
+def record(model: LoadedModel, job: Job, cut: CutPoint, step: int) -> Activations:
     """Return what a client sends for a step of one microbatch, by the bare base's first blocks."""
     rows = job.examples[step * job.local.batch : (step + 1) * job.local.batch]
     batch = assemble(rows, model.tokenizer.pad_token_id, model.device)
@@ -279,10 +279,10 @@ def record(model: LoadedModel, job: Job, cut: Split, step: int) -> Activations:
     return Activations(at, True, weight, lengths, states.float().cpu(), labels[packing.index].cpu())
 
 
-def tail_job(model: LoadedModel, job: Job, cut: Split, steps: int) -> TailJob:
+def tail_job(model: LoadedModel, job: Job, cut: CutPoint, steps: int) -> ServerPartJob:
     server = cut.at_server(model.spec.blocks)
     own = job.assignment.only({site.name for site in model.spec.sites if site.block in server})
-    return TailJob(job.client, 1, 0, cut, own, job.local, job.seed, steps)
+    return ServerPartJob(job.client, 1, 0, cut, own, job.local, job.seed, steps)
 
 
 def one_assignment(jobs: Sequence[Job]) -> list[Job]:

@@ -9,7 +9,7 @@ from models import VOCABULARY, tiny_loaded
 from polyrank.aggregation.types import Penalty
 from polyrank.algebra import Adapter, distance
 from polyrank.model import LoadedModel
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training import LocalTraining
 from polyrank.training.split import (
     Activations,
@@ -19,12 +19,12 @@ from polyrank.training.split import (
     Reply,
     Request,
     Returned,
+    ServerPartJob,
+    ServerParts,
     Step,
-    TailJob,
-    Tails,
 )
 
-STRAIGHT, BENT = Split(1), Split(1, 2)
+STRAIGHT, BENT = CutPoint(1), CutPoint(1, 2)
 LOCAL = LocalTraining(
     accumulation=2,
     epochs=None,
@@ -47,23 +47,23 @@ def model_of_three(architecture: str = "llama", **options: object) -> LoadedMode
 def tail_job(
     model: LoadedModel,
     client: str,
-    cut: Split = STRAIGHT,
+    cut: CutPoint = STRAIGHT,
     *,
     rank: int = 2,
     seed: int = 0,
     local: LocalTraining = LOCAL,
     frozen: int = 0,
-) -> TailJob:
+) -> ServerPartJob:
     """Return what the server trains for a client."""
     server = cut.at_server(model.spec.blocks)
     sites = frozenset(site.name for site in model.spec.sites if site.block in server)
     whole = job(model, client, ranks=rank, seed=seed, frozen=frozen, local=local).assignment
     penalised = replace(whole, penalty=Penalty(0.3, dict.fromkeys(whole.start, 1)))
     steps = local.steps or 0
-    return TailJob(client, ROUND, 0, cut, penalised.only(sites), local, seed, steps)
+    return ServerPartJob(client, ROUND, 0, cut, penalised.only(sites), local, seed, steps)
 
 
-def requests_of(model: LoadedModel, one: TailJob) -> list[Request]:
+def requests_of(model: LoadedModel, one: ServerPartJob) -> list[Request]:
     """Return all that a client sends in a round: per step microbatches, then the step.
 
     In a U-shape two microbatches go out before the first comes back.
@@ -89,15 +89,15 @@ def requests_of(model: LoadedModel, one: TailJob) -> list[Request]:
     return found
 
 
-def alone(model: LoadedModel, one: TailJob) -> Adapter:
+def alone(model: LoadedModel, one: ServerPartJob) -> Adapter:
     """Return the adapter of a client that is served alone and makes no mistake."""
-    with Tails(model, [one]) as tails:
+    with ServerParts(model, [one]) as tails:
         for request in requests_of(model, one):
             served(tails, request)
         return tails.adapter(one.client)
 
 
-def served(tails: Tails, *requests: Request) -> list[Reply]:
+def served(tails: ServerParts, *requests: Request) -> list[Reply]:
     """Return the answers to requests of which none is refused."""
     replies = list(tails.answer(requests))
     for reply in replies:

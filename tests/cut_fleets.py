@@ -3,7 +3,7 @@
 from federations import SITES, clients
 from models import tiny_loaded
 from polyrank.model import LoadedModel
-from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.planning import CutPoint, Fleet, LoRAType
 
 BLOCKS = 4
 TYPES = {
@@ -15,11 +15,11 @@ TYPES = {
     "first": LoRAType("first", {"model.layers.0.self_attn.q_proj": 2}),  # nothing at the server
 }
 CUTS = {
-    "near": Split(1),
-    "far": Split(3),
-    "around": Split(1, 3),
-    "last": Split(2),
-    "first": Split(2),
+    "near": CutPoint(1),
+    "far": CutPoint(3),
+    "around": CutPoint(1, 3),
+    "last": CutPoint(2),
+    "first": CutPoint(2),
 }
 SPLIT_DATA = clients(seen=8, unseen=0)
 NAMES = ("near", "near", "far", "around", "around", "whole", "last", "first")

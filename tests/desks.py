@@ -14,33 +14,33 @@ import torch
 from jobs import job
 from polyrank.algebra import Adapter, Dense
 from polyrank.model import LoadedModel, Span, load_model
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.split_server.interface import Collected
 from polyrank.training import LocalTraining, Scoring
 from polyrank.training.job import Trained
 from polyrank.training.split import (
     Link,
+    ServerPart,
+    ServerPartJob,
     SplitJob,
     SplitSettings,
-    Tail,
-    TailJob,
     train_head,
     train_split,
 )
 from polyrank.transport import InProcessLinks
-from polyrank.transport.remote import Access, GrpcLink
+from polyrank.transport.remote import Credentials, GrpcLink
 
 BLOCKS, LOWEST, TOKENS, ROUND, ATTEMPT = 4, 1, 24, 3, 1
 LOCAL = LocalTraining(lr=0.02, batch=2, accumulation=2, epochs=1, dropout=0.1, clip=0.5)
 SPLIT = SplitSettings(wire="float32")
-CUTS: Mapping[str, Split] = {"a": Split(1), "b": Split(3), "u": Split(1, 3)}
+CUTS: Mapping[str, CutPoint] = {"a": CutPoint(1), "b": CutPoint(3), "u": CutPoint(1, 3)}
 NOTHING: Adapter[Dense] = Adapter({})
 
 
 def split_job(
     model: LoadedModel,
     client: str,
-    cut: Split,
+    cut: CutPoint,
     *,
     seed: int = 0,
     count: int = 9,
@@ -54,7 +54,7 @@ def split_job(
     return SplitJob(scored, cut, ROUND, ATTEMPT)
 
 
-def tails_of(model: LoadedModel, jobs: Sequence[SplitJob]) -> list[TailJob]:
+def tails_of(model: LoadedModel, jobs: Sequence[SplitJob]) -> list[ServerPartJob]:
     """Return the jobs as a desk gets them: of the server's sites, without what is merged."""
     found = []
     for one in jobs:
@@ -74,7 +74,7 @@ def random_sums(model: LoadedModel, *, dtype: torch.dtype = torch.float32) -> Ad
     )
 
 
-def head_model(source: Path, cut: Split, dtype: str = "float32") -> LoadedModel:
+def head_model(source: Path, cut: CutPoint, dtype: str = "float32") -> LoadedModel:
     """Return a model that holds a client's own blocks alone."""
     own = [Span(0, cut.lower)] + ([] if cut.upper is None else [Span(cut.upper)])
     return load_model(source, device="cpu", dtype=dtype, spans=own)
@@ -83,12 +83,12 @@ def head_model(source: Path, cut: Split, dtype: str = "float32") -> LoadedModel:
 def train_one(
     model: LoadedModel,
     one: SplitJob,
-    access: Access | str,
+    access: Credentials | str,
     split: SplitSettings = SPLIT,
     on_step: Callable[[], None] | None = None,
 ) -> Trained:
     """Train a client on a model of its own blocks; it reaches its tail through a socket."""
-    assert isinstance(access, Access), access
+    assert isinstance(access, Credentials), access
     mine = one.changed(one.job.assignment.only(model.spec.shapes))
     return train_head(model, mine, GrpcLink(access), split, on_step=on_step)
 
@@ -96,7 +96,7 @@ def train_one(
 def train_all(
     source: Path,
     jobs: Sequence[SplitJob],
-    accesses: Mapping[str, Access | str],
+    accesses: Mapping[str, Credentials | str],
     split: SplitSettings = SPLIT,
     dtype: str = "float32",
 ) -> dict[str, Trained]:
@@ -117,7 +117,7 @@ def in_process(
 ) -> dict[str, Trained]:
     """Return what `train_split` gives: one by one, or together where they share an adapter."""
 
-    def connect(tail: Tail) -> Callable[[str], Link]:
+    def connect(tail: ServerPart) -> Callable[[str], Link]:
         return InProcessLinks(tail, split.wire, model.spec.hidden, TOKENS).link
 
     groups = [list(jobs)] if split.adapters == "shared" else [[one] for one in jobs]

@@ -28,14 +28,14 @@ from models import write_tiny
 from polyrank.aggregation import Update
 from polyrank.config import Recipe
 from polyrank.config.reading import checked
-from polyrank.evaluation import Examiner
-from polyrank.evaluation.evaluator import OwnExaminer
+from polyrank.evaluation import Evaluator
+from polyrank.evaluation.evaluator import LocalEvaluator
 from polyrank.flower.app_folder import write_app
 from polyrank.planning import Fleet
 from polyrank.report.progress import Terminal
 from polyrank.rounds import Engine
-from polyrank.rounds.messages import Failure, Task
-from polyrank.run.engine import InProcess
+from polyrank.rounds.messages import Failure, TrainTask
+from polyrank.run.engine import InProcessEngine
 from polyrank.runner.runner import Attendance, Parts, carry_out
 
 WATCHED = Path(__file__).parent / "watched"
@@ -268,7 +268,7 @@ def files_below(*folders: Path) -> dict[str, bytes]:
 class Recorded:
     """Trains in this process, and loses the clients that another run has lost, in its rounds."""
 
-    def __init__(self, inner: InProcess, lost: Mapping[tuple[int, int], Collection[str]]):
+    def __init__(self, inner: InProcessEngine, lost: Mapping[tuple[int, int], Collection[str]]):
         self._inner, self._lost = inner, lost
         self.cohort, self.scoring = 1, inner.scoring
 
@@ -276,7 +276,7 @@ class Recorded:
         return [[client] for client in clients]
 
     def run(
-        self, groups: Sequence[Sequence[Task]], on_step: Callable[[], None] | None
+        self, groups: Sequence[Sequence[TrainTask]], on_step: Callable[[], None] | None
     ) -> Iterator[Update | Failure]:
         for task in [task for group in groups for task in group]:
             if task.client in self._lost.get((task.round, task.attempt), ()):
@@ -293,10 +293,10 @@ class RecordedParts(Parts):
 
     lost: Mapping[tuple[int, int], Collection[str]] = {}
 
-    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Examiner]:
+    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Evaluator]:
         recipe, work = self._recipe, self.prepared[0]
-        inner = InProcess(self.model, work, recipe.local.build(), 1, recipe.split.build())
-        examiner = OwnExaminer(self.model, work, recipe.evaluation.build())
+        inner = InProcessEngine(self.model, work, recipe.local.build(), 1, recipe.split.build())
+        examiner = LocalEvaluator(self.model, work, recipe.evaluation.build())
         return Recorded(inner, self.lost), examiner
 
 

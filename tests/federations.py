@@ -12,7 +12,7 @@ from polyrank.data.types import ClientData, Example
 from polyrank.evaluation import Evaluation
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet, LoRAType
-from polyrank.run import Conduct, Federation
+from polyrank.run import Federation, RunSettings
 from polyrank.training import LocalTraining
 
 TYPES = {
@@ -62,7 +62,7 @@ def federation(
     data: Mapping[str, ClientData] | None = None,
     rule: Rule | None = None,
     local: LocalTraining = LOCAL,
-    conduct: Conduct | None = None,
+    conduct: RunSettings | None = None,
     **rest: Any,
 ) -> Federation:
     """Return a federation of small parts, each of which can be given."""
@@ -73,7 +73,7 @@ def federation(
         data,
         rule=rule,
         local=local,
-        conduct=conduct or Conduct(evaluation=MEASURED, cohort=2),
+        conduct=conduct or RunSettings(evaluation=MEASURED, cohort=2),
         out=out,
         **rest,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from polyrank.errors import PolyrankError
 from polyrank.remote.client import ClientSide
-from polyrank.remote.message_channel import Delivery, Letter
+from polyrank.remote.message_channel import Message, Reply
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Lost:
     reason: str
 
 
-Trouble = Callable[[Letter, bytes], bytes | After | Lost]
+Trouble = Callable[[Message, bytes], bytes | After | Lost]
 """(letter, its answer) -> what becomes of the answer."""
 
 
@@ -57,19 +57,19 @@ class Letters:
     ):
         self.machines, self.trouble, self.clock = dict(machines), trouble, clock
         self.unreachable: set[int] = set()
-        self.sent: list[Letter] = []
+        self.sent: list[Message] = []
         self._singly = singly
         self._pool = ThreadPoolExecutor(together) if together else None
-        self._working: dict[str, tuple[Letter, Future[bytes | Lost]]] = {}
-        self._arriving: dict[str, tuple[float, Delivery]] = {}
+        self._working: dict[str, tuple[Message, Future[bytes | Lost]]] = {}
+        self._arriving: dict[str, tuple[float, Reply]] = {}
 
     def nodes(self) -> Sequence[int]:
         return sorted(self.machines)
 
-    def send(self, letters: Iterable[Letter], seconds: float) -> list[str | None]:
+    def send(self, letters: Iterable[Message], seconds: float) -> list[str | None]:
         return [self._send(letter) for letter in letters]
 
-    def receive(self, tickets: Mapping[str, int]) -> Iterator[Delivery]:
+    def receive(self, tickets: Mapping[str, int]) -> Iterator[Reply]:
         """Yield what has come; a look that finds nothing takes a second of the clock."""
         if self._working:
             futures = [future for _, future in self._working.values()]
@@ -84,7 +84,7 @@ class Letters:
         for ticket in ready[: 1 if self._singly else None]:
             yield self._arriving.pop(ticket)[1]
 
-    def _send(self, letter: Letter) -> str | None:
+    def _send(self, letter: Message) -> str | None:
         machine = self.machines.get(letter.node)
         if machine is None or letter.node in self.unreachable:
             return None
@@ -96,19 +96,19 @@ class Letters:
             self._arrives(ticket, letter, _answer(machine, letter))
         return ticket
 
-    def _arrives(self, ticket: str, letter: Letter, answer: bytes | Lost) -> None:
+    def _arrives(self, ticket: str, letter: Message, answer: bytes | Lost) -> None:
         came: bytes | After | Lost = answer
         if isinstance(answer, bytes) and self.trouble is not None:
             came = self.trouble(letter, answer)
         if isinstance(came, Lost):
-            self._arriving[ticket] = 0.0, Delivery(ticket, None, came.reason)
+            self._arriving[ticket] = 0.0, Reply(ticket, None, came.reason)
         elif isinstance(came, bytes):
-            self._arriving[ticket] = 0.0, Delivery(ticket, came)
+            self._arriving[ticket] = 0.0, Reply(ticket, came)
         elif came.time is not None:
-            self._arriving[ticket] = came.time, Delivery(ticket, came.payload)
+            self._arriving[ticket] = came.time, Reply(ticket, came.payload)
 
 
-def _answer(machine: ClientSide, letter: Letter) -> bytes | Lost:
+def _answer(machine: ClientSide, letter: Message) -> bytes | Lost:
     try:
         return machine.answer(letter.kind, letter.payload)
     except PolyrankError as error:

@@ -18,7 +18,7 @@ import split_client
 from faults import client_toml
 from polyrank.protocol.train_request import read_order
 from polyrank.remote.hosting import side_of
-from polyrank.remote.message_channel import Delivery, Letter
+from polyrank.remote.message_channel import Message, Reply
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,22 @@ class Machines:
         self.killed: list[int] = []
         self._count = 0
         self._working: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
-        self._here: dict[str, Delivery] = {}
-        self._held: dict[int, dict[str, Delivery]] = {}
+        self._here: dict[str, Reply] = {}
+        self._held: dict[int, dict[str, Reply]] = {}
 
     def nodes(self) -> Sequence[int]:
         return sorted(self._sides)
 
-    def send(self, letters: Iterable[Letter], seconds: float) -> list[str | None]:
+    def send(self, letters: Iterable[Message], seconds: float) -> list[str | None]:
         return [self._send(letter) for letter in letters]
 
-    def receive(self, tickets: Mapping[str, int]) -> Iterator[Delivery]:
+    def receive(self, tickets: Mapping[str, int]) -> Iterator[Reply]:
         for ticket, (process, answer) in list(self._working.items()):
             if process.poll() is not None:
                 del self._working[ticket]
                 payload = answer.read_bytes() if process.returncode == 0 else None
                 why = f"its process has ended with {process.returncode}"
-                self._here[ticket] = Delivery(ticket, payload, None if payload else why)
+                self._here[ticket] = Reply(ticket, payload, None if payload else why)
         found = [ticket for ticket in tickets if ticket in self._here]
         if not found:
             time.sleep(0.05)
@@ -84,12 +84,12 @@ class Machines:
             process.kill()
             process.wait()
 
-    def _send(self, letter: Letter) -> str:
+    def _send(self, letter: Message) -> str:
         self._count += 1
         ticket = f"t{self._count}"
         if letter.kind != "train":
             payload = self._sides[letter.node].answer(letter.kind, letter.payload)
-            self._here[ticket] = Delivery(ticket, payload)
+            self._here[ticket] = Reply(ticket, payload)
             return ticket
         task = read_order(letter.payload).task
         for round in [round for round in self._held if round < task.round]:
@@ -100,14 +100,14 @@ class Machines:
         if task.cut is not None:
             self._start(ticket, letter, fate)
         elif fate.how == "dies":
-            self._here[ticket] = Delivery(ticket, None, "its process has ended with -9")
+            self._here[ticket] = Reply(ticket, None, "its process has ended with -9")
         else:
-            delivery = Delivery(ticket, self._sides[letter.node].answer("train", letter.payload))
+            delivery = Reply(ticket, self._sides[letter.node].answer("train", letter.payload))
             late = self._held.setdefault(task.round, {}) if fate.how == "late" else self._here
             late[ticket] = delivery
         return ticket
 
-    def _start(self, ticket: str, letter: Letter, fate: Fate) -> None:
+    def _start(self, ticket: str, letter: Message, fate: Fate) -> None:
         order, answer = self._folder / f"{ticket}.order", self._folder / f"{ticket}.answer"
         order.write_bytes(letter.payload)
         victim = split_server() if fate.how == "server dies" else 0

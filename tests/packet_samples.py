@@ -10,13 +10,20 @@ from aggregation_rounds import noisy_training
 from polyrank.aggregation import Dealt, FleetSpec, Penalty, Rule, Update
 from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
-from polyrank.evaluation.clients import Marks
-from polyrank.evaluation.evaluator import Question
-from polyrank.planning import DeviceProfile, Split
+from polyrank.evaluation.clients import ClientMetrics
+from polyrank.evaluation.evaluator import EvaluateQuery
+from polyrank.planning import CutPoint, DeviceProfile
 from polyrank.planning.scaling import Scaling
-from polyrank.protocol import Counts, Exam, Hosted, Order, Profile, Terms
+from polyrank.protocol import (
+    ClientInfo,
+    ClientPolicy,
+    Counts,
+    EvaluateRequest,
+    Profile,
+    TrainRequest,
+)
 from polyrank.rounds.assignments import RoundSettings
-from polyrank.rounds.messages import Task
+from polyrank.rounds.messages import TrainTask
 from polyrank.rounds.round import Round
 
 SHAPES = {"block.0.q": (6, 5), "block.0.down": (4, 7), "block.1.q": (6, 5)}
@@ -89,46 +96,46 @@ def assignment() -> Assignment:
     )
 
 
-def order(cut: Split | None = None) -> Order:
+def order(cut: CutPoint | None = None) -> TrainRequest:
     """Return an order of all kinds of terms."""
     dealt = assignment()
-    task = Task("c0", 3, 1, 2**62 + 1, dealt, cut)
-    return Order(task, dealt.hash() if cut is None else HASH, 4, "channel", 12.5)
+    task = TrainTask("c0", 3, 1, 2**62 + 1, dealt, cut)
+    return TrainRequest(task, dealt.hash() if cut is None else HASH, 4, "channel", 12.5)
 
 
 def profile() -> Profile:
     """Return a node with two clients."""
     counts = {"train": Counts(5, 40, 12), "validation": Counts(2, 9, 3), "test": Counts(0, 0, 0)}
     return Profile(
-        (Hosted("c0", "a", True, counts, HASH), Hosted("ü 1", "", False, counts, "")),
+        (ClientInfo("c0", "a", True, counts, HASH), ClientInfo("ü 1", "", False, counts, "")),
         DeviceProfile("board", 2**33, 1e12, None, 1.5e6, 0.01),
-        Terms(8, 2, False, 10),
+        ClientPolicy(8, 2, False, 10),
         {"polyrank": "0.1", "torch": "2.13.0"},
     )
 
 
-def exam() -> Exam:
+def exam() -> EvaluateRequest:
     """Return three questions about two adapters and the bare base."""
     one, other = Adapter(dict(assignment().start)), Adapter({"block.0.q": low_rank(6, 5, 1)})
-    return Exam(
+    return EvaluateRequest(
         (
-            Question(one, ("c0", "c1"), "validation", True),
-            Question(None, ("c1",), "test", False),
-            Question(other, (), "train", False),
-            Question(one, ("c0",), "validation", False),
+            EvaluateQuery(one, ("c0", "c1"), "validation", True),
+            EvaluateQuery(None, ("c1",), "test", False),
+            EvaluateQuery(other, (), "train", False),
+            EvaluateQuery(one, ("c0",), "validation", False),
         )
     )
 
 
-def marks() -> list[Marks]:
+def marks() -> list[ClientMetrics]:
     """Return marks of `exam`."""
     full = {"loss": 0.1 + 0.2, "exact_match": 0.5, "rouge_l": 1.0}
     bare = {"loss": 2.5, "exact_match": None, "rouge_l": None}
     return [
-        Marks({"c0": full, "c1": bare}, 3),
-        Marks({"c1": bare}),
-        Marks({}),
-        Marks({"c0": {**bare, "loss": None}}),
+        ClientMetrics({"c0": full, "c1": bare}, 3),
+        ClientMetrics({"c1": bare}),
+        ClientMetrics({}),
+        ClientMetrics({"c0": {**bare, "loss": None}}),
     ]
 
 

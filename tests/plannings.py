@@ -8,12 +8,12 @@ from models import tiny_loaded
 from polyrank.aggregation import rule
 from polyrank.data.types import ClientData
 from polyrank.model import LoadedModel
-from polyrank.planning import DeviceProfile, Fleet, LoRAType, Planner, PlanSettings, Split
-from polyrank.run import Conduct, Federation, Planning, planner_of
+from polyrank.planning import CutPoint, DeviceProfile, Fleet, LoRAType, Planner, PlanSettings
+from polyrank.run import Federation, Planning, RunSettings, planner_of
 from polyrank.training import LocalTraining, prepare
 
 LOCAL = LocalTraining(lr=0.02, batch=2, epochs=None, steps=2)
-CONDUCT = Conduct(evaluation=federations.QUIET, cohort=2)
+CONDUCT = RunSettings(evaluation=federations.QUIET, cohort=2)
 LEVELS = PlanSettings(levels=(1, 2, 4), cuts="needed")
 SERVER = DeviceProfile("server", 2**40, flops=1e12)
 RATES: Mapping[str, Any] = {"flops": 1e9, "up": 1e6, "down": 2e6, "latency": 0.01}
@@ -27,7 +27,7 @@ def deep(**options: Any) -> LoadedModel:
 def devices(planner: Planner) -> dict[str, DeviceProfile]:
     """Return one device that must be cut, and two that need not be, of few ranks and of many."""
     whole = planner.cost.memory(dict.fromkeys(planner.spec.shapes, 1), None).total
-    head = planner.cost.memory({}, Split(1)).total
+    head = planner.cost.memory({}, CutPoint(1)).total
     more = planner.cost.memory(dict.fromkeys(planner.spec.shapes, 3), None).total
     budgets = {"phone": head + 1500, "laptop": whole + 2000, "station": more + 200}
     return {name: DeviceProfile(name, memory, **RATES) for name, memory in budgets.items()}
@@ -36,7 +36,7 @@ def devices(planner: Planner) -> dict[str, DeviceProfile]:
 def tight(planner: Planner, at_once: int) -> DeviceProfile:
     """Return a server that affords tails of about rank 2 at every site."""
     behind = {site.name: 2 for site in planner.spec.sites if site.block >= 1}
-    share = planner.cost.server_memory(behind, Split(1)).total + 200
+    share = planner.cost.server_memory(behind, CutPoint(1)).total + 200
     base = planner.cost.memory({}, None).weights
     return DeviceProfile("server", base + at_once * share, flops=1e12)
 
@@ -45,7 +45,7 @@ def planning(
     model: LoadedModel | None = None,
     data: Mapping[str, ClientData] | None = None,
     *,
-    conduct: Conduct = CONDUCT,
+    conduct: RunSettings = CONDUCT,
     local: LocalTraining = LOCAL,
     settings: PlanSettings = LEVELS,
     given: Mapping[str, DeviceProfile] | None = None,
@@ -73,7 +73,7 @@ def federation(
     called: str = "flora",
     model: LoadedModel | None = None,
     planned: Planning | None = None,
-    conduct: Conduct = CONDUCT,
+    conduct: RunSettings = CONDUCT,
     local: LocalTraining = LOCAL,
     rest: Mapping[str, Any] | None = None,
     **options: Any,

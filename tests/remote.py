@@ -21,19 +21,32 @@ import jobs
 from models import tiny_loaded
 from polyrank.algebra import Adapter
 from polyrank.model import LoadedModel
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training import LocalTraining
 from polyrank.training.job import Trained
-from polyrank.training.split import Link, SplitJob, SplitSettings, Tail, Tails, train_head
+from polyrank.training.split import (
+    Link,
+    ServerPart,
+    ServerParts,
+    SplitJob,
+    SplitSettings,
+    train_head,
+)
 from polyrank.transport import InProcessLinks, Limits, codec
-from polyrank.transport.remote import Access, GrpcLink, ServeSettings, SplitServer, new_identity
+from polyrank.transport.remote import (
+    Credentials,
+    GrpcLink,
+    ServeSettings,
+    SplitServer,
+    new_identity,
+)
 from polyrank.transport.remote import split_pb2 as pb
 from polyrank.transport.remote.channel import channel
 from polyrank.transport.remote.wire import METHOD
 
 IDENTITY = new_identity(["127.0.0.1", "localhost"])
 SOON = 60.0  # seconds until a test gives up; nothing is measured by it
-CUT, ROUND, ATTEMPT = Split(1), 3, 1
+CUT, ROUND, ATTEMPT = CutPoint(1), 3, 1
 LOCAL = LocalTraining(lr=0.02, batch=2, accumulation=2, epochs=1, dropout=0.1, clip=0.5)
 """Nine examples make three steps, of two, two and one microbatches."""
 OWN = SplitSettings(wire="float32")
@@ -59,7 +72,7 @@ def limits(settings: SplitSettings = OWN, tokens: int = 64) -> Limits:
 def undisturbed(client: str = "a") -> tuple[str, str]:
     """Return the hashes of what head and tail of a client's job learn in process."""
     server, one = model(), job(client)
-    with Tails(server, [one.at_server(server)]) as tails:
+    with ServerParts(server, [one.at_server(server)]) as tails:
         link = InProcessLinks(tails, "float32", 16, 64).link(client)
         trained = train_head(model(), one, link, OWN)
         assert trained.failure is None
@@ -70,7 +83,12 @@ class Place:
     """A round that is open at a server."""
 
     def __init__(
-        self, server: SplitServer, tails: Tails, access: dict[str, Access], made, settings
+        self,
+        server: SplitServer,
+        tails: ServerParts,
+        access: dict[str, Credentials],
+        made,
+        settings,
     ):
         self.server, self.tails, self.access = server, tails, access
         self._jobs, self._settings = made, settings
@@ -111,7 +129,7 @@ def serving(
     *,
     settings: SplitSettings = OWN,
     serve: ServeSettings | None = None,
-    around: Callable[[Tail], Tail] = lambda tails: tails,
+    around: Callable[[ServerPart], ServerPart] = lambda tails: tails,
     seconds: float = SOON,
     tokens: int = 64,
 ) -> Iterator[Place]:
@@ -120,7 +138,9 @@ def serving(
     by_client = {one.job.client: one for one in made}
     shared = settings.adapters == "shared"
     with SplitServer("127.0.0.1:0", IDENTITY, "run", serve or ServeSettings(gather=0.0)) as server:
-        with Tails(at_server, [one.at_server(at_server) for one in made], shared=shared) as tails:
+        with ServerParts(
+            at_server, [one.at_server(at_server) for one in made], shared=shared
+        ) as tails:
             own = dict.fromkeys(by_client, limits(settings, tokens))
             access = server.open([(around(tails), list(by_client))], ROUND, ATTEMPT, own, seconds)
             yield Place(server, tails, access, by_client, settings)
@@ -133,7 +153,7 @@ class Raw:
     `received` waits for the next message; at the stream's end it is the status, (code, details).
     """
 
-    def __init__(self, access: Access):
+    def __init__(self, access: Credentials):
         self.access, self._secret = access, b"s" * 32
         self._channel = channel(access)
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()

@@ -12,17 +12,17 @@ from polyrank.data import Skipped
 from polyrank.data.types import ClientData
 from polyrank.evaluation.settings import Evaluation
 from polyrank.model import LoadedModel, Span, load_model
-from polyrank.planning import Fleet, LoRAType, Split
-from polyrank.protocol import Terms, read_profile
+from polyrank.planning import CutPoint, Fleet, LoRAType
+from polyrank.protocol import ClientPolicy, read_profile
 from polyrank.remote.client import ClientSide, Models
-from polyrank.remote.engine import Remote
-from polyrank.remote.evaluator import RemoteExaminer
-from polyrank.remote.message_channel import Letter
+from polyrank.remote.engine import RemoteEngine
+from polyrank.remote.evaluator import RemoteEvaluator
+from polyrank.remote.message_channel import Message
 from polyrank.remote.registration import clients_of, work_of
 from polyrank.rounds.messages import Failure
 from polyrank.rounds.round import Round
-from polyrank.run import Conduct, Federation, setup
-from polyrank.split_server.interface import Desk
+from polyrank.run import Federation, RunSettings, setup
+from polyrank.split_server.interface import SplitServerHandle
 from polyrank.training import LocalTraining, prepare
 from polyrank.training.client_data import ClientWork
 from polyrank.training.encoding import Encoding
@@ -43,7 +43,7 @@ class Held:
     def whole(self) -> LoadedModel:
         return self.model
 
-    def head(self, cut: Split) -> LoadedModel:
+    def head(self, cut: CutPoint) -> LoadedModel:
         return self.model
 
 
@@ -60,7 +60,7 @@ class OnDisk:
     def whole(self) -> LoadedModel:
         return load_model(str(self.folder), device="cpu", sites=self.sites)
 
-    def head(self, cut: Split) -> LoadedModel:
+    def head(self, cut: CutPoint) -> LoadedModel:
         own = [Span(0, cut.lower)] + ([] if cut.upper is None else [Span(cut.upper)])
         return load_model(str(self.folder), device="cpu", sites=self.sites, spans=own)
 
@@ -73,7 +73,7 @@ def machine(
     local: LocalTraining = LOCAL,
     evaluation: Evaluation = MEASURED,
     split: SplitSettings = WIRE,
-    terms: Terms | None = None,
+    terms: ClientPolicy | None = None,
 ) -> ClientSide:
     """Return the machine of some clients of a federation's data."""
     everyone = clients() if data is None else data
@@ -83,7 +83,7 @@ def machine(
         return {id: one for id, one in made.items() if id in names}
 
     models = model if isinstance(model, OnDisk) else Held(model or one_block())
-    return ClientSide(models, work, local, split, evaluation, terms or Terms())
+    return ClientSide(models, work, local, split, evaluation, terms or ClientPolicy())
 
 
 def machines(
@@ -123,11 +123,11 @@ class Reached:
         local: LocalTraining = LOCAL,
         split: SplitSettings = WIRE,
         deadline: float | None = None,
-        desk: Desk | None = None,
+        desk: SplitServerHandle | None = None,
         tell: Callable[[str], None] = lambda _: None,
-    ) -> Remote:
+    ) -> RemoteEngine:
         clock = {} if self.post.clock is None else {"clock": self.post.clock}
-        return Remote(
+        return RemoteEngine(
             self.post, self.homes, model, self.work, local, split, deadline, desk, tell, **clock
         )
 
@@ -135,9 +135,9 @@ class Reached:
         self,
         tell: Callable[[str], None] = lambda _: None,
         seconds: float = 5.0,
-    ) -> RemoteExaminer:
+    ) -> RemoteEvaluator:
         clock = {} if self.post.clock is None else {"clock": self.post.clock}
-        return RemoteExaminer(self.post, self.homes, seconds, tell, lambda: None, **clock)
+        return RemoteEvaluator(self.post, self.homes, seconds, tell, lambda: None, **clock)
 
 
 def away(
@@ -145,15 +145,15 @@ def away(
     out: Path | None = None,
     *,
     model: LoadedModel | None = None,
-    conduct: Conduct | None = None,
+    conduct: RunSettings | None = None,
     local: LocalTraining = LOCAL,
-    desk: Desk | None = None,
+    desk: SplitServerHandle | None = None,
     tell: Callable[[str], None] = lambda _: None,
     **rest: Any,
 ) -> Federation:
     """Return a federation whose clients are on the machines of a post."""
     reached = Reached.by(post)
-    model, conduct = model or one_block(), conduct or Conduct(evaluation=MEASURED, cohort=1)
+    model, conduct = model or one_block(), conduct or RunSettings(evaluation=MEASURED, cohort=1)
     engine = reached.engine(
         model,
         local=local,
@@ -187,18 +187,18 @@ def post(**rest: Any) -> Letters:
     return Letters(machines(**rest), clock=Clock())
 
 
-def orders(post: Letters) -> list[Letter]:
+def orders(post: Letters) -> list[Message]:
     """Return the orders that were sent."""
     return [letter for letter in post.sent if letter.kind == "train"]
 
 
-def ask(engine: Remote, names: list[str], **rest: Any) -> list[Update | Failure]:
+def ask(engine: RemoteEngine, names: list[str], **rest: Any) -> list[Update | Failure]:
     """Return an engine's answers to a round's tasks."""
     kinds = Fleet.table(
         dict.fromkeys(engine._work, "one"), types={"one": LoRAType("one", {"all": 2})}, **rest
     )
     spec = engine._model.spec
-    made = setup.round_settings(FlexLoRA(), kinds, spec, engine._work, Conduct())
+    made = setup.round_settings(FlexLoRA(), kinds, spec, engine._work, RunSettings())
     round = Round(made, made.rule.init(setup.fleet_spec(made, kinds, spec, None)), 1, 0, names)
     groups = engine.cohorts(names, lambda client: made.cut(client, 1))
     return list(engine.run([[round.task(id) for id in group] for group in groups], None))

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from jobs import job
 from models import PAD, tiny_loaded
 from polyrank.model import Cohort, LoadedModel, Part, logits_at
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training import (
     Job,
     LocalTraining,
@@ -26,7 +26,7 @@ from polyrank.training import (
 )
 from polyrank.training.batches import assemble, step_groups
 from polyrank.training.local import merged_of, slot_of
-from polyrank.training.split import SplitJob, SplitSettings, Tail, train_split
+from polyrank.training.split import ServerPart, SplitJob, SplitSettings, train_split
 from polyrank.transport import InProcessLinks
 
 BLOCKS = 4
@@ -138,14 +138,14 @@ def deep(architecture: str = "llama", **options: object) -> LoadedModel:
 def split(
     model: LoadedModel,
     jobs: Sequence[Job],
-    cuts: Split | Sequence[Split],
+    cuts: CutPoint | Sequence[CutPoint],
     cohort: int = 8,
     **settings: object,
 ) -> list[Trained]:
-    each = [cuts] * len(jobs) if isinstance(cuts, Split) else cuts
+    each = [cuts] * len(jobs) if isinstance(cuts, CutPoint) else cuts
     asked = [SplitJob(one, cut, 1) for one, cut in zip(jobs, each, strict=True)]
 
-    def connect(tail: Tail) -> Callable[[str], object]:
+    def connect(tail: ServerPart) -> Callable[[str], object]:
         return InProcessLinks(tail, "float64", model.spec.hidden, 4096).link
 
     exact = SplitSettings(wire="float64", **settings)

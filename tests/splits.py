@@ -18,11 +18,11 @@ from models import tiny_loaded
 from polyrank.aggregation import Rule, Update
 from polyrank.algebra import Adapter, Delta, distance
 from polyrank.model import LoadedModel
-from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.rounds import Sampling
-from polyrank.rounds.messages import Task
-from polyrank.run import Conduct, RoundRecord
-from polyrank.run.engine import InProcess
+from polyrank.rounds.messages import TrainTask
+from polyrank.run import RoundRecord, RunSettings
+from polyrank.run.engine import InProcessEngine
 from polyrank.training import LocalTraining
 from polyrank.training.split import SplitSettings
 
@@ -31,10 +31,10 @@ DATA = clients(seen=5, unseen=0)
 LOCAL = LocalTraining(lr=0.02, batch=2, accumulation=2, epochs=1, dropout=0.1, clip=0.5)
 UNEQUAL = {"a": 1, "b": 2, "c": 4, "d": 3}
 EQUAL = dict.fromkeys("abcd", 2)
-CUTS: Mapping[str, Mapping[str, Split]] = {
+CUTS: Mapping[str, Mapping[str, CutPoint]] = {
     "whole": {},
-    "split": dict.fromkeys("abcd", Split(2)),
-    "mixed": {"a": Split(1), "b": Split(3), "c": Split(1, 3)},
+    "split": dict.fromkeys("abcd", CutPoint(2)),
+    "mixed": {"a": CutPoint(1), "b": CutPoint(3), "c": CutPoint(1, 3)},
 }
 """Types by where they are cut; of the mixed ones d runs the whole model."""
 
@@ -48,7 +48,7 @@ def model(dtype: torch.dtype = torch.float64, **changes: object) -> LoadedModel:
     return tiny_loaded("llama", num_hidden_layers=BLOCKS, dtype=dtype, sites=SITES, **changes)
 
 
-def fleet(ranks: Mapping[str, int], cuts: Mapping[str, Split]) -> Fleet:
+def fleet(ranks: Mapping[str, int], cuts: Mapping[str, CutPoint]) -> Fleet:
     """Return the types a, b, c, d, a for the clients c0…c4."""
     types = {name: LoRAType(name, {"all": rank}) for name, rank in ranks.items()}
     who = {id: "abcd"[i % 4] for i, id in enumerate(sorted(DATA))}
@@ -61,13 +61,13 @@ class Run:
 
     adapter: Adapter[Delta]
     records: list[RoundRecord]
-    tasks: list[Task]
+    tasks: list[TrainTask]
     updates: list[Update]
 
 
 def carried_out(
     rule: Rule,
-    cuts: Mapping[str, Split] | Fleet,
+    cuts: Mapping[str, CutPoint] | Fleet,
     *,
     ranks: Mapping[str, int] | None = None,
     local: LocalTraining = LOCAL,
@@ -80,7 +80,7 @@ def carried_out(
 ) -> Run:
     """Return a run of three rounds, with `number` of the five clients in each."""
     ranks = ranks or (UNEQUAL if rule.mixed_ranks else EQUAL)
-    conduct = Conduct(
+    conduct = RunSettings(
         seed=seed, sampling=Sampling(number=number), evaluation=QUIET, cohort=cohort, split=split
     )
     made = federation(
@@ -98,7 +98,7 @@ def carried_out(
         return Run(run.adapter.factors, records, tasks, updates)
 
 
-def watched(engine: InProcess) -> tuple[list[Task], list[Update]]:
+def watched(engine: InProcessEngine) -> tuple[list[TrainTask], list[Update]]:
     """Return lists that fill with what the engine is asked and answers."""
     real, asked, given = engine.execute, [], []
 

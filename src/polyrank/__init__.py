@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from polyrank.errors import PolyrankError
     from polyrank.evaluation import Evaluation
     from polyrank.model import load_adapter, load_model, wrap_model
-    from polyrank.planning import Fleet, LoRAType, Scaling, Split
+    from polyrank.planning import CutPoint, Fleet, LoRAType, Scaling
     from polyrank.rounds import Faults, Sampling, Weighting
-    from polyrank.run import Conduct, EarlyStopping, Federation
+    from polyrank.run import EarlyStopping, Federation, RunSettings
     from polyrank.training import Encoding, LocalTraining
     from polyrank.training.split import SplitSettings
 
 __all__ = [
     "FFA",
-    "Conduct",
+    "CutPoint",
     "EarlyStopping",
     "Encoding",
     "Evaluation",
@@ -36,11 +36,11 @@ __all__ = [
     "LoRAType",
     "LocalTraining",
     "PolyrankError",
+    "RunSettings",
     "SLoRA",
     "Sampling",
     "Scaling",
     "Segment",
-    "Split",
     "SplitSettings",
     "Weighting",
     "load_adapter",
@@ -56,9 +56,9 @@ _HOMES = {
     "errors": ("PolyrankError",),
     "evaluation": ("Evaluation",),
     "model": ("load_adapter", "load_model", "wrap_model"),
-    "planning": ("Fleet", "LoRAType", "Scaling", "Split"),
+    "planning": ("Fleet", "LoRAType", "Scaling", "CutPoint"),
     "rounds": ("Faults", "Sampling", "Weighting"),
-    "run": ("Conduct", "EarlyStopping", "Federation"),
+    "run": ("RunSettings", "EarlyStopping", "Federation"),
     "training": ("Encoding", "LocalTraining"),
     "training.split": ("SplitSettings",),
 }

@@ -16,17 +16,17 @@ from letters import Letters
 from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
 from polyrank.algebra import Adapter, LowRank, Sparse
 from polyrank.errors import ModelError, ResourceError
-from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.rounds.messages import Failure
 from polyrank.rounds.round import Round
 from polyrank.rounds.validation import METRICS, WIRE
-from polyrank.run import Conduct, setup
+from polyrank.run import RunSettings, setup
 from polyrank.run import engine as engines
-from polyrank.run.engine import InProcess
+from polyrank.run.engine import InProcessEngine
 from polyrank.training import Job, prepare
 from polyrank.training.client_data import everywhere
 from polyrank.training.encoding import Encoding
-from polyrank.training.split import SplitJob, SplitSettings, Tails, train_head
+from polyrank.training.split import ServerParts, SplitJob, SplitSettings, train_head
 from polyrank.transport import InProcessLinks, Limits, PipeLink, codec, serve_pipe
 from remotes import Reached, machines
 
@@ -46,7 +46,7 @@ def work(model):
 @pytest.fixture(params=[1, 3])
 def own(request, model, work):
     """The engine of this process, which has the data."""
-    return InProcess(model, work, LOCAL, request.param)
+    return InProcessEngine(model, work, LOCAL, request.param)
 
 
 def elsewhere(model, each, **rest):
@@ -57,8 +57,10 @@ def elsewhere(model, each, **rest):
 
 @pytest.fixture(
     params=[
-        pytest.param(lambda model, work: InProcess(model, work, LOCAL, 1), id="one by one"),
-        pytest.param(lambda model, work: InProcess(model, work, LOCAL, 3), id="three at a time"),
+        pytest.param(lambda model, work: InProcessEngine(model, work, LOCAL, 1), id="one by one"),
+        pytest.param(
+            lambda model, work: InProcessEngine(model, work, LOCAL, 3), id="three at a time"
+        ),
         pytest.param(lambda model, _: elsewhere(model, 1), id="elsewhere"),
         pytest.param(lambda model, _: elsewhere(model, 3), id="elsewhere, three on a machine"),
     ]
@@ -69,7 +71,7 @@ def engine(request, model, work):
 
 @pytest.fixture
 def round(model, work):
-    settings = setup.round_settings(FlexLoRA(), fleet(DATA), model.spec, work, Conduct())
+    settings = setup.round_settings(FlexLoRA(), fleet(DATA), model.spec, work, RunSettings())
     spec = setup.fleet_spec(settings, fleet(DATA), model.spec, None)
     return Round(settings, settings.rule.init(spec), 1, 0, sorted(settings.ranks))
 
@@ -126,7 +128,7 @@ def test_every_task_is_answered_once_and_acceptably(engine, round):
 def test_assignments_of_every_kind_are_answered_acceptably_round_after_round(
     model, engine, work, rule, expected
 ):
-    settings = setup.round_settings(rule, fleet(DATA), model.spec, work, Conduct())
+    settings = setup.round_settings(rule, fleet(DATA), model.spec, work, RunSettings())
     spec = setup.fleet_spec(settings, fleet(DATA), model.spec, None)
     state, met = settings.rule.init(spec), set()
     for number in (1, 2, 3):
@@ -246,10 +248,10 @@ def split_engine(deep, cohort=3, who: Fleet = SPLIT_FLEET, **settings):
     """Return an engine over eight clients, five kinds of them cut, and a round of FlexLoRA."""
     work, _ = prepare(SPLIT_DATA, deep, Encoding())
     wire = SplitSettings(**{"wire": "float32", **settings})
-    made = setup.round_settings(FlexLoRA(), who, deep.spec, work, Conduct(split=wire))
+    made = setup.round_settings(FlexLoRA(), who, deep.spec, work, RunSettings(split=wire))
     spec = setup.fleet_spec(made, who, deep.spec, None)
     round = Round(made, made.rule.init(spec), 1, 0, sorted(made.ranks))
-    return InProcess(deep, work, LOCAL, cohort, wire), round
+    return InProcessEngine(deep, work, LOCAL, cohort, wire), round
 
 
 def hashes(found) -> Mapping[str, str]:
@@ -296,7 +298,9 @@ def test_cohorts_are_of_one_cut_unless_the_adapter_is_shared(deep):
             assert len(split) == 1
         else:
             assert all(len({*map(cut_of, cohort)}) == 1 for cohort in made)
-            assert [c for c in made if cut_of(c[0]) == Split(2)] == [["c6", "c7"]], "of two types"
+            assert [c for c in made if cut_of(c[0]) == CutPoint(2)] == [["c6", "c7"]], (
+                "of two types"
+            )
 
 
 def test_whole_and_split_tasks_are_not_trained_in_one_pass(deep):
@@ -419,7 +423,7 @@ def over_pipes(engine, task) -> tuple[Adapter, tuple[float, float]]:
     mine, its = Pipe()
     limits = Limits(1000, at_client.spec.hidden, codec(engine.split.wire))
     with ExitStack() as attached:
-        tails = attached.enter_context(Tails(at_server, [asked.at_server(at_server)]))
+        tails = attached.enter_context(ServerParts(at_server, [asked.at_server(at_server)]))
         serving = threading.Thread(target=serve_pipe, args=(tails, {task.client: its}, limits))
         serving.start()
         link = PipeLink(mine, task.client, limits)

@@ -31,13 +31,13 @@ import plannings
 from polyrank.algebra import Adapter
 from polyrank.errors import ResourceError
 from polyrank.model import LoadedModel, peft_folder
-from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.rounds import Faults, Sampling
-from polyrank.run import Conduct, EarlyStopping, RunFolder, storage
+from polyrank.run import EarlyStopping, RunFolder, RunSettings, storage
 from polyrank.training.split import SplitSettings
 
 ROUNDS = 4
-CONDUCT = Conduct(
+CONDUCT = RunSettings(
     seed=3,
     sampling=Sampling(number=3),
     evaluation=federations.MEASURED,
@@ -66,7 +66,7 @@ def setting(name: str) -> dict[str, object]:
     return {
         "model": deep(),
         "data": data,
-        "fleet": Fleet.table(kinds, types=types, cuts={"a": Split(1), "b": Split(1, 2)}),
+        "fleet": Fleet.table(kinds, types=types, cuts={"a": CutPoint(1), "b": CutPoint(1, 2)}),
         "conduct": replace(CONDUCT, split=split),
     }
 

@@ -34,7 +34,7 @@ from faults import (
 )
 from polyrank.data import sizes
 from polyrank.model.anatomy import anatomy_of
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.planning.cost import CostModel
 from polyrank.planning.workload import Workload
 from polyrank.run import storage
@@ -73,7 +73,7 @@ def predicted_wire(watched: Watched) -> tuple[int, int]:
     ((length, targets),) = {(row.tokens, row.targets) for row in rows}
     assert len(rows) % BATCH == 0
     load = Workload(BATCH, length, targets, wire="float32")
-    wire = CostModel(anatomy_of(parts.model), parts.model.spec, load).wire(Split(CUT))
+    wire = CostModel(anatomy_of(parts.model), parts.model.spec, load).wire(CutPoint(CUT))
     return ROUNDS * STEPS * wire.up, ROUNDS * STEPS * wire.down
 
 

@@ -21,9 +21,9 @@ from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
 from polyrank.model import load_model
 from polyrank.planning import LoRAType
 from polyrank.protocol import read_order
-from polyrank.run import Conduct
-from polyrank.split_server.host import TailHost
-from polyrank.split_server.settings import HostedModel, TailSettings
+from polyrank.run import RunSettings
+from polyrank.split_server.host import ServerPartHost
+from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training.split import SplitSettings
 from remotes import OnDisk, away, machines, orders, post
 
@@ -41,7 +41,7 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=[f"{n} {rule.name}" for n, rule in enumerate(RULES)])
 def test_three_rounds_elsewhere_are_those_of_one_process(rule):
     """Client by client the very same bits; in passes of three the order of sums differs."""
-    model, conduct = one_block(torch.float64), Conduct(evaluation=MEASURED, cohort=1)
+    model, conduct = one_block(torch.float64), RunSettings(evaluation=MEASURED, cohort=1)
     with federation(model=model, rule=rule, conduct=conduct) as here:
         ours, our_result = list(here.rounds(3)), here.finish()
         expected = here.adapter.factors
@@ -57,7 +57,7 @@ def test_three_rounds_elsewhere_are_those_of_one_process(rule):
         close(our_result[part], their_result[part])
     assert our_result["clients"] == their_result["clients"]
 
-    together = Conduct(evaluation=QUIET, cohort=3)
+    together = RunSettings(evaluation=QUIET, cohort=3)
     with federation(model=model, rule=rule, conduct=together) as here:
         list(here.rounds(3))
         for site, delta in here.adapter.factors.items():
@@ -90,10 +90,10 @@ EVEN = replace(SPLIT_FLEET, types={name: LoRAType(name, {"all": 2}) for name in 
 
 
 @contextmanager
-def desk_of(folder: Path, split: SplitSettings) -> Iterator[TailHost]:
+def desk_of(folder: Path, split: SplitSettings) -> Iterator[ServerPartHost]:
     """The split server, its tails on a thread of this process and its port open."""
     hosted = HostedModel(str(folder), 1, device="cpu", sites=[*SITES])
-    desk = TailHost(TailSettings(hosted, "run", split, deterministic=True, threads=1))
+    desk = ServerPartHost(SplitServerSettings(hosted, "run", split, deterministic=True, threads=1))
     try:
         yield desk
     finally:
@@ -114,7 +114,7 @@ def test_split_clients_elsewhere_give_the_bytes_of_one_process(folder, rule, ada
     Clients that share one adapter at the server take turns there, as they do in one process.
     """
     split = SplitSettings(wire="float32", adapters=adapters)
-    conduct = Conduct(evaluation=QUIET, cohort=1, split=split)
+    conduct = RunSettings(evaluation=QUIET, cohort=1, split=split)
     model = load_model(str(folder), device="cpu", sites=[*SITES])
     common = {"model": model, "rule": rule, "conduct": conduct, "fleet": fleet}
     with federation(data=SPLIT_DATA, **common) as here:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from federations import QUIET, federation
 from polyrank.aggregation import FlexLoRA, SLoRA
 from polyrank.algebra import Dense, LowRank, Sparse
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.runner.inspect import adapter_of, look
 from runs import polyrank, write_recipe
 
@@ -177,7 +177,7 @@ def test_a_run_of_a_sparse_stage_can_be_inspected_and_exported_in_it(tmp_path):
 def test_a_sparse_run_made_from_python_can_be_inspected_in_it_and_after_it(tmp_path):
     for rounds in (1, 3):
         out = tmp_path / str(rounds)
-        conduct = Conduct(evaluation=QUIET, cohort=2)
+        conduct = RunSettings(evaluation=QUIET, cohort=2)
         with federation(out, rule=SLoRA(FlexLoRA("delta"), 2), conduct=conduct) as run:
             list(run.rounds(rounds))
         found = look(out).factors

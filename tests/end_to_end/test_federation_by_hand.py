@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 import federations
 from polyrank.aggregation import FlexLoRA
 from polyrank.aggregation.fresh import fresh_rows
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.seeds import derive
 from polyrank.training import LocalTraining
 
@@ -26,7 +26,7 @@ def federated(mode: str, cohort: int):
         model=federations.one_block(torch.float64),
         rule=FlexLoRA(mode),
         local=LOCAL,
-        conduct=Conduct(seed=5, evaluation=federations.QUIET, cohort=cohort),
+        conduct=RunSettings(seed=5, evaluation=federations.QUIET, cohort=cohort),
     )
     found = []
     with parts:

@@ -9,9 +9,9 @@ from federations import QUIET, federation
 from polyrank.aggregation import RULES, Rule, SLoRA
 from polyrank.algebra import Adapter
 from polyrank.errors import RankError, RuleError
-from polyrank.planning import LoRAType, Split
-from polyrank.rounds.messages import Task
-from polyrank.run import Conduct
+from polyrank.planning import CutPoint, LoRAType
+from polyrank.rounds.messages import TrainTask
+from polyrank.run import RunSettings
 from splits import (
     BLOCKS,
     CUTS,
@@ -59,13 +59,13 @@ def test_an_adapter_that_one_client_a_round_shares_with_nobody_is_its_own(rule: 
     more of it where gradients are next to nothing.
     """
     local = replace(LOCAL, clip=None, optimizer="sgd", momentum=0.9, lr=0.2)
-    cuts = {**CUTS["split"], "c": Split(1, 3)}
+    cuts = {**CUTS["split"], "c": CutPoint(1, 3)}
     alone = {"ranks": EQUAL, "local": local, "number": 1}
     shared = carried_out(RULES[rule], cuts, split=SHARED, **alone)
     assert_same(shared, carried_out(RULES[rule], {}, **alone), tolerance=2e-6)
 
 
-def at_server(task: Task) -> set[str]:
+def at_server(task: TrainTask) -> set[str]:
     """Return the sites that the server trains for the client of a task."""
     blocks = frozenset[int]() if task.cut is None else task.cut.at_server(BLOCKS)
     return {site.name for site in model().spec.sites if site.block in blocks}
@@ -95,7 +95,7 @@ def test_the_rules_that_cannot_share_are_refused_with_their_reason_before_anythi
 
 def refusal(rule: Rule, out: Path) -> str | None:
     """Return why a run with one shared adapter is not begun; None if it is."""
-    conduct = Conduct(evaluation=QUIET, split=SHARED)
+    conduct = RunSettings(evaluation=QUIET, split=SHARED)
     given = fleet(EQUAL, CUTS["split"])
     try:
         made = federation(out, model=model(), data=DATA, fleet=given, rule=rule, conduct=conduct)

@@ -15,8 +15,8 @@ import federations
 from models import tiny_loaded
 from polyrank.aggregation import rule
 from polyrank.aggregation.fresh import fresh_rows
-from polyrank.planning import Fleet, LoRAType, Scaling, Split
-from polyrank.run import Conduct
+from polyrank.planning import CutPoint, Fleet, LoRAType, Scaling
+from polyrank.run import RunSettings
 from polyrank.seeds import derive
 from polyrank.training import LocalTraining
 from polyrank.training.batches import step_groups
@@ -211,7 +211,7 @@ TYPES = {
     "whole": LoRAType("whole", {"attention": 3, "feed-forward": 5}),
 }
 EQUAL = {name: LoRAType(name, {"all": 2}) for name in TYPES}
-CUTS = {"one": Split(1), "two": Split(2), "bent": Split(1, 3)}
+CUTS = {"one": CutPoint(1), "two": CutPoint(2), "bent": CutPoint(1, 3)}
 LOCAL = LocalTraining(
     lr=0.02, batch=2, accumulation=2, epochs=1, clip=0.3, weight_decay=0.01, dropout=0.0
 )
@@ -292,7 +292,7 @@ def library(name, types, cuts, adapters="own", cohort=2):
         rule=rule(name),
         local=LOCAL,
         fleet=Fleet.table(assigned, types=types, cuts=cuts),
-        conduct=Conduct(
+        conduct=RunSettings(
             seed=SEED,
             scaling=Scaling("fixed", ALPHA),
             evaluation=federations.QUIET,
@@ -355,7 +355,7 @@ def test_the_llama_by_hand_is_the_model():
     assert (expected - other).abs().max() > 1e-3, "the weights must come from outside"
 
 
-@pytest.mark.parametrize("cuts", [{}, CUTS, dict.fromkeys(TYPES, Split(2))])
+@pytest.mark.parametrize("cuts", [{}, CUTS, dict.fromkeys(TYPES, CutPoint(2))])
 @pytest.mark.parametrize("name", ["flora", "flora:keep"])
 def test_a_federation_of_split_clients_equals_hsplitlora_by_hand(hand, name, cuts):
     ours, parts = library(name, TYPES, cuts)
@@ -365,7 +365,7 @@ def test_a_federation_of_split_clients_equals_hsplitlora_by_hand(hand, name, cut
 
 
 def test_a_federation_with_one_tail_for_all_equals_splitlora_by_hand(hand):
-    cuts = dict.fromkeys(EQUAL, Split(2))
+    cuts = dict.fromkeys(EQUAL, CutPoint(2))
     ours, parts = library("flora", EQUAL, cuts, adapters="shared")
     agree(ours, by_hand(hand, parts, cuts, shared=True))
 

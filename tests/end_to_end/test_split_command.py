@@ -8,7 +8,7 @@ import pytest
 import federations
 from polyrank.errors import ModelError
 from polyrank.model import load_model
-from polyrank.planning import Fleet, Split
+from polyrank.planning import CutPoint, Fleet
 from runs import Finished, polyrank, widest, write_recipe
 
 LEAK = (
@@ -107,7 +107,7 @@ def test_a_cut_that_cannot_be_is_told_before_anything_is_begun(
 def test_a_model_of_one_block_cannot_be_cut(tmp_path: Path) -> None:
     data = federations.clients()
     kinds = dict.fromkeys((id for id, client in data.items() if client.seen), "small")
-    fleet = Fleet.table(kinds, types=federations.TYPES, cuts={"small": Split(1)})
+    fleet = Fleet.table(kinds, types=federations.TYPES, cuts={"small": CutPoint(1)})
     with pytest.raises(ModelError, match=r"fleet\.cuts\.small: .*model of 1 block cannot be cut"):
         federations.federation(tmp_path / "run", data=data, fleet=fleet)
     assert not (tmp_path / "run").exists()

@@ -12,9 +12,9 @@ from federations import QUIET, SITES, clients, federation
 from models import tiny_loaded
 from polyrank.aggregation import RULES, SLoRA
 from polyrank.algebra import Adapter, Delta, LowRank, distance
-from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.planning.schedule import Trace
-from polyrank.run import Conduct, RoundRecord
+from polyrank.run import RoundRecord, RunSettings
 from polyrank.training import LocalTraining
 from polyrank.training.split import SplitSettings
 from runs import lines_with, polyrank
@@ -80,11 +80,11 @@ def test_the_comparison_sees_another_seed() -> None:
 
 # --- every cut ---
 
-EVERY = (Split(1), Split(2), Split(3), Split(1, 2), Split(1, 3), Split(2, 3))
+EVERY = (CutPoint(1), CutPoint(2), CutPoint(3), CutPoint(1, 2), CutPoint(1, 3), CutPoint(2, 3))
 
 
 @pytest.mark.parametrize("cut", EVERY, ids=str)
-def test_every_cut_gives_the_run_without_one(cut: Split) -> None:
+def test_every_cut_gives_the_run_without_one(cut: CutPoint) -> None:
     rule = RULES["flora"]
     split = carried_out(rule, dict.fromkeys("abcd", cut))
     assert_same(split, whole(rule))
@@ -126,7 +126,7 @@ def test_in_float32_every_cut_gives_the_losses_of_the_run_without_one(
 @pytest.mark.parametrize("rule", ["flora", "flexlora:tail-in-base"])
 def test_a_client_may_be_split_in_one_round_and_whole_in_the_next(rule: str) -> None:
     changes = Trace({2: {"c0": "d", "c3": "c"}, 3: {"c1": "d", "c0": "b"}})
-    cuts = {"a": Split(2), "b": Split(1), "c": Split(1, 3)}
+    cuts = {"a": CutPoint(2), "b": CutPoint(1), "c": CutPoint(1, 3)}
     mixed, uncut = (fleet(UNEQUAL, one).with_schedule(changes) for one in (cuts, {}))
     split = carried_out(RULES[rule], mixed, number=5)
     assert [record.cuts for record in split.records] == [
@@ -140,7 +140,7 @@ def test_a_client_may_be_split_in_one_round_and_whole_in_the_next(rule: str) -> 
 def test_every_round_begins_anew_at_both_ends() -> None:
     """FLoRA deals A drawn anew and B = 0, at the client's sites as at the server's."""
     run = carried_out(RULES["flora"], CUTS["mixed"])
-    assert {task.cut for task in run.tasks} == {Split(1), Split(3), Split(1, 3), None}
+    assert {task.cut for task in run.tasks} == {CutPoint(1), CutPoint(3), CutPoint(1, 3), None}
     for task in run.tasks:
         assert task.assignment.start.keys() == model().spec.shapes.keys()
         assert all(not delta.b.any() for delta in factors(task.assignment.start).values())
@@ -162,8 +162,10 @@ FRAME = 60
 """Bytes of a frame's head and checksum; the client's name comes on top."""
 
 
-@pytest.mark.parametrize("cut", [Split(1), Split(1, 3)], ids=str)
-def test_the_bytes_of_a_split_run_are_those_of_its_tokens_and_its_own_factors(cut: Split) -> None:
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 3)], ids=str)
+def test_the_bytes_of_a_split_run_are_those_of_its_tokens_and_its_own_factors(
+    cut: CutPoint,
+) -> None:
     data = clients(seen=2, unseen=0, examples=16)
     wide = tiny_loaded(
         "llama", num_hidden_layers=BLOCKS, hidden_size=256, sites=SITES, dtype=torch.float32
@@ -176,7 +178,7 @@ def test_the_bytes_of_a_split_run_are_those_of_its_tokens_and_its_own_factors(cu
         fleet=who,
         rule=RULES["flexlora"],
         local=LocalTraining(batch=8, epochs=1),
-        conduct=Conduct(evaluation=QUIET, split=SplitSettings()),
+        conduct=RunSettings(evaluation=QUIET, split=SplitSettings()),
     )
     with made as run:
         _, updates = watched(run.engine)

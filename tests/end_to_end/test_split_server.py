@@ -37,14 +37,14 @@ from desks import (
 from models import write_tiny
 from polyrank.errors import SplitServerError
 from polyrank.model import LoadedModel, load_model
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.protocol.packet import pack
-from polyrank.split_server.interface import Desk
-from polyrank.split_server.process import SplitProcess
-from polyrank.split_server.settings import HostedModel, TailSettings
+from polyrank.split_server.interface import SplitServerHandle
+from polyrank.split_server.process import SplitServerProcess
+from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training.job import Trained
 from polyrank.training.split import SplitJob
-from polyrank.transport.remote import Access, GrpcLink
+from polyrank.transport.remote import Credentials, GrpcLink
 
 SOON = 60.0
 
@@ -60,8 +60,8 @@ def model(source: Path) -> LoadedModel:
     return load_model(source, device="cpu")
 
 
-def settings_of(source: Path, **changes: object) -> TailSettings:
-    made = TailSettings(
+def settings_of(source: Path, **changes: object) -> SplitServerSettings:
+    made = SplitServerSettings(
         HostedModel(str(source), LOWEST, device="cpu"),
         run="run",
         split=SPLIT,
@@ -73,8 +73,8 @@ def settings_of(source: Path, **changes: object) -> TailSettings:
 
 
 @pytest.fixture(scope="module")
-def desk(source: Path) -> Iterator[SplitProcess]:
-    with SplitProcess(settings_of(source), start=SOON, reply=SOON, restarts=1) as made:
+def desk(source: Path) -> Iterator[SplitServerProcess]:
+    with SplitServerProcess(settings_of(source), start=SOON, reply=SOON, restarts=1) as made:
         yield made
 
 
@@ -101,14 +101,14 @@ def assert_gone(pid: int, seconds: float = 20.0) -> None:
 
 
 def opened(
-    desk: Desk, model: LoadedModel, jobs: list[SplitJob], round: int = ROUND
-) -> dict[str, Access]:
+    desk: SplitServerHandle, model: LoadedModel, jobs: list[SplitJob], round: int = ROUND
+) -> dict[str, Credentials]:
     """Open the tails of jobs, all of which must get one."""
     tails = [replace(tail, round=round) for tail in tails_of(model, jobs)]
     tokens = dict.fromkeys([one.job.client for one in jobs], TOKENS)
     merged = jobs[0].job.assignment.merged
     found = desk.open(round, ATTEMPT, tails, merged, tokens, SOON)
-    accesses = {client: one for client, one in found.items() if isinstance(one, Access)}
+    accesses = {client: one for client, one in found.items() if isinstance(one, Credentials)}
     assert accesses.keys() == tokens.keys(), found
     return accesses
 
@@ -120,7 +120,9 @@ def three(model: LoadedModel, **options: object) -> list[SplitJob]:
     ]
 
 
-def trained_by(desk: Desk, source: Path, model: LoadedModel, jobs: list[SplitJob]) -> None:
+def trained_by(
+    desk: SplitServerHandle, source: Path, model: LoadedModel, jobs: list[SplitJob]
+) -> None:
     """Train jobs against the desk, and fail unless it gives what `train_split` gives."""
     heads = train_all(source, jobs, opened(desk, model, jobs))
     expected = in_process(model, jobs)
@@ -132,7 +134,7 @@ def trained_by(desk: Desk, source: Path, model: LoadedModel, jobs: list[SplitJob
 
 
 def test_clients_of_several_cuts_at_once_learn_the_bytes_that_one_process_gives(
-    desk: SplitProcess, source: Path, model: LoadedModel
+    desk: SplitServerProcess, source: Path, model: LoadedModel
 ) -> None:
     trained_by(desk, source, model, three(model))
     status = desk.status()
@@ -144,7 +146,7 @@ def test_clients_of_several_cuts_at_once_learn_the_bytes_that_one_process_gives(
 
 
 def test_what_is_merged_into_the_base_is_given_once_and_changes_no_byte(
-    desk: SplitProcess, source: Path, model: LoadedModel
+    desk: SplitServerProcess, source: Path, model: LoadedModel
 ) -> None:
     merged = random_sums(model)
     trained_by(desk, source, model, three(model, merged=merged))
@@ -153,7 +155,7 @@ def test_what_is_merged_into_the_base_is_given_once_and_changes_no_byte(
 
 
 def test_a_client_that_leaves_has_no_update_and_the_others_go_on(
-    desk: SplitProcess, source: Path, model: LoadedModel
+    desk: SplitServerProcess, source: Path, model: LoadedModel
 ) -> None:
     jobs = three(model)
     accesses = opened(desk, model, jobs)
@@ -173,22 +175,22 @@ def test_a_client_that_leaves_has_no_update_and_the_others_go_on(
 
 
 def test_a_cut_below_the_blocks_that_are_held_is_a_reason_and_the_others_go_on(
-    source: Path, model: LoadedModel, desk: SplitProcess
+    source: Path, model: LoadedModel, desk: SplitServerProcess
 ) -> None:
-    jobs = [split_job(model, "a", Split(1)), split_job(model, "b", Split(3))]
+    jobs = [split_job(model, "a", CutPoint(1)), split_job(model, "b", CutPoint(3))]
     tails = tails_of(model, jobs)
-    tails[0] = replace(tails[0], cut=Split(2))  # it was dealt more than the server runs
+    tails[0] = replace(tails[0], cut=CutPoint(2))  # it was dealt more than the server runs
     found = desk.open(ROUND, ATTEMPT, tails, NOTHING, {"a": TOKENS, "b": TOKENS}, SOON)
     assert isinstance(found["a"], str)
     assert "no tail was made" in found["a"]
-    assert isinstance(found["b"], Access)
+    assert isinstance(found["b"], Credentials)
     with pytest.raises(SplitServerError, match="no tail of it"):
         desk.collect("a")
     with pytest.raises(SplitServerError, match="no tail of it"):
         desk.collect("nobody")
 
 
-def test_no_secret_and_no_path_is_in_the_command_line(desk: SplitProcess) -> None:
+def test_no_secret_and_no_path_is_in_the_command_line(desk: SplitServerProcess) -> None:
     line = Path(f"/proc/{desk.pid}/cmdline")
     if not line.exists():
         pytest.skip("reads Linux's /proc")
@@ -201,7 +203,7 @@ def test_no_secret_and_no_path_is_in_the_command_line(desk: SplitProcess) -> Non
 
 
 def training(
-    source: Path, job: SplitJob, access: Access, at: int, act: Callable[[], object]
+    source: Path, job: SplitJob, access: Credentials, at: int, act: Callable[[], object]
 ) -> tuple[Trained, float]:
     """Train a client, and act once it has taken so many steps; also the seconds after that."""
     steps, acted = 0, [0.0]
@@ -218,7 +220,7 @@ def training(
 
 
 def test_a_server_that_dies_is_noticed_by_all_and_started_again_but_not_for_ever(
-    desk: SplitProcess, source: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    desk: SplitServerProcess, source: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = split_job(model, "a", CUTS["a"], count=15)
     old = opened(desk, model, [job])["a"]
@@ -254,7 +256,7 @@ def test_a_server_that_dies_is_noticed_by_all_and_started_again_but_not_for_ever
 
 def test_a_server_that_cannot_start_says_why(source: Path, model: LoadedModel) -> None:
     nowhere = replace(settings_of(source).model, source=str(source / "nowhere"))
-    with SplitProcess(settings_of(source, model=nowhere), start=SOON) as desk:
+    with SplitServerProcess(settings_of(source, model=nowhere), start=SOON) as desk:
         with pytest.raises(SplitServerError, match=r"cannot start: .*nowhere is not one"):
             desk.open(ROUND, ATTEMPT, [], NOTHING, {}, SOON)
         assert desk.pid is None

@@ -7,12 +7,18 @@ from hypothesis import strategies as st
 
 from measured import sized
 from polyrank.model.anatomy import anatomy_of
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.planning.cost import CostModel
 from polyrank.planning.workload import Workload
 
 BLOCKS = 4
-CUTS = [None, *(Split(i) for i in range(1, BLOCKS)), Split(1, 2), Split(1, 3), Split(2, 3)]
+CUTS = [
+    None,
+    *(CutPoint(i) for i in range(1, BLOCKS)),
+    CutPoint(1, 2),
+    CutPoint(1, 3),
+    CutPoint(2, 3),
+]
 
 
 @cache
@@ -70,9 +76,9 @@ def test_a_client_with_more_blocks_never_needs_less(case):
     anatomy, spec, _, ranks, load = case
     found = CostModel(anatomy, spec, load)
     for order in (
-        [Split(1), Split(2), Split(3)],
-        [Split(1, 3), Split(1, 2)],
-        [Split(1, 3), Split(2, 3)],
+        [CutPoint(1), CutPoint(2), CutPoint(3)],
+        [CutPoint(1, 3), CutPoint(1, 2)],
+        [CutPoint(1, 3), CutPoint(2, 3)],
     ):
         memory = [found.memory(ranks, cut) for cut in order]
         spent = [found.operations(ranks, cut) for cut in order]

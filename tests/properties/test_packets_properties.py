@@ -12,11 +12,11 @@ import packet_samples as samples
 from polyrank.aggregation import Update
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import PacketError
-from polyrank.evaluation.evaluator import Question
-from polyrank.planning import Split
+from polyrank.evaluation.evaluator import EvaluateQuery
+from polyrank.planning import CutPoint
 from polyrank.protocol import (
-    Bounds,
-    Exam,
+    EvaluateRequest,
+    SizeLimits,
     read_answer,
     read_exam,
     read_marks,
@@ -35,15 +35,15 @@ PACKETS = {
     "answer": write_answer(samples.update_to(DEALT)),
     "lean": write_answer(samples.update_to(DEALT), DEALT),
     "failure": write_answer(Failure("c0", 3, 1, "why", {"wire_up": 4})),
-    "order": write_order(samples.order(Split(1, 3))),
+    "order": write_order(samples.order(CutPoint(1, 3))),
     "profile": write_profile(samples.profile()),
     "exam": write_exam(samples.exam()),
     "marks": write_marks(samples.marks()),
 }
 READERS = {
-    "answer": lambda data: read_answer(data, Bounds.of(DEALT)),
-    "lean": lambda data: read_answer(data, Bounds.of(DEALT), DEALT),
-    "failure": lambda data: read_answer(data, Bounds.of(DEALT), DEALT),
+    "answer": lambda data: read_answer(data, SizeLimits.of(DEALT)),
+    "lean": lambda data: read_answer(data, SizeLimits.of(DEALT), DEALT),
+    "failure": lambda data: read_answer(data, SizeLimits.of(DEALT), DEALT),
     "order": read_order,
     "profile": read_profile,
     "exam": read_exam,
@@ -190,11 +190,11 @@ NAMES = st.text(
 @given(st.dictionaries(NAMES, deltas(), max_size=3), NAMES)
 def test_any_adapter_comes_through_bit_by_bit(sites, client):
     adapter = Adapter(sites)
-    came = read_exam(write_exam(Exam((Question(adapter, (client,), "test"),))))
+    came = read_exam(write_exam(EvaluateRequest((EvaluateQuery(adapter, (client,), "test"),))))
     assert came.questions[0].adapter.hash() == adapter.hash()
     update = Update(client, 1, 0, samples.HASH, 3, adapter)
     data = write_answer(update)
-    came = read_answer(data, Bounds(len(data), len(data), 9))
+    came = read_answer(data, SizeLimits(len(data), len(data), 9))
     assert came.adapter.hash() == adapter.hash()
     assert came.client == client
 
@@ -202,5 +202,5 @@ def test_any_adapter_comes_through_bit_by_bit(sites, client):
 @given(st.dictionaries(NAMES, st.floats() | st.integers(-(2**63) + 1, 2**63 - 1), max_size=5))
 def test_any_numbers_come_through(metrics):
     dealt = samples.assignment()
-    came = read_answer(write_answer(Failure("c", 1, 0, "x", metrics)), Bounds.of(dealt))
+    came = read_answer(write_answer(Failure("c", 1, 0, "x", metrics)), SizeLimits.of(dealt))
     assert repr(dict(came.metrics)) == repr(metrics)

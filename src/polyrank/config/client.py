@@ -21,7 +21,7 @@ from polyrank.config.validation_errors import mistakes
 from polyrank.data import Clients, single
 from polyrank.errors import PolyrankError, RecipeError
 from polyrank.planning import DEVICES, DeviceProfile, device
-from polyrank.protocol import Terms
+from polyrank.protocol import ClientPolicy
 from polyrank.seeds import derive
 
 LONGEST_NAME = 200
@@ -159,9 +159,9 @@ class ClientSettings(Section):
             return None
         return self.device.build(self.name, dtype)
 
-    def terms(self) -> Terms:
+    def terms(self) -> ClientPolicy:
         """Return the limits as they are told to the server."""
-        return Terms(**self.limits.model_dump())
+        return ClientPolicy(**self.limits.model_dump())
 
 
 def read_client(path: str | Path) -> ClientSettings:

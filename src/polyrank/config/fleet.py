@@ -13,7 +13,7 @@ from pydantic import Field
 from polyrank.config.section import Expected, Section
 from polyrank.config.trace import read_trace
 from polyrank.errors import ModelError, RecipeError
-from polyrank.planning import Fleet, LoRAType, Redraw, Schedule, Split, Trace, shares_of
+from polyrank.planning import CutPoint, Fleet, LoRAType, Redraw, Schedule, Trace, shares_of
 
 Types = Annotated[
     str | dict[str, int | dict[str, int]],
@@ -156,12 +156,12 @@ class FleetSection(Section):
                     f"got {name!r}"
                 )
 
-    def _cuts(self) -> dict[str, Split]:
+    def _cuts(self) -> dict[str, CutPoint]:
         """Return the cuts by type; RecipeError for one that no model could have."""
         found = {}
         for name, written in (self.cuts or {}).items():
             try:
-                found[name] = Split.of(written)
+                found[name] = CutPoint.of(written)
             except ModelError as error:
                 raise RecipeError(f"fleet.cuts.{name}: {error}") from error
         return found

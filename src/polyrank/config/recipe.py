@@ -33,7 +33,7 @@ from polyrank.errors import RecipeError
 from polyrank.evaluation import Benchmark
 from polyrank.model import LoadedModel
 from polyrank.planning import DeviceProfile, Fleet, device
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.seeds import derive
 
 SERVER = "server"
@@ -138,9 +138,9 @@ class Recipe(Section):
             seed=derive(self.seed, "benchmark"),
         )
 
-    def conduct(self) -> Conduct:
+    def conduct(self) -> RunSettings:
         """Return how the run is conducted."""
-        return Conduct(
+        return RunSettings(
             seed=self.seed,
             sampling=self.sampling.build(),
             weights=self.aggregation.weighting(),

@@ -28,7 +28,7 @@ Scores = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Marks:
+class ClientMetrics:
     """What clients scored: ``loss``, ``exact_match`` and ``rouge_l`` of each, null if not measured.
 
     `no_room` counts the prompts that left no room to generate.
@@ -135,7 +135,7 @@ def marked(
     *,
     texts: bool,
     on_batch: OnBatch = None,
-) -> Marks:
+) -> ClientMetrics:
     """Return each client's scores of an adapter (None: the bare base) on one part of its data.
 
     A value that was not measured, or is not finite, is null.
@@ -153,10 +153,10 @@ def marked(
         for id, loss in losses.items()
     }
     no_room = sum(not _fits(prompt, model, settings) for prompt in prompts) if generating else 0
-    return Marks(each, no_room)
+    return ClientMetrics(each, no_room)
 
 
-def grouped(marks: Marks, work: Mapping[str, ClientWork], part: Part) -> Scores:
+def grouped(marks: ClientMetrics, work: Mapping[str, ClientWork], part: Part) -> Scores:
     """Return what clients' scores come to.
 
     ``seen`` and ``unseen`` give the mean over clients, each counting once, with the standard error

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from polyrank.aggregation import State
 from polyrank.algebra import Adapter
 from polyrank.evaluation.benchmark import Benchmark, Measured
-from polyrank.evaluation.clients import Marks, Scores, grouped, loss_only, marked
+from polyrank.evaluation.clients import ClientMetrics, Scores, grouped, loss_only, marked
 from polyrank.evaluation.settings import Evaluation
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
@@ -32,7 +32,7 @@ class Scorer:
         fleet: Fleet,
         round_settings: RoundSettings,
         settings: Evaluation,
-        examiner: Examiner,
+        examiner: Evaluator,
         progress: Progress,
         check_stop: Callable[[], None],
         benchmark: Benchmark | None = None,
@@ -65,12 +65,12 @@ class Scorer:
         part: Part,
         number: int,
         texts: bool = False,
-    ) -> Question:
+    ) -> EvaluateQuery:
         settings = self._round_settings
         cut = {id for id in clients if id in settings.ranks and settings.cut(id, number)}
-        return Question(adapter, tuple(clients), part, texts, frozenset(cut))
+        return EvaluateQuery(adapter, tuple(clients), part, texts, frozenset(cut))
 
-    def _answers(self, questions: Sequence[Question]) -> list[Marks]:
+    def _answers(self, questions: Sequence[EvaluateQuery]) -> list[ClientMetrics]:
         self._progress("evaluate", 0, 1)
         found = self._examiner.answer(questions)
         self._progress("evaluate", 1, 1)
@@ -109,7 +109,7 @@ class Scorer:
         adapter = self._round_settings.rule.adapter(state)
         return self._benchmark.of_round(self._model, adapter, number, self._check_stop)
 
-    def _own_rank(self, state: State, number: int, clients: Sequence[str]) -> list[Question]:
+    def _own_rank(self, state: State, number: int, clients: Sequence[str]) -> list[EvaluateQuery]:
         """Ask for the clients' losses, each with what it is dealt next; equal assignments once."""
         dealt = Round(self._round_settings, state, number + 1, 0, list(self._round_settings.ranks))
         alike: dict[str, list[str]] = {}
@@ -133,7 +133,7 @@ class Scorer:
 
 
 @dataclass(frozen=True)
-class Question:
+class EvaluateQuery:
     """How well an adapter (None: the bare base) does on one part of some clients' data.
 
     With `texts` answers are generated too, as many as the evaluation says. The clients in `cut`
@@ -147,15 +147,15 @@ class Question:
     cut: frozenset[str] = frozenset()
 
 
-class Examiner(Protocol):
+class Evaluator(Protocol):
     """Scores adapters on clients."""
 
-    def answer(self, questions: Sequence[Question]) -> list[Marks]:
+    def answer(self, questions: Sequence[EvaluateQuery]) -> list[ClientMetrics]:
         """Return each question's scores; clients that cannot be scored are left out."""
         ...
 
 
-class OwnExaminer:
+class LocalEvaluator:
     """Scores clients whose data is here. `check_stop` is called before every batch."""
 
     def __init__(
@@ -168,7 +168,7 @@ class OwnExaminer:
         self._model, self._work = model, work
         self._settings, self._check_stop = settings, check_stop
 
-    def answer(self, questions: Sequence[Question]) -> list[Marks]:
+    def answer(self, questions: Sequence[EvaluateQuery]) -> list[ClientMetrics]:
         """Return each question's scores; clients without an example of the part are left out."""
         return [
             marked(

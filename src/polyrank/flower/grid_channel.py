@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, MessageType, RecordDict
+from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
 
 from polyrank.errors import PacketError
-from polyrank.remote.message_channel import Delivery, Kind, Letter
+from polyrank.remote.message_channel import Kind, Message, Reply
 
 TYPES: dict[Kind, str] = {
     "hello": MessageType.QUERY,
@@ -23,7 +24,7 @@ TOGETHER = 16
 """So many answers at most are in memory at the same time."""
 
 
-class GridPost:
+class GridChannel:
     """Carries letters over Flower.
 
     Flower delivers a message once at most, and its answer once. What it says of lost ones (a
@@ -37,7 +38,7 @@ class GridPost:
         """Return the nodes that Flower holds to be alive."""
         return sorted(self._grid.get_node_ids())
 
-    def send(self, letters: Iterable[Letter], seconds: float) -> list[str | None]:
+    def send(self, letters: Iterable[Message], seconds: float) -> list[str | None]:
         """Push messages that live a little longer than `seconds`, so that late answers are seen."""
         alive = set(self._grid.get_node_ids())
         tickets: list[str | None] = []
@@ -45,7 +46,7 @@ class GridPost:
             if letter.node not in alive:
                 tickets.append(None)
                 continue
-            message = Message(
+            message = FlowerMessage(
                 content=packed(letter.payload),
                 dst_node_id=letter.node,
                 message_type=TYPES[letter.kind],
@@ -56,7 +57,7 @@ class GridPost:
             tickets.append(pushed[0] if pushed and pushed[0] else None)
         return tickets
 
-    def receive(self, tickets: Mapping[str, int]) -> Iterator[Delivery]:
+    def receive(self, tickets: Mapping[str, int]) -> Iterator[Reply]:
         """Pull what has come, a few packets at a time; pause a little if nothing has."""
         left, found = list(tickets), False
         while left:
@@ -84,12 +85,12 @@ def unpacked(content: RecordDict) -> bytes:
     return array.data
 
 
-def _delivered(message: Message) -> Delivery:
+def _delivered(message: FlowerMessage) -> Reply:
     ticket = message.metadata.reply_to_message_id
     if message.has_error():
         error = message.error
-        return Delivery(ticket, None, f"Flower's error {error.code}: {error.reason}")
+        return Reply(ticket, None, f"Flower's error {error.code}: {error.reason}")
     try:
-        return Delivery(ticket, unpacked(message.content))
+        return Reply(ticket, unpacked(message.content))
     except PacketError as error:
-        return Delivery(ticket, None, str(error))
+        return Reply(ticket, None, str(error))

@@ -6,7 +6,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from polyrank.config.flower import app_settings, from_run_config
-from polyrank.flower.grid_channel import GridPost
+from polyrank.flower.grid_channel import GridChannel
 from polyrank.remote.server import serve
 
 app = ServerApp()
@@ -16,4 +16,4 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Carry out the recipe of the run config; see `polyrank.remote.server.serve`."""
     recipe, settings = from_run_config(context.run_config), app_settings(context.run_config)
-    serve(recipe, settings, GridPost(grid), str(context.run_id))
+    serve(recipe, settings, GridChannel(grid), str(context.run_id))

@@ -1,7 +1,7 @@
 """What a model costs and which ranks each client affords. Pure."""
 
 from polyrank.planning.cost import CostModel
-from polyrank.planning.cut import Split
+from polyrank.planning.cut import CutPoint
 from polyrank.planning.devices import DEVICES, DeviceProfile, device
 from polyrank.planning.fleet import DISTRIBUTIONS, TYPES, Fleet, LoRAType, shares_of
 from polyrank.planning.importance import Scores, averaged, moved, smoothed
@@ -21,6 +21,7 @@ __all__ = [
     "TYPES",
     "BySpectrum",
     "CostModel",
+    "CutPoint",
     "DeviceProfile",
     "Fleet",
     "Limits",
@@ -34,7 +35,6 @@ __all__ = [
     "Schedule",
     "Scores",
     "Site",
-    "Split",
     "Trace",
     "Workload",
     "averaged",

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from polyrank.planning.anatomy import Anatomy, Section, Size
 from polyrank.planning.backward import AtSite, working_bytes
-from polyrank.planning.cut import Split
-from polyrank.planning.site_index import Places, Ranks
+from polyrank.planning.cut import CutPoint
+from polyrank.planning.site_index import Ranks, SiteIndex
 from polyrank.planning.spec import Site
 from polyrank.planning.traffic import microbatch
 from polyrank.planning.workload import Workload
@@ -55,13 +55,13 @@ class Held:
 class Activations:
     """The activations of one model's training under one workload."""
 
-    def __init__(self, anatomy: Anatomy, places: Places, workload: Workload):
+    def __init__(self, anatomy: Anatomy, places: SiteIndex, workload: Workload):
         self._anatomy, self._places, self._workload = anatomy, places, workload
         self._kept_of: dict[tuple[int, bool, frozenset[str]], Kept] = {}
         self._tokens = workload.batch * workload.length
         self._end = anatomy.end.section(workload.length)
 
-    def client(self, ranks: Ranks, cut: Split | None) -> Held:
+    def client(self, ranks: Ranks, cut: CutPoint | None) -> Held:
         """Return what the client holds."""
         count = len(self._anatomy.blocks)
         if cut is None:
@@ -76,7 +76,7 @@ class Activations:
                 held = held.beside(self._through_the_end(last) + Held(0, 2 * self._states))
         return held
 
-    def server(self, ranks: Ranks, cut: Split | None) -> Held:
+    def server(self, ranks: Ranks, cut: CutPoint | None) -> Held:
         """Return what a client's tail holds at the server."""
         if cut is None:
             return Held(0, 0)

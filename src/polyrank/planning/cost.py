@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from polyrank.errors import ModelError
 from polyrank.planning.activations import Activations, Held
 from polyrank.planning.anatomy import Anatomy
-from polyrank.planning.cut import Split
+from polyrank.planning.cut import CutPoint
 from polyrank.planning.operations import Arithmetic, Operations
-from polyrank.planning.site_index import Places, Ranks
+from polyrank.planning.site_index import Ranks, SiteIndex
 from polyrank.planning.spec import ModelSpec
 from polyrank.planning.timing import Clock, Machine, Seconds, step_seconds
 from polyrank.planning.traffic import Wire, messages, step_traffic
@@ -72,11 +72,11 @@ class CostModel:
                 f"{spec.blocks}; both must be of one model"
             )
         self.anatomy, self.spec, self.workload = anatomy, spec, workload
-        self._places = Places(anatomy, spec)
+        self._places = SiteIndex(anatomy, spec)
         self._activations = Activations(anatomy, self._places, workload)
         self._arithmetic = Arithmetic(anatomy, self._places, workload)
 
-    def memory(self, ranks: Ranks, cut: Split | None) -> Memory:
+    def memory(self, ranks: Ranks, cut: CutPoint | None) -> Memory:
         """Return the bytes at the client."""
         self._places.check(ranks)
         count = self.spec.blocks
@@ -84,7 +84,7 @@ class CostModel:
         weights = self.anatomy.parameters(blocks) * self.workload.itemsize
         return self._memory(weights, ranks, blocks, self._activations.client(ranks, cut))
 
-    def server_memory(self, ranks: Ranks, cut: Split | None) -> Memory:
+    def server_memory(self, ranks: Ranks, cut: CutPoint | None) -> Memory:
         """Return the bytes that a client's tail takes at the server, without the base's weights.
 
         Those are there once for all clients: see `server_weights`.
@@ -93,7 +93,7 @@ class CostModel:
         blocks = frozenset[int]() if cut is None else cut.at_server(self.spec.blocks)
         return self._memory(0, ranks, blocks, self._activations.server(ranks, cut))
 
-    def server_weights(self, cut: Split | None) -> int:
+    def server_weights(self, cut: CutPoint | None) -> int:
         """Return the bytes of the base that the server holds for clients of this cut."""
         if cut is None:
             return 0
@@ -105,19 +105,19 @@ class CostModel:
         copies = self.workload.moments + self.workload.proximal
         return Memory(weights, factors, factors, copies * factors, held.stays, held.passes)
 
-    def operations(self, ranks: Ranks, cut: Split | None) -> Operations:
+    def operations(self, ranks: Ranks, cut: CutPoint | None) -> Operations:
         """Return the operations of an optimizer step, forward and backward."""
         self._places.check(ranks)
         return self._arithmetic.of(ranks, cut)
 
-    def wire(self, cut: Split | None) -> Wire:
+    def wire(self, cut: CutPoint | None) -> Wire:
         """Return the bytes of an optimizer step on the link; none for a whole client.
 
         As the frames have it, but for the client's name in each of them.
         """
         return step_traffic(self.workload, self.anatomy.hidden, cut)
 
-    def adapter_bytes(self, ranks: Ranks, cut: Split | None) -> Wire:
+    def adapter_bytes(self, ranks: Ranks, cut: CutPoint | None) -> Wire:
         """Return the bytes of a round's factors of the client's sites, down and up again."""
         self._places.check(ranks)
         count = self.spec.blocks
@@ -126,7 +126,7 @@ class CostModel:
         return Wire(once, once)
 
     def seconds(
-        self, ranks: Ranks, cut: Split | None, device: Machine, server: Machine, steps: int
+        self, ranks: Ranks, cut: CutPoint | None, device: Machine, server: Machine, steps: int
     ) -> Seconds:
         """Return the time of a step and of a round of so many steps.
 

@@ -9,7 +9,7 @@ from polyrank.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Split:
+class CutPoint:
     """The blocks that a split client runs itself; the server runs the others.
 
     The client runs blocks 0 … `lower` − 1 and, in a U-shape, also those from `upper` on with the
@@ -27,7 +27,7 @@ class Split:
             )
 
     @staticmethod
-    def of(written: int | Sequence[int]) -> Split:
+    def of(written: int | Sequence[int]) -> CutPoint:
         """Return the cut as recipes have it: 2, or [2, 6] for a U-shape; ModelError otherwise."""
         cuts = [written] if isinstance(written, int) else [*written]
         if len(cuts) not in (1, 2):
@@ -35,7 +35,7 @@ class Split:
                 "cut: expected a number of blocks or, for a U-shape, two, [lower, upper]; got "
                 f"{cuts}"
             )
-        return Split(*cuts)
+        return CutPoint(*cuts)
 
     @property
     def written(self) -> int | list[int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from polyrank.errors import ModelError, RankError
-from polyrank.planning.cut import Split
+from polyrank.planning.cut import CutPoint
 from polyrank.planning.schedule import Schedule
 from polyrank.planning.spec import ModelSpec, Site
 
@@ -125,7 +125,7 @@ class Fleet:
     types: Mapping[str, LoRAType]
     assigned: Mapping[str, str]
     schedule: Schedule | None = None
-    cuts: Mapping[str, Split] = field(default_factory=dict)
+    cuts: Mapping[str, CutPoint] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _known(self.assigned.values(), self.types)
@@ -149,7 +149,7 @@ class Fleet:
         *,
         types: str | Mapping[str, LoRAType] = "paper",
         seed: int = 0,
-        cuts: Mapping[str, Split] | None = None,
+        cuts: Mapping[str, CutPoint] | None = None,
     ) -> Fleet:
         """Return a fleet with these shares of types, dealt to the clients at random.
 
@@ -171,7 +171,7 @@ class Fleet:
         clients: Mapping[str, str],
         *,
         types: str | Mapping[str, LoRAType] = "paper",
-        cuts: Mapping[str, Split] | None = None,
+        cuts: Mapping[str, CutPoint] | None = None,
     ) -> Fleet:
         """Return a fleet from an explicit table client -> type."""
         family = _named(TYPES, types, "a family of LoRA types")
@@ -185,7 +185,7 @@ class Fleet:
         """Return client -> type in a round (from 1)."""
         return self.assigned if self.schedule is None else self.schedule.at(self.assigned, round)
 
-    def cut_of(self, client: str, round: int) -> Split | None:
+    def cut_of(self, client: str, round: int) -> CutPoint | None:
         """Return where this client's model is cut in a round; None if it runs all of it."""
         return self.cuts.get(self.at(round)[client])
 

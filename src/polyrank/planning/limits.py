@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 
-from polyrank.planning.cut import Split
+from polyrank.planning.cut import CutPoint
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Limits:
         """Return the largest rank where without limits it is `most`."""
         return most if self.largest_rank is None else min(most, self.largest_rank)
 
-    def cuts(self, cuts: Sequence[Split], blocks: int) -> list[Split]:
+    def cuts(self, cuts: Sequence[CutPoint], blocks: int) -> list[CutPoint]:
         """Return those of the cuts that may be, as U-shapes where labels may not leave."""
         found = [cut for cut in cuts if cut.lower >= (self.lowest_cut or 1)]
         if self.labels_may_leave:

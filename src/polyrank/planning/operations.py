@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polyrank.planning.anatomy import Anatomy, Section
-from polyrank.planning.cut import Split
-from polyrank.planning.site_index import Places, Ranks
+from polyrank.planning.cut import CutPoint
+from polyrank.planning.site_index import Ranks, SiteIndex
 from polyrank.planning.workload import Workload
 
 
@@ -27,13 +27,13 @@ class Operations:
 class Arithmetic:
     """The operations of one model's training under one workload."""
 
-    def __init__(self, anatomy: Anatomy, places: Places, workload: Workload):
+    def __init__(self, anatomy: Anatomy, places: SiteIndex, workload: Workload):
         self._anatomy, self._places, self._workload = anatomy, places, workload
         self._spent_of: dict[tuple[int, bool, frozenset[str]], tuple[int, int, frozenset[str]]] = {}
         self._tokens = workload.batch * workload.length
         self._end = anatomy.end.section(workload.length)
 
-    def of(self, ranks: Ranks, cut: Split | None) -> Operations:
+    def of(self, ranks: Ranks, cut: CutPoint | None) -> Operations:
         """Return the operations of an optimizer step, forward and backward.
 
         A frozen product takes 2mn per token forward, and as much backward where its input needs a

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from polyrank.errors import RecipeError
 from polyrank.planning.cost import Memory, Operations, Seconds, Wire
-from polyrank.planning.cut import Split
+from polyrank.planning.cut import CutPoint
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.fleet import Fleet, LoRAType
 from polyrank.planning.levels import checked_levels
@@ -45,11 +45,11 @@ class PlanSettings:
         if self.seconds is not None and not self.seconds > 0:
             raise RecipeError(f"plan.seconds: expected more than 0, got {self.seconds}")
 
-    def possible_cuts(self, blocks: int) -> list[Split]:
+    def possible_cuts(self, blocks: int) -> list[CutPoint]:
         """Return the cuts of a model of so many blocks, the fewest at the client first."""
         if not self.u_shape:
-            return [Split(lower) for lower in range(self.lowest_cut, blocks)]
-        return [Split(lower, blocks - 1) for lower in range(self.lowest_cut, blocks - 1)]
+            return [CutPoint(lower) for lower in range(self.lowest_cut, blocks)]
+        return [CutPoint(lower, blocks - 1) for lower in range(self.lowest_cut, blocks - 1)]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
 
     device: DeviceProfile
     ranks: Mapping[str, int]
-    cut: Split | None
+    cut: CutPoint | None
     memory: Memory
     operations: Operations
     wire: Wire

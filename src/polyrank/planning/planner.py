@@ -8,7 +8,7 @@ from functools import cached_property
 
 from polyrank.errors import RecipeError
 from polyrank.planning.cost import CostModel
-from polyrank.planning.cut import Split
+from polyrank.planning.cut import CutPoint
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.importance import Scores
 from polyrank.planning.levels import derived_levels
@@ -131,7 +131,7 @@ class Planner:
             for site in self.spec.sites
         }
 
-    def _cuts(self, limits: Limits) -> list[Split]:
+    def _cuts(self, limits: Limits) -> list[CutPoint]:
         blocks = self.spec.blocks
         possible = [] if self.settings.cuts == "none" else self.settings.possible_cuts(blocks)
         return limits.cuts(possible, blocks)
@@ -177,7 +177,7 @@ class Planner:
     def _changed(
         self,
         search: Search,
-        cuts: Sequence[Split],
+        cuts: Sequence[CutPoint],
         device: DeviceProfile,
         limits: Limits,
         looser: Limits,
@@ -208,7 +208,7 @@ class Planner:
             return f"cut: the whole model needs {in_units(needed)}"
         return "cut: the whole model takes too long for a round"
 
-    def _predicted(self, device: DeviceProfile, ranks: Ranks, cut: Split | None) -> Plan:
+    def _predicted(self, device: DeviceProfile, ranks: Ranks, cut: CutPoint | None) -> Plan:
         return Plan(
             device=device,
             ranks=dict(ranks),
@@ -224,7 +224,7 @@ class Planner:
 
     def _refused(self, search: Search, device: DeviceProfile) -> Plan:
         """Return the least that this device would have to afford, and by how much it does not."""
-        cuts: list[Split | None] = [None]
+        cuts: list[CutPoint | None] = [None]
         if self.settings.cuts != "none":
             cuts += search.cuts
         least = [plan for cut in cuts for plan in search.least(device, cut)]
@@ -262,5 +262,5 @@ class Planner:
         return max((excess[key] / budgets[key] for key in excess), default=1.0), plan.memory.total
 
 
-def _where(cut: Split | None) -> str:
+def _where(cut: CutPoint | None) -> str:
     return "the whole model" if cut is None else f"cut at {cut}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 
 from polyrank.planning.cost import CostModel
-from polyrank.planning.cut import Split
+from polyrank.planning.cut import CutPoint
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.limits import Limits
 from polyrank.planning.plan import Plan, PlanSettings
@@ -20,7 +20,7 @@ _TRIES = 4
 """Budgets that are tried where ranks cost more together than was foreseen of each."""
 
 Ranks = Mapping[str, int]
-Predict = Callable[[DeviceProfile, Ranks, Split | None], Plan]
+Predict = Callable[[DeviceProfile, Ranks, CutPoint | None], Plan]
 
 
 class Search:
@@ -52,8 +52,8 @@ class Search:
         self._limit = {site.name: min(site.shape) for site in self._sites}
         self._own_limit = self._limit
         self._all_cuts = self.cuts = self._settings.possible_cuts(cost.spec.blocks)
-        self._tails: dict[Split, dict[str, int]] = {}
-        self._needs: dict[Split, int] = {}
+        self._tails: dict[CutPoint, dict[str, int]] = {}
+        self._needs: dict[CutPoint, int] = {}
         self._slopes: dict[tuple[object, ...], tuple[int, int]] = {}
 
     def within(self, limits: Limits) -> Search:
@@ -79,7 +79,7 @@ class Search:
         first, last = tried[max(0, at - 1)], tried[min(len(tried) - 1, at + 1)]
         return self.best_of(device, self.cuts[first : last + 1])
 
-    def best_of(self, device: DeviceProfile, cuts: Sequence[Split | None]) -> Plan | None:
+    def best_of(self, device: DeviceProfile, cuts: Sequence[CutPoint | None]) -> Plan | None:
         """Return the plan worth most at one of these cuts that fits all budgets."""
         best: Plan | None = None
         for cut in cuts:
@@ -91,7 +91,7 @@ class Search:
                     best = plan
         return best
 
-    def least(self, device: DeviceProfile, cut: Split | None) -> list[Plan]:
+    def least(self, device: DeviceProfile, cut: CutPoint | None) -> list[Plan]:
         """Return the least that a client can train at a cut: beside a tail nothing, else a site."""
         tail = {} if cut is None else self.tail(cut)
         options = [tail]
@@ -102,13 +102,13 @@ class Search:
             options = [{site.name: level} for site in fit if site.block == last]
         return [self._predict(device, ranks, cut) for ranks in options]
 
-    def _own(self, cut: Split | None) -> list[Site]:
+    def _own(self, cut: CutPoint | None) -> list[Site]:
         if cut is None:
             return list(self._sites)
         blocks = cut.at_client(self._cost.spec.blocks)
         return [site for site in self._sites if site.block in blocks]
 
-    def _candidates(self, device: DeviceProfile, cut: Split | None) -> Iterator[dict[str, int]]:
+    def _candidates(self, device: DeviceProfile, cut: CutPoint | None) -> Iterator[dict[str, int]]:
         """Yield ranks to try: the least that can be trained, then for each depth of backward."""
         tail = {} if cut is None else self.tail(cut)
         for plan in self.least(device, cut):
@@ -130,13 +130,13 @@ class Search:
             depths = depths[:1]
         return [[site for site in sites if site.block >= depth] for depth in _spread(depths)]
 
-    def tail(self, cut: Split) -> dict[str, int]:
+    def tail(self, cut: CutPoint) -> dict[str, int]:
         """Return the ranks behind the cut that one client's share of the server affords."""
         if cut not in self._tails:
             self._tails[cut] = self._tail(cut)
         return self._tails[cut]
 
-    def _tail(self, cut: Split) -> dict[str, int]:
+    def _tail(self, cut: CutPoint) -> dict[str, int]:
         at_server = cut.at_server(self._cost.spec.blocks)
         behind = [site for site in self._sites if site.block in at_server]
         if self._shared and cut != self._all_cuts[0]:
@@ -154,7 +154,7 @@ class Search:
         ]
         return max(options, key=self.sharing.worth, default={})
 
-    def _needed_at_server(self, cut: Split) -> int:
+    def _needed_at_server(self, cut: CutPoint) -> int:
         if cut not in self._needs:
             tail = self._cost.server_memory(self.tail(cut), cut).total
             self._needs[cut] = self._base + self._at_once * tail
@@ -218,7 +218,7 @@ class Search:
 
     # --- judging ---
 
-    def possible(self, device: DeviceProfile, cuts: Iterable[Split | None]) -> bool:
+    def possible(self, device: DeviceProfile, cuts: Iterable[CutPoint | None]) -> bool:
         """Whether the least that can be trained at one of these cuts fits all budgets."""
         least = (plan for cut in cuts for plan in self.least(device, cut))
         return any(not self.excess(plan) for plan in least)

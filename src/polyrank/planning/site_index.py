@@ -11,7 +11,7 @@ from polyrank.planning.spec import ModelSpec, Site
 Ranks = Mapping[str, int]
 
 
-class Places:
+class SiteIndex:
     """Sites by block and by their place in it, which is the same in all blocks of a kind."""
 
     def __init__(self, anatomy: Anatomy, spec: ModelSpec):

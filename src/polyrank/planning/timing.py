@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from polyrank.planning.cut import Split
+from polyrank.planning.cut import CutPoint
 from polyrank.planning.traffic import Wire
 
 
@@ -99,7 +99,7 @@ def step_seconds(
     clock: Clock,
     operations: tuple[int, int],
     wire: Wire,
-    cut: Split | None,
+    cut: CutPoint | None,
     messages: int,
     under_way: int,
 ) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from polyrank.planning.cut import Split
+from polyrank.planning.cut import CutPoint
 from polyrank.planning.workload import WIRES, Workload
 
 FRAME = 60
@@ -48,7 +48,7 @@ def microbatch(workload: Workload, hidden: int, *, labels: bool) -> Microbatch:
     )
 
 
-def step_traffic(workload: Workload, hidden: int, cut: Split | None) -> Wire:
+def step_traffic(workload: Workload, hidden: int, cut: CutPoint | None) -> Wire:
     """Return the bytes of one optimizer step without the client's name in each frame.
 
     All microbatches, and `Step` with its answer. None for a whole client.
@@ -63,7 +63,7 @@ def step_traffic(workload: Workload, hidden: int, cut: Split | None) -> Wire:
     return Wire(count * up + FRAME, count * down + FRAME)
 
 
-def messages(workload: Workload, cut: Split | None) -> int:
+def messages(workload: Workload, cut: CutPoint | None) -> int:
     """Return the messages of a step's microbatches in each direction."""
     if cut is None:
         return 0

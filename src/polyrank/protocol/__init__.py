@@ -1,26 +1,32 @@
 """The messages between a server and its clients, as bytes: each to write, and to read back."""
 
 from polyrank.protocol.client_info import (
+    ClientInfo,
+    ClientPolicy,
     Counts,
-    Hosted,
     Profile,
-    Terms,
     read_profile,
     write_profile,
 )
-from polyrank.protocol.evaluate import Exam, read_exam, read_marks, write_exam, write_marks
-from polyrank.protocol.size_limits import Bounds
-from polyrank.protocol.train_request import Order, read_order, write_order
+from polyrank.protocol.evaluate import (
+    EvaluateRequest,
+    read_exam,
+    read_marks,
+    write_exam,
+    write_marks,
+)
+from polyrank.protocol.size_limits import SizeLimits
+from polyrank.protocol.train_request import TrainRequest, read_order, write_order
 from polyrank.protocol.train_result import read_answer, write_answer
 
 __all__ = [
-    "Bounds",
+    "ClientInfo",
+    "ClientPolicy",
     "Counts",
-    "Exam",
-    "Hosted",
-    "Order",
+    "EvaluateRequest",
     "Profile",
-    "Terms",
+    "SizeLimits",
+    "TrainRequest",
     "read_answer",
     "read_exam",
     "read_marks",

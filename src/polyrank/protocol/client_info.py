@@ -11,7 +11,7 @@ from polyrank.planning import DeviceProfile
 from polyrank.protocol import json_fields as reading
 from polyrank.protocol.json_fields import Fields, refusal
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import PROFILES, Bounds
+from polyrank.protocol.size_limits import PROFILES, SizeLimits
 from polyrank.protocol.train_result import REASON_BYTES
 from polyrank.training.client_data import Part
 
@@ -32,7 +32,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Hosted:
+class ClientInfo:
     """A client as its node describes it; `counts` has all three parts, `fingerprint` is opaque."""
 
     client: str
@@ -43,7 +43,7 @@ class Hosted:
 
 
 @dataclass(frozen=True)
-class Terms:
+class ClientPolicy:
     """What a node agrees to; None: whatever is asked.
 
     `largest_rank` at any site, `lowest_cut` as the fewest blocks that it runs itself, whether
@@ -63,9 +63,9 @@ class Profile:
     `refusal` is why it cannot take part, if it cannot.
     """
 
-    hosted: tuple[Hosted, ...]
+    hosted: tuple[ClientInfo, ...]
     device: DeviceProfile | None = None
-    terms: Terms = field(default_factory=Terms)
+    terms: ClientPolicy = field(default_factory=ClientPolicy)
     versions: Mapping[str, str] = field(default_factory=dict)
     refusal: str | None = None
 
@@ -85,7 +85,7 @@ def write_profile(profile: Profile) -> bytes:
     return pack("profile", fields, {})
 
 
-def _written(one: Hosted) -> dict[str, Any]:
+def _written(one: ClientInfo) -> dict[str, Any]:
     if one.counts.keys() != set(PARTS):
         raise refusal(
             f"profile packet, client {one.client!r}, counts", f"{[*PARTS]}", [*one.counts]
@@ -102,7 +102,7 @@ def _written(one: Hosted) -> dict[str, Any]:
     }
 
 
-def read_profile(data: bytes | bytearray | memoryview, bounds: Bounds = PROFILES) -> Profile:
+def read_profile(data: bytes | bytearray | memoryview, bounds: SizeLimits = PROFILES) -> Profile:
     """Return the profile of a packet, its clients all distinct.
 
     Raises PacketError for everything that `write_profile` did not write.
@@ -130,12 +130,12 @@ def read_profile(data: bytes | bytearray | memoryview, bounds: Bounds = PROFILES
     return Profile(tuple(hosted), device, terms, versions, refused)
 
 
-def _hosted(fields: Fields) -> Hosted:
+def _hosted(fields: Fields) -> ClientInfo:
     client, category = fields.name("client"), fields.name("category", least=0)
     seen, table = fields.flag("seen"), fields.table("counts")
     counts = {part: _counts(table.items(part), table.at(part)) for part in PARTS}
     table.close()
-    hosted = Hosted(client, category, seen, counts, fields.name("fingerprint", 128, 0))
+    hosted = ClientInfo(client, category, seen, counts, fields.name("fingerprint", 128, 0))
     fields.close()
     return hosted
 
@@ -166,9 +166,11 @@ def _device(fields: Fields) -> DeviceProfile:
         raise refusal(fields.place, "what a device can offer", error) from error
 
 
-def _terms(fields: Fields) -> Terms:
+def _terms(fields: Fields) -> ClientPolicy:
     largest = None if fields.gone("largest_rank") else fields.whole("largest_rank", 1)
     lowest = None if fields.gone("lowest_cut") else fields.whole("lowest_cut", 1)
-    terms = Terms(largest, lowest, fields.flag("labels_may_leave"), fields.whole("smallest_count"))
+    terms = ClientPolicy(
+        largest, lowest, fields.flag("labels_may_leave"), fields.whole("smallest_count")
+    )
     fields.close()
     return terms

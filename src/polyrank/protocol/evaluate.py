@@ -10,27 +10,27 @@ from typing import cast
 from torch import Tensor
 
 from polyrank.algebra import Adapter
-from polyrank.evaluation.clients import Marks
-from polyrank.evaluation.evaluator import Question
+from polyrank.evaluation.clients import ClientMetrics
+from polyrank.evaluation.evaluator import EvaluateQuery
 from polyrank.protocol import json_fields as reading
 from polyrank.protocol.adapters import read_adapter, write_adapter
 from polyrank.protocol.client_info import PARTS
 from polyrank.protocol.json_fields import Fields, refusal
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import EXAMS, MARKS, Bounds
+from polyrank.protocol.size_limits import EXAMS, MARKS, SizeLimits
 from polyrank.training.client_data import Part
 
 SCORES = ("loss", "exact_match", "rouge_l")
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvaluateRequest:
     """Questions to the clients of one node."""
 
-    questions: tuple[Question, ...]
+    questions: tuple[EvaluateQuery, ...]
 
 
-def write_exam(exam: Exam) -> bytes:
+def write_exam(exam: EvaluateRequest) -> bytes:
     """Return the packet of an exam; an adapter object that is asked about twice travels once."""
     numbers: dict[int, int] = {}
     adapters: list[Adapter] = []
@@ -53,7 +53,7 @@ def write_exam(exam: Exam) -> bytes:
     return pack("exam", {"questions": asked, "adapters": len(adapters)}, tensors)
 
 
-def read_exam(data: bytes | bytearray | memoryview, bounds: Bounds = EXAMS) -> Exam:
+def read_exam(data: bytes | bytearray | memoryview, bounds: SizeLimits = EXAMS) -> EvaluateRequest:
     """Return the exam of a packet; PacketError for everything that `write_exam` did not write."""
     packet = Packet(data, "exam", bounds)
     fields = packet.fields
@@ -65,10 +65,10 @@ def read_exam(data: bytes | bytearray | memoryview, bounds: Bounds = EXAMS) -> E
         for number, one in enumerate(items)
     ]
     packet.close()
-    return Exam(tuple(questions))
+    return EvaluateRequest(tuple(questions))
 
 
-def _question(fields: Fields, adapters: Sequence[Adapter]) -> Question:
+def _question(fields: Fields, adapters: Sequence[Adapter]) -> EvaluateQuery:
     adapter = (
         None if fields.gone("adapter") else adapters[fields.whole("adapter", 0, len(adapters) - 1)]
     )
@@ -76,12 +76,12 @@ def _question(fields: Fields, adapters: Sequence[Adapter]) -> Question:
     if len(set(clients)) < len(clients):
         raise refusal(fields.at("clients"), "each client once", "one that is there twice")
     part = cast("Part", fields.choice("part", PARTS))
-    question = Question(adapter, clients, part, fields.flag("texts"))
+    question = EvaluateQuery(adapter, clients, part, fields.flag("texts"))
     fields.close()
     return question
 
 
-def write_marks(marks: Sequence[Marks]) -> bytes:
+def write_marks(marks: Sequence[ClientMetrics]) -> bytes:
     """Return the packet of the marks of an exam's questions; scores that are not finite are null.
 
     Raises PacketError for a score that no client is asked for.
@@ -104,8 +104,10 @@ def _written(client: str, scores: Mapping[str, float | None]) -> list[float | No
 
 
 def read_marks(
-    data: bytes | bytearray | memoryview, exam: Exam | None = None, bounds: Bounds = MARKS
-) -> tuple[Marks, ...]:
+    data: bytes | bytearray | memoryview,
+    exam: EvaluateRequest | None = None,
+    bounds: SizeLimits = MARKS,
+) -> tuple[ClientMetrics, ...]:
     """Return the marks of a packet, one per question.
 
     With `exam` there must be as many as it has questions, and of no client but those it asks.
@@ -124,14 +126,14 @@ def read_marks(
     return tuple(found)
 
 
-def _marks(fields: Fields, clients: Sequence[str] | None) -> Marks:
+def _marks(fields: Fields, clients: Sequence[str] | None) -> ClientMetrics:
     asked = None if clients is None else set(clients)
     scores = {}
     for client, values, place in fields.table("clients").named():
         if asked is not None and client not in asked:
             raise refusal(place, "a client that was asked", "another")
         scores[client] = _scores(values, place)
-    marks = Marks(scores, fields.whole("no_room"))
+    marks = ClientMetrics(scores, fields.whole("no_room"))
     fields.close()
     return marks
 

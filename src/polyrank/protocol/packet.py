@@ -31,7 +31,7 @@ from torch import Tensor
 from polyrank.errors import PacketError
 from polyrank.protocol import json_fields as reading
 from polyrank.protocol.json_fields import Fields, refusal, shown
-from polyrank.protocol.size_limits import Bounds
+from polyrank.protocol.size_limits import SizeLimits
 from polyrank.transport.codec import octets
 
 SCHEMA = "1"
@@ -106,7 +106,7 @@ class Packet:
     Raises PacketError for everything that no `pack` of this kind wrote under these bounds.
     """
 
-    def __init__(self, data: bytes | bytearray | memoryview, kind: str, bounds: Bounds):
+    def __init__(self, data: bytes | bytearray | memoryview, kind: str, bounds: SizeLimits):
         self.place = f"{kind} packet"
         _check_machine(self.place)
         try:

@@ -13,7 +13,7 @@ _PER_SITE = 2**10
 
 
 @dataclass(frozen=True)
-class Bounds:
+class SizeLimits:
     """The most bytes of a packet and of its header, and the most tensors.
 
     A reader compares the length and the header's with them before it parses anything. Parsed JSON
@@ -25,7 +25,7 @@ class Bounds:
     tensors: int
 
     @staticmethod
-    def of(assignment: Assignment, sites: int = 0) -> Bounds:
+    def of(assignment: Assignment, sites: int = 0) -> SizeLimits:
         """Return the bounds of an answer to an assignment, whatever dtype it was trained in.
 
         `sites` is the number of the model's sites, as each may come with an importance.
@@ -35,10 +35,10 @@ class Bounds:
         ]
         header = _ROOM + _PER_SITE * (len(tensors) + sites)
         numbers = sum(tensor.numel() for tensor in tensors)
-        return Bounds(8 + header + 8 * numbers, header, len(tensors))
+        return SizeLimits(8 + header + 8 * numbers, header, len(tensors))
 
 
-ORDERS = Bounds(2**33, 2**25, 2**18)
+ORDERS = SizeLimits(2**33, 2**25, 2**18)
 EXAMS = ORDERS
-PROFILES = Bounds(2**22, 2**22, 0)
+PROFILES = SizeLimits(2**22, 2**22, 0)
 MARKS = PROFILES

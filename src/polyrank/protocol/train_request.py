@@ -10,23 +10,23 @@ from polyrank.aggregation import Assignment, Penalty, Train
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
 from polyrank.errors import PacketError, PolyrankError
 from polyrank.model.importance import METRICS
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.protocol import json_fields as reading
 from polyrank.protocol.adapters import negatives, read_adapter, write_adapter
 from polyrank.protocol.json_fields import Fields, refusal
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import ORDERS, Bounds
-from polyrank.rounds.messages import Task
+from polyrank.protocol.size_limits import ORDERS, SizeLimits
+from polyrank.rounds.messages import TrainTask
 from polyrank.transport.layout import LONGEST_WAIT
 
 if TYPE_CHECKING:
-    from polyrank.transport.remote.credentials import Access
+    from polyrank.transport.remote.credentials import Credentials
 
 D = TypeVar("D", bound=Delta)
 
 
 @dataclass(frozen=True)
-class Order:
+class TrainRequest:
     """A client's task with all that a machine elsewhere must know beside its own settings.
 
     `task.assignment` is what the client holds of the assignment: of a split client the part of its
@@ -35,15 +35,15 @@ class Order:
     `access` tells a split client how to reach its tail.
     """
 
-    task: Task
+    task: TrainTask
     assignment: str
     score_every: int
     metric: str
     seconds: float
-    access: Access | None = None
+    access: Credentials | None = None
 
 
-def write_order(order: Order) -> bytes:
+def write_order(order: TrainRequest) -> bytes:
     """Return the packet of an order.
 
     A frozen term that is the negative of its start is left out, and made again by the reader.
@@ -83,7 +83,7 @@ def write_order(order: Order) -> bytes:
     return pack("order", fields, tensors)
 
 
-def read_order(data: bytes | bytearray | memoryview, bounds: Bounds = ORDERS) -> Order:
+def read_order(data: bytes | bytearray | memoryview, bounds: SizeLimits = ORDERS) -> TrainRequest:
     """Return the order of a packet, its assignment as it was dealt, bit by bit.
 
     Raises PacketError for everything that `write_order` did not write, also for an assignment
@@ -105,7 +105,7 @@ def read_order(data: bytes | bytearray | memoryview, bounds: Bounds = ORDERS) ->
         raise refusal(
             fields.at("assignment"), f"{part[:12]}…, as the client runs the whole model", whole
         )
-    task = Task(
+    task = TrainTask(
         fields.text("client"),
         fields.whole("round"),
         fields.whole("attempt"),
@@ -113,7 +113,7 @@ def read_order(data: bytes | bytearray | memoryview, bounds: Bounds = ORDERS) ->
         assignment,
         cut,
     )
-    order = Order(
+    order = TrainRequest(
         task,
         whole,
         fields.whole("score_every"),
@@ -190,26 +190,26 @@ def _real(value: object, place: str) -> float:
     return reading.number(value, place)
 
 
-def _cut(fields: Fields) -> Split | None:
+def _cut(fields: Fields) -> CutPoint | None:
     if fields.gone("cut"):
         return None
     cuts, at = fields.items("cut"), fields.at("cut")
     if len(cuts) != 2:
         raise refusal(at, "a lower and an upper cut", f"{len(cuts)} numbers")
     lower = reading.whole(cuts[0], at, 1)
-    return Split(lower, None if cuts[1] is None else reading.whole(cuts[1], at, lower + 1))
+    return CutPoint(lower, None if cuts[1] is None else reading.whole(cuts[1], at, lower + 1))
 
 
-def _access(fields: Fields, task: Task) -> Access | None:
+def _access(fields: Fields, task: TrainTask) -> Credentials | None:
     if fields.gone("access"):
         return None
     at = fields.at("access")
     table: Any = fields.take("access")
     Fields(table, at)
-    from polyrank.transport.remote.credentials import Access
+    from polyrank.transport.remote.credentials import Credentials
 
     try:
-        access = Access.from_dict(table)
+        access = Credentials.from_dict(table)
     except PacketError:
         raise
     except (PolyrankError, KeyError, TypeError, ValueError, OverflowError) as error:

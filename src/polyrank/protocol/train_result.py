@@ -11,7 +11,7 @@ from polyrank.protocol import json_fields as reading
 from polyrank.protocol.adapters import read_adapter, read_trained, write_adapter, write_trained
 from polyrank.protocol.json_fields import Fields
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import Bounds
+from polyrank.protocol.size_limits import SizeLimits
 from polyrank.rounds.messages import Failure, FailureKind
 
 REASON_BYTES = 4096
@@ -53,9 +53,9 @@ def write_answer(answer: Update | Failure, dealt: Assignment | None = None) -> b
 
 
 def read_answer(
-    data: bytes | bytearray | memoryview, bounds: Bounds, dealt: Assignment | None = None
+    data: bytes | bytearray | memoryview, bounds: SizeLimits, dealt: Assignment | None = None
 ) -> Update | Failure:
-    """Return the answer of a packet; `bounds` are `Bounds.of` what was dealt.
+    """Return the answer of a packet; `bounds` are `SizeLimits.of` what was dealt.
 
     With `dealt`, what did not travel is put back from it, and sites, kinds and shapes are those
     that were dealt. Whether the answer is the one awaited, and its numbers are finite, is left to

@@ -10,7 +10,7 @@ from polyrank.errors import RecipeError
 from polyrank.model import LoadedModel
 from polyrank.planning import DeviceProfile, Fleet, Limits, LoRAType
 from polyrank.protocol import Profile
-from polyrank.remote.registration import Roll, clients_of, work_of
+from polyrank.remote.registration import ClientRegistry, clients_of, work_of
 from polyrank.run import Planning
 from polyrank.runner.plans import planning_of
 from polyrank.training import ClientWork
@@ -22,13 +22,13 @@ NO_DEVICE = (
 
 
 @dataclass(frozen=True)
-class Enrolled:
+class Admission:
     """The clients that take part, and why the others do not.
 
     `devices` are those that the recipe does not name, `limits` of any; both by type of the fleet.
     """
 
-    roll: Roll
+    roll: ClientRegistry
     fleet: Fleet
     devices: Mapping[str, DeviceProfile] = field(default_factory=dict)
     limits: Mapping[str, Limits] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Enrolled:
         """Return how the run plans; RecipeError for a recipe without [plan]."""
         return planning_of(recipe, model, self.fleet, work, self.devices, self.limits)
 
-    def without(self, reasons: Mapping[str, str]) -> Enrolled:
+    def without(self, reasons: Mapping[str, str]) -> Admission:
         """Return the same without some clients; RecipeError if nobody is left to train."""
         out = {**self.left_out, **reasons}
         assigned = {id: name for id, name in self.fleet.assigned.items() if id not in out}
@@ -55,7 +55,7 @@ class Enrolled:
         )
 
 
-def enrol(recipe: Recipe, roll: Roll, model: LoadedModel) -> Enrolled:
+def enrol(recipe: Recipe, roll: ClientRegistry, model: LoadedModel) -> Admission:
     """Return who takes part of those that were found.
 
     With a plan for the clients' own devices, each is a type of its own. Limits of clients are those
@@ -71,7 +71,7 @@ def enrol(recipe: Recipe, roll: Roll, model: LoadedModel) -> Enrolled:
     if recipe.devices_of_clients:
         found = _own(roll, profiles)
     else:
-        found = Enrolled(roll, recipe.fleet_of(clients_of(roll.hosted)))
+        found = Admission(roll, recipe.fleet_of(clients_of(roll.hosted)))
     if recipe.plan is None:
         return found
     if not recipe.devices_of_clients:
@@ -84,7 +84,7 @@ def enrol(recipe: Recipe, roll: Roll, model: LoadedModel) -> Enrolled:
         found = found.without(unable)
 
 
-def _own(roll: Roll, profiles: Mapping[str, Profile]) -> Enrolled:
+def _own(roll: ClientRegistry, profiles: Mapping[str, Profile]) -> Admission:
     """Every client with the device that it says it has."""
     devices, out = {}, {}
     for client, profile in profiles.items():
@@ -99,10 +99,10 @@ def _own(roll: Roll, profiles: Mapping[str, Profile]) -> Enrolled:
     types = {name: LoRAType(name, {"all": 1}) for name in devices}
     fleet = Fleet.table({client: client for client in devices}, types=types)
     limits = {client: _limits(profiles[client]) for client in devices}
-    return Enrolled(roll, fleet, devices, limits).without(out)
+    return Admission(roll, fleet, devices, limits).without(out)
 
 
-def _named(recipe: Recipe, found: Enrolled, limits: Mapping[str, Limits]) -> Enrolled:
+def _named(recipe: Recipe, found: Admission, limits: Mapping[str, Limits]) -> Admission:
     """Every client with the device that the recipe gives it."""
     fleet, limited = found.fleet, {id: one for id, one in limits.items() if one != Limits()}
     if not limited or fleet.schedule is not None:

@@ -11,17 +11,17 @@ from typing import Protocol
 from polyrank.aggregation import Update
 from polyrank.data import Encoded, sizes
 from polyrank.errors import DataError, FrameError, PolyrankError
-from polyrank.evaluation.clients import Marks
-from polyrank.evaluation.evaluator import OwnExaminer, Question
+from polyrank.evaluation.clients import ClientMetrics
+from polyrank.evaluation.evaluator import EvaluateQuery, LocalEvaluator
 from polyrank.evaluation.settings import Evaluation
 from polyrank.model import LoadedModel
-from polyrank.planning import DeviceProfile, Split
+from polyrank.planning import CutPoint, DeviceProfile
 from polyrank.protocol import (
+    ClientInfo,
+    ClientPolicy,
     Counts,
-    Hosted,
-    Order,
     Profile,
-    Terms,
+    TrainRequest,
     read_exam,
     read_order,
     write_answer,
@@ -31,7 +31,7 @@ from polyrank.protocol import (
 from polyrank.remote.message_channel import Kind
 from polyrank.remote.registration import PARTS
 from polyrank.rounds.messages import Failure, FailureKind
-from polyrank.run.engine import InProcess
+from polyrank.run.engine import InProcessEngine
 from polyrank.run.environment import PACKAGES, config_fingerprint
 from polyrank.training import Job, LocalTraining, Scoring, Trained
 from polyrank.training.client_data import ClientWork, Part, everywhere, fingerprint
@@ -50,7 +50,7 @@ class Models(Protocol):
         """Return all of it."""
         ...
 
-    def head(self, cut: Split) -> LoadedModel:
+    def head(self, cut: CutPoint) -> LoadedModel:
         """Return the blocks that a client of this cut runs."""
         ...
 
@@ -80,7 +80,7 @@ class ClientSide:
     local: LocalTraining
     split: SplitSettings
     evaluation: Evaluation
-    terms: Terms = field(default_factory=Terms)
+    terms: ClientPolicy = field(default_factory=ClientPolicy)
     device: DeviceProfile | None = None
 
     def answer(self, kind: Kind, payload: bytes) -> bytes:
@@ -113,10 +113,10 @@ class ClientSide:
         hosted = tuple(self._hosted(client) for client in work.values())
         return Profile(hosted, self.device, self.terms, versions)
 
-    def _hosted(self, client: ClientWork) -> Hosted:
+    def _hosted(self, client: ClientWork) -> ClientInfo:
         counts = {part: self._counts(client, part) for part in PARTS}
         print_ = fingerprint({client.id: client})
-        return Hosted(client.id, client.category, client.seen, counts, print_)
+        return ClientInfo(client.id, client.category, client.seen, counts, print_)
 
     def _counts(self, client: ClientWork, part: Part) -> Counts:
         rows = client.rows[part]
@@ -140,7 +140,7 @@ class ClientSide:
 
     # --- training ---
 
-    def trained(self, order: Order) -> Update | Failure:
+    def trained(self, order: TrainRequest) -> Update | Failure:
         """Carry an order out; what keeps it from being done is the answer then."""
         task = order.task
 
@@ -161,7 +161,7 @@ class ClientSide:
         except Exception as error:  # Its text may hold what must stay here.
             return failure(f"{type(error).__name__} on the client's machine; see its own log")
 
-    def _refusal(self, order: Order) -> str | None:
+    def _refusal(self, order: TrainRequest) -> str | None:
         task, terms = order.task, self.terms
         ranks = task.assignment.ranks
         highest = max(ranks.values(), default=0)
@@ -185,16 +185,16 @@ class ClientSide:
             )
         return None
 
-    def _own(self, order: Order) -> Update | Failure:
+    def _own(self, order: TrainRequest) -> Update | Failure:
         """Train the whole model, as the engine in one process does with a cohort of one."""
         task, model = order.task, self.models.whole()
         work = self._work_of(task.client, model)
-        engine = InProcess(model, work, self.local, 1, self.split)
+        engine = InProcessEngine(model, work, self.local, 1, self.split)
         engine.scoring = Scoring(order.score_every, order.metric)
         (answer,) = engine.execute([task], self._until(order))
         return answer
 
-    def _split(self, order: Order) -> Update | Failure:
+    def _split(self, order: TrainRequest) -> Update | Failure:
         """Train the blocks that are here against the server that holds the others."""
         from polyrank.transport.remote import GrpcLink  # Optional: split clients alone need it.
 
@@ -244,7 +244,7 @@ class ClientSide:
             raise Refused(_too_few(self.terms.smallest_count))
         return work
 
-    def _until(self, order: Order) -> Callable[[], None]:
+    def _until(self, order: TrainRequest) -> Callable[[], None]:
         """Return what ends training once the order's seconds are over."""
         until = time.monotonic() + order.seconds
 
@@ -256,7 +256,7 @@ class ClientSide:
 
     # --- scores ---
 
-    def marks(self, questions: tuple[Question, ...]) -> list[Marks]:
+    def marks(self, questions: tuple[EvaluateQuery, ...]) -> list[ClientMetrics]:
         """Return the scores that are asked for, of parts with enough examples to tell them."""
         model = self.models.whole()
         work = self.prepare(model)
@@ -265,8 +265,8 @@ class ClientSide:
             here = [work[id] for id in one.clients if id in work]
             told = [c.id for c in here if self._enough(c, one.part, settings.examples or None)]
             texts = one.texts and all(self._enough(c, one.part, settings.generate) for c in here)
-            asked.append(Question(one.adapter, tuple(told), one.part, texts))
-        return OwnExaminer(model, work, settings).answer(asked)
+            asked.append(EvaluateQuery(one.adapter, tuple(told), one.part, texts))
+        return LocalEvaluator(model, work, settings).answer(asked)
 
 
 def _too_few(least: int) -> str:

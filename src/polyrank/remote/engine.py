@@ -11,16 +11,16 @@ from polyrank.algebra import Adapter
 from polyrank.data import sizes
 from polyrank.errors import PacketError, SplitServerError
 from polyrank.model import LoadedModel
-from polyrank.protocol import Bounds, Order, read_answer, write_order
-from polyrank.remote.message_channel import Delivery, Letter, Post
-from polyrank.remote.progress import Watch
+from polyrank.protocol import SizeLimits, TrainRequest, read_answer, write_order
+from polyrank.remote.message_channel import Message, MessageChannel, Reply
+from polyrank.remote.progress import AnswerProgress
 from polyrank.rounds.engine import CutOf, OnStep
-from polyrank.rounds.messages import Failure, FailureKind, Task
-from polyrank.split_server.interface import ClientStatus, Desk
+from polyrank.rounds.messages import Failure, FailureKind, TrainTask
+from polyrank.split_server.interface import ClientStatus, SplitServerHandle
 from polyrank.training import Job, LocalTraining, Scoring
 from polyrank.training.client_data import ClientWork, everywhere
-from polyrank.training.split import SplitJob, SplitSettings, TailJob
-from polyrank.transport.remote.credentials import Access
+from polyrank.training.split import ServerPartJob, SplitJob, SplitSettings
+from polyrank.transport.remote.credentials import Credentials
 
 LONGEST = 24 * 3600.0
 """Seconds that an answer may take where the round has no deadline."""
@@ -32,7 +32,7 @@ PATIENCE = 3.0
 class Asked:
     """A task that was sent, and what its answer may be."""
 
-    task: Task
+    task: TrainTask
     own: Assignment
     sent: float
 
@@ -47,7 +47,7 @@ class Asked:
         return Asked(replace(self.task, assignment=own), own, self.sent)
 
 
-class Remote:
+class RemoteEngine:
     """Sends tasks to the clients' machines and takes in what comes back.
 
     `homes` says which machine hosts a client, `work` how much data it has. With `deadline` the
@@ -64,14 +64,14 @@ class Remote:
 
     def __init__(
         self,
-        post: Post,
+        post: MessageChannel,
         homes: Mapping[str, int],
         model: LoadedModel,
         work: Mapping[str, ClientWork],
         local: LocalTraining,
         split: SplitSettings,
         deadline: float | None = None,
-        desk: Desk | None = None,
+        desk: SplitServerHandle | None = None,
         tell: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -95,7 +95,9 @@ class Remote:
         if self._desk is not None:
             self._desk.stop()
 
-    def run(self, groups: Sequence[Sequence[Task]], on_step: OnStep) -> Iterator[Update | Failure]:
+    def run(
+        self, groups: Sequence[Sequence[TrainTask]], on_step: OnStep
+    ) -> Iterator[Update | Failure]:
         """Yield the answers as they come, and failures of those that are lost or late."""
         tasks = [task for group in groups for task in group]
         if not tasks:
@@ -110,8 +112,8 @@ class Remote:
 
     def _round(
         self,
-        tasks: Sequence[Task],
-        accesses: Mapping[str, Access | str],
+        tasks: Sequence[TrainTask],
+        accesses: Mapping[str, Credentials | str],
         on_step: OnStep,
     ) -> Iterator[Update | Failure]:
         began = self._clock()
@@ -128,7 +130,7 @@ class Remote:
             yield self._failure(one, why, "lost")
         self._tell(f"asked {len(waiting)} clients: {_names(waiting.values())}")
         together: list[tuple[Asked, Update]] = []
-        watch, over = Watch(began), False
+        watch, over = AnswerProgress(began), False
         while waiting and not over:  # What has come by the deadline is looked at, at least once.
             over = self._clock() - began >= self._seconds
             if on_step is not None:
@@ -178,7 +180,7 @@ class Remote:
 
     # --- what is sent ---
 
-    def _job(self, task: Task) -> Job:
+    def _job(self, task: TrainTask) -> Job:
         """The client's work; its examples are on its machine, and only counted here."""
         return Job(
             task.client,
@@ -189,7 +191,7 @@ class Remote:
             self.scoring,
         )
 
-    def _opened(self, tasks: Sequence[Task]) -> Mapping[str, Access | str]:
+    def _opened(self, tasks: Sequence[TrainTask]) -> Mapping[str, Credentials | str]:
         """Return how the split clients reach their tails, or why they cannot."""
         if not tasks:
             return {}
@@ -205,7 +207,7 @@ class Remote:
         first = tasks[0]
         return self._desk.open(first.round, first.attempt, jobs, merged, tokens, self._seconds)
 
-    def _tail_job(self, task: Task) -> TailJob:
+    def _tail_job(self, task: TrainTask) -> ServerPartJob:
         if task.cut is None:
             raise SplitServerError(f"client {task.client!r}: it is not cut, so it has no tail")
         whole = SplitJob(self._job(task), task.cut, task.round, task.attempt)
@@ -213,7 +215,7 @@ class Remote:
         return replace(tail, assignment=replace(tail.assignment, merged=Adapter({})))
 
     def _sent(
-        self, tasks: Sequence[Task], accesses: Mapping[str, Access | str]
+        self, tasks: Sequence[TrainTask], accesses: Mapping[str, Credentials | str]
     ) -> list[tuple[Asked, str | None]]:
         """Send every client's order; return what was asked, each with its ticket if it went."""
         now = self._clock()
@@ -224,8 +226,8 @@ class Remote:
         by_client = {one.client: t for one, t in zip(open_, tickets, strict=True)}
         return [(one, by_client.get(one.client)) for one in asked]
 
-    def _letter(self, one: Asked, access: Access | str | None) -> Letter:
-        order = Order(
+    def _letter(self, one: Asked, access: Credentials | str | None) -> Message:
+        order = TrainRequest(
             replace(one.task, assignment=one.own),
             one.task.assignment.hash(),
             self.scoring.every,
@@ -233,9 +235,9 @@ class Remote:
             self._seconds,
             None if isinstance(access, str) else access,
         )
-        return Letter(self._homes[one.client], "train", write_order(order))
+        return Message(self._homes[one.client], "train", write_order(order))
 
-    def _own(self, task: Task) -> Assignment:
+    def _own(self, task: TrainTask) -> Assignment:
         """Return what is sent of an assignment: that of the sites that the client holds."""
         if task.cut is None:
             return task.assignment
@@ -244,7 +246,7 @@ class Remote:
 
     # --- what comes back ---
 
-    def _read(self, one: Asked, delivery: Delivery) -> Update | Failure:
+    def _read(self, one: Asked, delivery: Reply) -> Update | Failure:
         """Return the answer that came to a task, or a failure that says why it is none."""
         if delivery.payload is None:
             return self._failure(one, delivery.lost or "its machine gave no answer", "lost")
@@ -264,8 +266,8 @@ class Remote:
             )
         return answer
 
-    def _bounds(self, one: Asked) -> Bounds:
-        return Bounds.of(one.own, len(self._model.spec.sites))
+    def _bounds(self, one: Asked) -> SizeLimits:
+        return SizeLimits.of(one.own, len(self._model.spec.sites))
 
     def _whole(self, one: Asked, update: Update) -> Update | Failure:
         """Return a split client's update with what the split server trained for it."""
@@ -291,9 +293,7 @@ class Remote:
         task = one.task
         return Failure(task.client, task.round, task.attempt, reason, kind=kind)
 
-    def _told(
-        self, one: Asked, answer: Update | Failure, delivery: Delivery, seconds: float
-    ) -> str:
+    def _told(self, one: Asked, answer: Update | Failure, delivery: Reply, seconds: float) -> str:
         if isinstance(answer, Failure):
             return f"{one.client}: {answer.kind} after {seconds:.1f} s: {answer.reason}"
         size = len(delivery.payload or b"") / 2**20

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from polyrank.errors import PacketError
-from polyrank.evaluation.clients import Marks
-from polyrank.evaluation.evaluator import Question
-from polyrank.protocol import Exam, read_marks, write_exam
-from polyrank.remote.message_channel import Letter, Post
+from polyrank.evaluation.clients import ClientMetrics
+from polyrank.evaluation.evaluator import EvaluateQuery
+from polyrank.protocol import EvaluateRequest, read_marks, write_exam
+from polyrank.remote.message_channel import Message, MessageChannel
 
 
-class RemoteExaminer:
+class RemoteEvaluator:
     """Asks every machine once for all that is wanted of its clients.
 
     `homes` says which machine hosts a client. Clients whose model is cut hold only some of its
@@ -22,7 +22,7 @@ class RemoteExaminer:
 
     def __init__(
         self,
-        post: Post,
+        post: MessageChannel,
         homes: Mapping[str, int],
         seconds: float,
         tell: Callable[[str], None],
@@ -33,13 +33,13 @@ class RemoteExaminer:
         self._seconds, self._tell, self._on_step, self._clock = seconds, tell, on_step, clock
         self._unscored: set[str] = set()
 
-    def answer(self, questions: Sequence[Question]) -> list[Marks]:
+    def answer(self, questions: Sequence[EvaluateQuery]) -> list[ClientMetrics]:
         """Return each question's scores of the clients that could be asked and answered."""
         self._tell_unscored({id for one in questions for id in one.clients if id in one.cut})
         found: list[dict[str, Mapping[str, float | None]]] = [{} for _ in questions]
         no_room = [0] * len(questions)
         places: dict[int, list[int]] = {}
-        exams: dict[int, Exam] = {}
+        exams: dict[int, EvaluateRequest] = {}
         for node in sorted({self._homes[id] for one in questions for id in one.clients}):
             asked = []
             for place, one in enumerate(questions):
@@ -47,10 +47,10 @@ class RemoteExaminer:
                     id for id in one.clients if self._homes[id] == node and id not in one.cut
                 )
                 if here:
-                    asked.append(Question(one.adapter, here, one.part, one.texts))
+                    asked.append(EvaluateQuery(one.adapter, here, one.part, one.texts))
                     places.setdefault(node, []).append(place)
             if asked:
-                exams[node] = Exam(tuple(asked))
+                exams[node] = EvaluateRequest(tuple(asked))
         for node, payload in self._asked(exams):
             try:
                 marks = read_marks(payload, exams[node])
@@ -61,7 +61,7 @@ class RemoteExaminer:
                 found[place] |= scored.clients
                 no_room[place] += scored.no_room
         return [
-            Marks({id: each[id] for id in one.clients if id in each}, none)
+            ClientMetrics({id: each[id] for id in one.clients if id in each}, none)
             for one, each, none in zip(questions, found, no_room, strict=True)
         ]
 
@@ -71,10 +71,10 @@ class RemoteExaminer:
             self._tell(f"not scored, for they hold only some blocks of the model: {names}")
         self._unscored |= clients
 
-    def _asked(self, exams: Mapping[int, Exam]) -> list[tuple[int, bytes]]:
+    def _asked(self, exams: Mapping[int, EvaluateRequest]) -> list[tuple[int, bytes]]:
         """Return the packets that come back in time, by machine."""
         until = self._clock() + self._seconds
-        letters = (Letter(node, "evaluate", write_exam(exam)) for node, exam in exams.items())
+        letters = (Message(node, "evaluate", write_exam(exam)) for node, exam in exams.items())
         waiting: dict[str, int] = {}
         for node, ticket in zip(exams, self._post.send(letters, self._seconds), strict=True):
             if ticket is None:

@@ -16,7 +16,7 @@ from polyrank.config.model_and_data import ModelSection
 from polyrank.data import Clients
 from polyrank.errors import RecipeError
 from polyrank.model import LoadedModel, Span
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.remote.client import ClientSide
 from polyrank.training import ClientWork, prepare
 
@@ -54,7 +54,7 @@ class Models:
         self.whole = lru_cache(1)(self._section.load)
         self.bare = lru_cache(1)(self._section.load_bare)
 
-    def head(self, cut: Split) -> LoadedModel:
+    def head(self, cut: CutPoint) -> LoadedModel:
         """Return the blocks below the cut and, in a U-shape, the last ones."""
         if self._whole_only:
             return self.whole()

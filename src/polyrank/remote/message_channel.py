@@ -11,7 +11,7 @@ Kind = Literal["hello", "train", "evaluate"]
 
 
 @dataclass(frozen=True)
-class Letter:
+class Message:
     """A message to one machine: `node` is its number, `payload` a packet."""
 
     node: int
@@ -20,7 +20,7 @@ class Letter:
 
 
 @dataclass(frozen=True)
-class Delivery:
+class Reply:
     """What came back for the letter of this ticket: a packet, or the reason why there is none."""
 
     ticket: str
@@ -28,21 +28,21 @@ class Delivery:
     lost: str | None = None
 
 
-class Post(Protocol):
+class MessageChannel(Protocol):
     """Carries letters to machines, and brings back one answer to each, or says that it is lost."""
 
     def nodes(self) -> Sequence[int]:
         """Return the machines that can be reached now."""
         ...
 
-    def send(self, letters: Iterable[Letter], seconds: float) -> list[str | None]:
+    def send(self, letters: Iterable[Message], seconds: float) -> list[str | None]:
         """Send letters that need no answer after so many seconds; return a ticket for each.
 
         None where the machine cannot be reached. Letters are taken one by one, as they are large.
         """
         ...
 
-    def receive(self, tickets: Mapping[str, int]) -> Iterable[Delivery]:
+    def receive(self, tickets: Mapping[str, int]) -> Iterable[Reply]:
         """Yield what has come for these tickets since; waits a moment if there is nothing.
 
         Nothing is delivered twice.

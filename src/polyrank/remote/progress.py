@@ -13,7 +13,7 @@ LEAST = 10.0
 """Seconds before which nobody is called slow."""
 
 
-class Watch:
+class AnswerProgress:
     """Notices stragglers, and says from time to time how far the split clients are.
 
     `began` is when the round's clients were asked; times are in seconds of one clock.

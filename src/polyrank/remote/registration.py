@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from polyrank.data import ClientData, Clients, RowsElsewhere
 from polyrank.errors import PacketError, RecipeError
-from polyrank.protocol import Hosted, Profile, read_profile
-from polyrank.remote.message_channel import Delivery, Letter, Post
+from polyrank.protocol import ClientInfo, Profile, read_profile
+from polyrank.remote.message_channel import Message, MessageChannel, Reply
 from polyrank.training.client_data import ClientWork, Part
 
 SETTLED = 3.0
@@ -17,7 +17,7 @@ SETTLED = 3.0
 
 
 @dataclass
-class Roll:
+class ClientRegistry:
     """Who was found: the machines' profiles, and which of them hosts a client.
 
     With `names`, nobody else trains.
@@ -28,7 +28,7 @@ class Roll:
     homes: dict[str, int] = field(default_factory=dict)
 
     @property
-    def hosted(self) -> list[Hosted]:
+    def hosted(self) -> list[ClientInfo]:
         """All clients, by name."""
         found = [
             one
@@ -63,7 +63,7 @@ class Roll:
 
 
 def call(
-    post: Post,
+    post: MessageChannel,
     names: Collection[str] | None,
     count: int,
     seconds: float,
@@ -73,7 +73,7 @@ def call(
     clock: Callable[[], float] = time.monotonic,
     *,
     alike: bool = False,
-) -> Roll:
+) -> ClientRegistry:
     """Ask machines as they come who they host, until those that are wanted are there.
 
     Wanted are the clients of these `names`, or so many (`count`), or, where neither is known, all
@@ -83,7 +83,7 @@ def call(
     If machines are `alike`, as in a simulation, and all refuse, no others are waited for.
     Raises RecipeError if clients that are wanted are not there then.
     """
-    roll, begun = Roll(names), clock()
+    roll, begun = ClientRegistry(names), clock()
     until = begun + seconds
     asked: dict[str, int] = {}
     tried: set[int] = set()
@@ -92,7 +92,7 @@ def call(
         check_stop()
         fresh = [node for node in post.nodes() if node not in tried]
         if fresh:
-            tickets = post.send([Letter(node, "hello", b"") for node in fresh], seconds)
+            tickets = post.send([Message(node, "hello", b"") for node in fresh], seconds)
             for node, ticket in zip(fresh, tickets, strict=True):
                 if ticket is not None:
                     asked[ticket] = node
@@ -117,7 +117,7 @@ def call(
         return roll
 
 
-def _too_few(roll: Roll, missing: str, silent: Collection[int], seconds: float) -> str:
+def _too_few(roll: ClientRegistry, missing: str, silent: Collection[int], seconds: float) -> str:
     """Say who is missing, who is there, and what may be the reason."""
     refusals = sorted({p.refusal for p in roll.profiles.values() if p.refusal is not None})
     there = f"; there are {sorted(roll.homes)}" if roll.homes else ""
@@ -130,7 +130,7 @@ def _too_few(roll: Roll, missing: str, silent: Collection[int], seconds: float) 
 
 
 def _profile(
-    node: int, delivery: Delivery, fits: Callable[[Profile], str | None]
+    node: int, delivery: Reply, fits: Callable[[Profile], str | None]
 ) -> tuple[int, Profile]:
     if delivery.payload is None:
         return node, Profile((), refusal=delivery.lost)
@@ -142,7 +142,9 @@ def _profile(
     return node, profile if refusal is None else Profile((), refusal=refusal)
 
 
-def _missing(roll: Roll, names: Collection[str] | None, count: int, *, settled: bool) -> str | None:
+def _missing(
+    roll: ClientRegistry, names: Collection[str] | None, count: int, *, settled: bool
+) -> str | None:
     """Say who is not there yet; None if nobody is missing."""
     if names is not None:
         absent = sorted(set(names) - roll.homes.keys())
@@ -156,7 +158,7 @@ def _missing(roll: Roll, names: Collection[str] | None, count: int, *, settled: 
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
-def work_of(hosted: Hosted) -> ClientWork:
+def work_of(hosted: ClientInfo) -> ClientWork:
     """Return a client whose rows are counted and cannot be read here."""
     counts = hosted.counts
     return ClientWork(
@@ -174,6 +176,6 @@ def work_of(hosted: Hosted) -> ClientWork:
     )
 
 
-def clients_of(hosted: Iterable[Hosted]) -> Clients:
+def clients_of(hosted: Iterable[ClientInfo]) -> Clients:
     """Return the clients without their examples: who there is, and who is held out."""
     return Clients(ClientData(one.client, (), (), (), one.category, one.seen) for one in hosted)

@@ -15,15 +15,15 @@ from polyrank.config import Recipe
 from polyrank.config.flower import AppSettings
 from polyrank.data import Clients, Skipped
 from polyrank.errors import FolderInUseError, RecipeError
-from polyrank.evaluation import Examiner
+from polyrank.evaluation import Evaluator
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
 from polyrank.protocol import Profile
-from polyrank.remote.admission import Enrolled, enrol
-from polyrank.remote.engine import LONGEST, Remote
-from polyrank.remote.evaluator import RemoteExaminer
-from polyrank.remote.message_channel import Post
-from polyrank.remote.registration import Roll, call, clients_of, work_of
+from polyrank.remote.admission import Admission, enrol
+from polyrank.remote.engine import LONGEST, RemoteEngine
+from polyrank.remote.evaluator import RemoteEvaluator
+from polyrank.remote.message_channel import MessageChannel
+from polyrank.remote.registration import ClientRegistry, call, clients_of, work_of
 from polyrank.report.console import show
 from polyrank.report.progress import Terminal
 from polyrank.rounds import Engine
@@ -32,15 +32,15 @@ from polyrank.run.environment import config_fingerprint
 from polyrank.run.folder import RUN
 from polyrank.runner.inspect import RECIPE
 from polyrank.runner.runner import Attendance, Outcome, Parts, carry_out, resumable
-from polyrank.split_server.interface import Desk
-from polyrank.split_server.settings import HostedModel, TailSettings
+from polyrank.split_server.interface import SplitServerHandle
+from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training import ClientWork
 
 WIDTH = 120
 """Columns of what is shown, which Flower keeps as its log."""
 
 
-def serve(recipe: Recipe, settings: AppSettings, post: Post, run: str) -> Outcome:
+def serve(recipe: Recipe, settings: AppSettings, post: MessageChannel, run: str) -> Outcome:
     """Carry out a recipe with the clients that `post` reaches; a begun one goes on.
 
     The run folder is ``app.out``, seen from where the server was started. What happens is shown on
@@ -57,7 +57,7 @@ def serve(recipe: Recipe, settings: AppSettings, post: Post, run: str) -> Outcom
         attendance = Attendance(terminal, lambda: False, settings.allow_inexact)
         console.print(f"run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
         with resumable(folder, folder / RECIPE, f"flwr run, with app.out = {str(folder)!r}"):
-            parts = PartsElsewhere(recipe.resolved(), settings, post, run, attendance, console)
+            parts = RemoteParts(recipe.resolved(), settings, post, run, attendance, console)
             parts.tell_deadline()
             wait_for(folder, parts.tell)
             summary = carry_out(
@@ -104,14 +104,14 @@ def check(recipe: Recipe) -> None:
         )
 
 
-class PartsElsewhere(Parts):
+class RemoteParts(Parts):
     """What a run is made of where its clients are elsewhere."""
 
     def __init__(
         self,
         recipe: Recipe,
         settings: AppSettings,
-        post: Post,
+        post: MessageChannel,
         run: str,
         attendance: Attendance,
         console: Console,
@@ -133,7 +133,7 @@ class PartsElsewhere(Parts):
             )
 
     @cached_property
-    def enrolled(self) -> Enrolled:
+    def enrolled(self) -> Admission:
         """Who takes part, once all that are wanted are there."""
         self._attendance.listener.loading("clients")
         recipe, settings = self._recipe, self._settings
@@ -153,7 +153,7 @@ class PartsElsewhere(Parts):
         return enrolled
 
     @property
-    def roll(self) -> Roll:
+    def roll(self) -> ClientRegistry:
         """The machines and their clients that take part."""
         return self.enrolled.roll
 
@@ -205,11 +205,11 @@ class PartsElsewhere(Parts):
         """The clients' sizes."""
         return {one.client: work_of(one) for one in self.roll.hosted}, Skipped()
 
-    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Examiner]:
+    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Evaluator]:
         """Return who trains and scores the fleet's clients: their own machines."""
         recipe, homes = self._recipe, self.roll.homes
         deadline = recipe.faults.build().deadline
-        engine = Remote(
+        engine = RemoteEngine(
             self._post,
             homes,
             self.model,
@@ -220,7 +220,7 @@ class PartsElsewhere(Parts):
             self._desk(fleet),
             self.tell,
         )
-        examiner = RemoteExaminer(
+        examiner = RemoteEvaluator(
             self._post,
             homes,
             deadline or LONGEST,
@@ -229,21 +229,21 @@ class PartsElsewhere(Parts):
         )
         return engine, examiner
 
-    def _desk(self, fleet: Fleet) -> Desk | None:
+    def _desk(self, fleet: Fleet) -> SplitServerHandle | None:
         """Return the split server, if a client may be cut; it starts when it is needed."""
         recipe, split = self._recipe, self._settings.split
         cuts = [fleet.cuts[name] for name in fleet.possible if name in fleet.cuts]
         if not cuts and recipe.plan is None:
             return None
-        from polyrank.split_server.process import SplitProcess
+        from polyrank.split_server.process import SplitServerProcess
 
         uppers = [cut.upper for cut in cuts]
         planned = recipe.plan is not None  # Plans may come to cut anywhere.
         lowest = recipe.plan.lowest_cut if recipe.plan else min(cut.lower for cut in cuts)
         upper = None if planned or None in uppers else max(u for u in uppers if u is not None)
         engine = recipe.engine.clients_in_one_pass()
-        return SplitProcess(
-            TailSettings(
+        return SplitServerProcess(
+            SplitServerSettings(
                 HostedModel(
                     lower=lowest,
                     upper=upper,

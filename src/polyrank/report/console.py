@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from polyrank.runner.inspect import Inside
-    from polyrank.runner.plans import Prospect
+    from polyrank.runner.inspect import RunInspection
+    from polyrank.runner.plans import PlanPreview
     from polyrank.runner.runner import Outcome
 
 
-def show_prospect(prospect: Prospect, as_json: bool) -> None:
+def show_prospect(prospect: PlanPreview, as_json: bool) -> None:
     """Print what is planned for devices on stdout."""
     if as_json:
         typer.echo(json.dumps(prospect.to_json(), indent=2, ensure_ascii=False))
@@ -69,7 +69,7 @@ def show(outcome: Outcome, as_json: bool) -> None:
     console.print(report.loading(outcome.folder / "adapter"), soft_wrap=True, markup=False)
 
 
-def show_inside(inside: Inside) -> None:
+def show_inside(inside: RunInspection) -> None:
     """Print what a run folder holds on stdout: ranks, rounds and the adapter's spectra."""
     from polyrank import report
     from polyrank.run.records import attendance

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training.split import SplitSettings
 
 
-def hosted(cut: Split | None, blocks: int) -> str:
+def hosted(cut: CutPoint | None, blocks: int) -> str:
     """Return which blocks of a model a client runs itself, e.g. ``blocks 0–1 of 4``."""
     if cut is None:
         return "whole"
@@ -19,7 +19,7 @@ def hosted(cut: Split | None, blocks: int) -> str:
     return f"blocks {below.split()[1]} and {last} of {blocks} (U)"
 
 
-def leaks(cuts: Iterable[Split], settings: SplitSettings) -> str | None:
+def leaks(cuts: Iterable[CutPoint], settings: SplitSettings) -> str | None:
     """Return what the server learns of split clients, in a sentence; None if nobody is cut."""
     shapes = {cut.upper is not None for cut in cuts}
     if not shapes:

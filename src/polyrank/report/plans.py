@@ -9,10 +9,10 @@ from rich.table import Table
 from polyrank import report
 from polyrank.planning import Plan
 from polyrank.planning.plan import in_units
-from polyrank.runner.plans import Prospect
+from polyrank.runner.plans import PlanPreview
 
 
-def table(prospect: Prospect) -> Table:
+def table(prospect: PlanPreview) -> Table:
     """Return a table of the plans, a device a line."""
     counts = Counter(prospect.devices.values())
     made = report.table("plans before the first round")
@@ -40,7 +40,7 @@ def table(prospect: Prospect) -> Table:
     return made
 
 
-def remarks(prospect: Prospect) -> list[str]:
+def remarks(prospect: PlanPreview) -> list[str]:
     """Return what the table does not say, a line each.
 
     Per device why it is cut and what holds its ranks down, or why it cannot take part and what
@@ -76,7 +76,7 @@ def _change(plan: Plan) -> str:
     return f". It could with {' and '.join(told)}" if told else ""
 
 
-def _held_down(prospect: Prospect, plan: Plan) -> str:
+def _held_down(prospect: PlanPreview, plan: Plan) -> str:
     """Say what keeps a device from larger ranks, on each side of its cut."""
     own, behind = _sides(prospect, plan)
     held = _held(prospect, plan)
@@ -97,13 +97,13 @@ def _held_down(prospect: Prospect, plan: Plan) -> str:
     return f"{said}, at the server by {at_server}"
 
 
-def _held(prospect: Prospect, plan: Plan) -> frozenset[int]:
+def _held(prospect: PlanPreview, plan: Plan) -> frozenset[int]:
     """The blocks that a client runs itself."""
     count = prospect.spec.blocks
     return frozenset(range(count)) if plan.cut is None else plan.cut.at_client(count)
 
 
-def _sides(prospect: Prospect, plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
+def _sides(prospect: PlanPreview, plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
     """Return a plan's ranks in the client's own blocks, and behind its cut."""
     held = _held(prospect, plan)
     at = {site.name: site.block for site in prospect.spec.sites}

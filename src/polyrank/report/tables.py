@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from polyrank.algebra import Adapter
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.report.cuts import hosted
 from polyrank.report.words import number
 from polyrank.run import RoundRecord
@@ -114,7 +114,7 @@ def categories(per_category: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> T
 def ranks(
     counts: Mapping[str, int],
     by_type: Mapping[str, Mapping[str, int]],
-    cuts: Mapping[str, Split] | None = None,
+    cuts: Mapping[str, CutPoint] | None = None,
     blocks: int = 0,
 ) -> Table:
     """Return a table of LoRA types: how many seen clients, which ranks at how many matrices.

@@ -10,7 +10,7 @@ from typing import TypeVar
 from polyrank.aggregation import Assignment, Rule, State
 from polyrank.aggregation import deal as deal_all
 from polyrank.algebra import Adapter, Delta, Dense
-from polyrank.planning import Scaling, Split
+from polyrank.planning import CutPoint, Scaling
 from polyrank.seeds import derive
 
 D = TypeVar("D", bound=Delta)
@@ -20,7 +20,7 @@ _Key = tuple[str | None, tuple[tuple[str, int], ...]]
 
 
 @dataclass
-class Dealing:
+class RoundAssignments:
     """Deals one round's assignments from a rule's state, each made and hashed once."""
 
     settings: RoundSettings
@@ -103,11 +103,11 @@ class RoundSettings:
     clip_increment: float | None = None
     max_share: float | None = None
     ranks_in: Callable[[int], Mapping[str, Ranks]] | None = None
-    cut_of: Callable[[str, int], Split | None] | None = None
-    held_by: Mapping[Split, frozenset[str]] = field(default_factory=dict)
+    cut_of: Callable[[str, int], CutPoint | None] | None = None
+    held_by: Mapping[CutPoint, frozenset[str]] = field(default_factory=dict)
     sites: frozenset[str] | None = None
 
-    def cut(self, client: str, round: int) -> Split | None:
+    def cut(self, client: str, round: int) -> CutPoint | None:
         """Return where this client's model is cut in this round; None if it runs all of it."""
         return None if self.cut_of is None else self.cut_of(client, round)
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from polyrank.aggregation import Update
-from polyrank.planning import Split
-from polyrank.rounds.messages import Failure, Task
+from polyrank.planning import CutPoint
+from polyrank.rounds.messages import Failure, TrainTask
 from polyrank.training import Scoring
 
-CutOf = Callable[[str], Split | None]
+CutOf = Callable[[str], CutPoint | None]
 """Where a client's model is cut; None: it runs all of it."""
 
 
@@ -32,7 +32,9 @@ class Engine(Protocol):
         """Return the clients in groups; what depends on others of a group is done again whole."""
         ...
 
-    def run(self, groups: Sequence[Sequence[Task]], on_step: OnStep) -> Iterator[Update | Failure]:
+    def run(
+        self, groups: Sequence[Sequence[TrainTask]], on_step: OnStep
+    ) -> Iterator[Update | Failure]:
         """Yield the answers to the tasks of these groups as they come.
 
         Also those to tasks of before that come now.

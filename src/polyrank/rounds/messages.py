@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from polyrank.aggregation import Assignment
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 
 FailureKind = Literal["failed", "invalid", "late", "lost", "refused"]
 """Why a client has no update: its training `failed`, it was `late`, it was `lost` (nothing was
@@ -38,7 +38,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class TurnedAway:
+class RejectedUpdate:
     """An answer, or the lack of one, that is not aggregated; long reasons are cut."""
 
     client: str
@@ -46,14 +46,14 @@ class TurnedAway:
     reason: str
 
     @staticmethod
-    def of(client: str, kind: Kind, reason: str) -> TurnedAway:
+    def of(client: str, kind: Kind, reason: str) -> RejectedUpdate:
         """Return it with a reason of at most 300 characters."""
         short = reason if len(reason) <= _LONGEST else f"{reason[: _LONGEST - 1]}…"
-        return TurnedAway(client, kind, short)
+        return RejectedUpdate(client, kind, short)
 
 
 @dataclass(frozen=True)
-class Receipt:
+class AcceptedUpdate:
     """What is kept in memory of an accepted update: all but its factors.
 
     `clipped` is the share of its way that counts: 1 unless it moved further than is allowed.
@@ -67,7 +67,7 @@ class Receipt:
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainTask:
     """What one client is asked to do in a round.
 
     `seed` is the root of its random choices; `cut` says where its model is cut, if it is.
@@ -78,4 +78,4 @@ class Task:
     attempt: int
     seed: int
     assignment: Assignment
-    cut: Split | None = None
+    cut: CutPoint | None = None

@@ -11,9 +11,9 @@ from polyrank.aggregation import Assignment, Contribution, Dealt, SiteReport, St
 from polyrank.aggregation.weights import capped, normalised
 from polyrank.algebra import Delta
 from polyrank.errors import RuleError, UpdateError
-from polyrank.rounds.assignments import Dealing, RoundSettings, within
+from polyrank.rounds.assignments import RoundAssignments, RoundSettings, within
 from polyrank.rounds.clipping import clipped, shortened
-from polyrank.rounds.messages import Failure, Kind, Receipt, Task, TurnedAway
+from polyrank.rounds.messages import AcceptedUpdate, Failure, Kind, RejectedUpdate, TrainTask
 from polyrank.rounds.validation import WIRE, check_update, counted
 from polyrank.seeds import derive
 
@@ -65,20 +65,20 @@ class Round:
     number: int
     attempt: int
     clients: Sequence[str]
-    accepted: dict[str, Receipt] = field(default_factory=dict)
+    accepted: dict[str, AcceptedUpdate] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
-    turned_away: list[TurnedAway] = field(default_factory=list)
+    turned_away: list[RejectedUpdate] = field(default_factory=list)
     _traffic: Traffic = field(default_factory=Traffic)
-    _dealing: Dealing = field(init=False)
+    _dealing: RoundAssignments = field(init=False)
 
     def __post_init__(self) -> None:
-        self._dealing = Dealing(self.settings, self.state, self.number)
+        self._dealing = RoundAssignments(self.settings, self.state, self.number)
 
-    def task(self, client: str) -> Task:
+    def task(self, client: str) -> TrainTask:
         """Return the client's task. Clients of equal ranks share one assignment object."""
         seed = derive(self.settings.seed, self.number, self.attempt, client, "train")
         cut = self.settings.cut(client, self.number)
-        return Task(client, self.number, self.attempt, seed, self.assignment(client), cut)
+        return TrainTask(client, self.number, self.attempt, seed, self.assignment(client), cut)
 
     def assignment(self, client: str) -> Assignment:
         """Return what the rule deals this client; deterministic, so it can be asked again."""
@@ -146,7 +146,7 @@ class Round:
             self.rejected[client] = str(error)
             self.note(client, "invalid", str(error))
             raise
-        self.accepted[client] = Receipt(
+        self.accepted[client] = AcceptedUpdate(
             update.examples, nbytes + crossed, update.metrics, update.importance, factor
         )
         self.rejected.pop(client, None)
@@ -172,7 +172,7 @@ class Round:
     def note(self, client: str, kind: Kind, reason: str, nbytes: int = 0) -> None:
         """Note that something of a client is not aggregated, and the bytes that it took."""
         self._traffic.up[client] += nbytes
-        self.turned_away.append(TurnedAway.of(client, kind, reason))
+        self.turned_away.append(RejectedUpdate.of(client, kind, reason))
 
     def _travelled(self, update: Update) -> int:
         if update.client not in self.clients:

@@ -6,16 +6,16 @@ from polyrank.run.federation import Federation
 from polyrank.run.folder import RunFolder
 from polyrank.run.planning import Planning, planner_of
 from polyrank.run.records import RoundRecord
-from polyrank.run.settings import Conduct, EarlyStopping
+from polyrank.run.settings import EarlyStopping, RunSettings
 
 __all__ = [
     "Checkpoint",
-    "Conduct",
     "EarlyStopping",
     "Federation",
     "GlobalAdapter",
     "Planning",
     "RoundRecord",
     "RunFolder",
+    "RunSettings",
     "planner_of",
 ]

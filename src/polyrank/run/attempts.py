@@ -14,7 +14,7 @@ from polyrank.rounds.messages import Failure
 from polyrank.rounds.round import Round
 from polyrank.rounds.sampling import sample_clients
 from polyrank.run.folder import RunFolder
-from polyrank.run.settings import Conduct
+from polyrank.run.settings import RunSettings
 
 
 class Attempts:
@@ -28,7 +28,7 @@ class Attempts:
         self,
         engine: Engine,
         folder: RunFolder,
-        conduct: Conduct,
+        conduct: RunSettings,
         clients: Sequence[str],
         progress: Progress,
         check_stop: Callable[[], None],

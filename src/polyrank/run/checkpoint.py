@@ -27,7 +27,7 @@ _REQUIRED = {"state.safetensors", "state.json", "progress.json"}
 
 
 @dataclass(frozen=True)
-class Patience:
+class EarlyStoppingState:
     """The best validation loss with its round, the evaluations since, and why the run stopped."""
 
     best_loss: float | None = None
@@ -35,12 +35,12 @@ class Patience:
     waited: int = 0
     stopped: str | None = None
 
-    def after(self, round: int, loss: float | None, stopping: EarlyStopping) -> Patience:
+    def after(self, round: int, loss: float | None, stopping: EarlyStopping) -> EarlyStoppingState:
         """Return what follows from an evaluation; a `loss` of None was not finite: no progress."""
         if loss is not None and (
             self.best_loss is None or loss < self.best_loss - stopping.min_delta
         ):
-            return Patience(loss, round)
+            return EarlyStoppingState(loss, round)
         waited = self.waited + 1
         ended = (
             f"no lower validation loss in {stopping.patience} evaluations since round "
@@ -55,7 +55,7 @@ class Checkpoint:
 
     round: int
     state: State
-    progress: Patience = field(default_factory=Patience)
+    progress: EarlyStoppingState = field(default_factory=EarlyStoppingState)
     best: State | None = None
     importance: Importance = field(default_factory=Importance)
 
@@ -128,4 +128,4 @@ def _read(number: int, path: Path) -> Checkpoint:
     if "importance.json" in hashes:
         known = Importance(**json.loads((path / "importance.json").read_text(encoding="utf-8")))
     state = storage.read_state(path, "state")
-    return Checkpoint(number, state, Patience(**progress), best, known)
+    return Checkpoint(number, state, EarlyStoppingState(**progress), best, known)

@@ -12,14 +12,14 @@ from polyrank.data import sizes
 from polyrank.errors import ModelError, ResourceError
 from polyrank.model import LoadedModel
 from polyrank.rounds.engine import CutOf, OnStep
-from polyrank.rounds.messages import Failure, Task
+from polyrank.rounds.messages import Failure, TrainTask
 from polyrank.training import Job, LocalTraining, Scoring, Trained, train_cohort
 from polyrank.training.client_data import ClientWork, everywhere
-from polyrank.training.split import Link, SplitJob, SplitSettings, Tail, train_split
+from polyrank.training.split import Link, ServerPart, SplitJob, SplitSettings, train_split
 from polyrank.transport import InProcessLinks
 
 
-class InProcess:
+class InProcessEngine:
     """Trains tasks on one copy of the base, `cohort` clients at a time.
 
     A task with a cut is carried out as both ends of split training, and what passes between them
@@ -74,7 +74,7 @@ class InProcess:
         return len(rows), sum(size.tokens for size in sizes(rows))
 
     def run(
-        self, groups: Sequence[Sequence[Task]], on_step: OnStep = None
+        self, groups: Sequence[Sequence[TrainTask]], on_step: OnStep = None
     ) -> Iterator[Update | Failure]:
         """Train cohort after cohort and yield their answers in the order of the tasks."""
         for tasks in groups:
@@ -83,7 +83,9 @@ class InProcess:
     def close(self) -> None:
         """Do nothing: all that there is goes with the run."""
 
-    def execute(self, tasks: Sequence[Task], on_step: OnStep = None) -> Iterator[Update | Failure]:
+    def execute(
+        self, tasks: Sequence[TrainTask], on_step: OnStep = None
+    ) -> Iterator[Update | Failure]:
         """Train one cohort and yield its answers in the order of the tasks.
 
         A client whose training diverges gives a Failure, and the others go on. Raises ResourceError
@@ -124,7 +126,9 @@ class InProcess:
                 importance=one.importance,
             )
 
-    def _train(self, tasks: Sequence[Task], jobs: Sequence[Job], on_step: OnStep) -> list[Trained]:
+    def _train(
+        self, tasks: Sequence[TrainTask], jobs: Sequence[Job], on_step: OnStep
+    ) -> list[Trained]:
         cut = [task for task in tasks if task.cut is not None]
         if not cut:
             return train_cohort(self.model, jobs, on_step)
@@ -137,7 +141,7 @@ class InProcess:
             raise ModelError("engine: whole and split clients cannot be trained in one pass")
         longest = max(size.tokens for job in jobs for size in sizes(job.examples))
 
-        def connect(tail: Tail) -> Callable[[str], Link]:
+        def connect(tail: ServerPart) -> Callable[[str], Link]:
             tokens = self.local.batch * longest
             return InProcessLinks(tail, self.split.wire, self.model.spec.hidden, tokens).link
 

@@ -16,7 +16,7 @@ from polyrank.data import ClientData, Skipped
 from polyrank.errors import InterruptedRunError
 from polyrank.evaluation.benchmark import Benchmark
 from polyrank.evaluation.clients import Scores
-from polyrank.evaluation.evaluator import Examiner, OwnExaminer, Progress, Scorer
+from polyrank.evaluation.evaluator import Evaluator, LocalEvaluator, Progress, Scorer
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
 from polyrank.rounds.engine import Engine
@@ -26,13 +26,13 @@ from polyrank.run import storage as memory
 from polyrank.run.adapter import GlobalAdapter
 from polyrank.run.attempts import Attempts
 from polyrank.run.checkpoint import Checkpoint
-from polyrank.run.engine import InProcess
+from polyrank.run.engine import InProcessEngine
 from polyrank.run.folder import RUN, SUMMARY, RunFolder
 from polyrank.run.planning import Planned, Planning
 from polyrank.run.population import population
 from polyrank.run.records import RoundRecord, summary
 from polyrank.run.replanning import Replanning
-from polyrank.run.settings import Conduct
+from polyrank.run.settings import RunSettings
 from polyrank.training import LocalTraining, Scoring
 from polyrank.training.client_data import ClientWork, fingerprint, prepare
 
@@ -66,7 +66,7 @@ class Federation:
         fleet: Fleet,
         rule: Rule | None = None,
         local: LocalTraining | None = None,
-        conduct: Conduct | None = None,
+        conduct: RunSettings | None = None,
         *,
         out: str | Path | None = None,
         resume: bool = False,
@@ -76,13 +76,13 @@ class Federation:
         planning: Planning | None = None,
         benchmark: Benchmark | None = None,
         engine: Engine | None = None,
-        examiner: Examiner | None = None,
+        examiner: Evaluator | None = None,
         progress: Progress | None = None,
         stop: Callable[[], bool] | None = None,
     ):
         self.model = model
         self.rule = rule or rule_called(DEFAULT)
-        self.conduct = conduct or Conduct()
+        self.conduct = conduct or RunSettings()
         self._progress: Progress = progress or (lambda *_: None)
         self._stop: Callable[[], bool] = stop or (lambda: False)
 
@@ -131,13 +131,13 @@ class Federation:
             self.engine, self.folder, self.conduct, self.seen, self._progress, self._check_stop
         )
 
-    def _own_engine(self, spec: FleetSpec, dealt: Sequence[Assignment]) -> InProcess:
+    def _own_engine(self, spec: FleetSpec, dealt: Sequence[Assignment]) -> InProcessEngine:
         """Return the engine of this process, its cohort as large as memory allows."""
         scored, work = self._plans.metric is not None, self._who.work
         cohort = preflight.resolve_cohort(
             self.conduct.cohort, self.model, spec, self.local, work, dealt, scored=scored
         )
-        return InProcess(self.model, work, self.local, cohort, self.conduct.split)
+        return InProcessEngine(self.model, work, self.local, cohort, self.conduct.split)
 
     def _use(self, fleet: Fleet, measured: Fleet) -> None:
         """Deal by the ranks and cuts of this fleet from now on; `measured` are who is scored."""
@@ -153,7 +153,7 @@ class Federation:
             self._settings,
             self._who.evaluation,
             self._examiner
-            or OwnExaminer(self.model, self.work, self._who.evaluation, self._check_stop),
+            or LocalEvaluator(self.model, self.work, self._who.evaluation, self._check_stop),
             self._progress,
             self._check_stop,
             self._benchmark,

@@ -28,7 +28,7 @@ from polyrank.planning import (
     smoothed,
 )
 from polyrank.run.adapter import factored
-from polyrank.run.settings import Conduct
+from polyrank.run.settings import RunSettings
 from polyrank.training import LocalTraining
 from polyrank.training.client_data import ClientWork
 
@@ -208,7 +208,7 @@ def planner_of(
     model: LoadedModel,
     work: Mapping[str, ClientWork],
     local: LocalTraining,
-    conduct: Conduct,
+    conduct: RunSettings,
     settings: PlanSettings,
     server: DeviceProfile,
     *,

@@ -9,7 +9,7 @@ from polyrank.data import joined
 from polyrank.errors import RankError
 from polyrank.evaluation.settings import Evaluation
 from polyrank.planning import Fleet, ModelSpec
-from polyrank.run.settings import Conduct
+from polyrank.run.settings import RunSettings
 from polyrank.training import LocalTraining
 from polyrank.training.client_data import ClientWork
 
@@ -36,7 +36,7 @@ def population(
     work: Mapping[str, ClientWork],
     fleet: Fleet,
     local: LocalTraining,
-    conduct: Conduct,
+    conduct: RunSettings,
     spec: ModelSpec,
 ) -> Population:
     """Return who trains: the clients themselves or, in a pooled run, one client called everyone.

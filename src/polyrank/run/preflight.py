@@ -20,7 +20,7 @@ from polyrank.model.span import sites_within
 from polyrank.planning import Fleet
 from polyrank.run import storage
 from polyrank.run.checkpoint import KEEP
-from polyrank.run.settings import Conduct
+from polyrank.run.settings import RunSettings
 from polyrank.training import LocalTraining, cohort_size, slot_bytes
 from polyrank.training.client_data import ClientWork
 from polyrank.training.split import SplitSettings
@@ -66,7 +66,7 @@ def resolve_cohort(
 
 
 def check_measures(
-    conduct: Conduct,
+    conduct: RunSettings,
     model: LoadedModel,
     work: Mapping[str, ClientWork],
     benchmark: Benchmark | None = None,

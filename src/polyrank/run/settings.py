@@ -31,7 +31,7 @@ class EarlyStopping:
 
 
 @dataclass(frozen=True)
-class Conduct:
+class RunSettings:
     """How a run is conducted, beside model, clients, fleet, rule and local training.
 
     `server_rank` is the rank at which the server keeps the aggregate (default: per site, the

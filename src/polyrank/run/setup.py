@@ -15,10 +15,10 @@ import torch
 from polyrank.aggregation import Assignment, FleetSpec, Rule, State
 from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import RankError
-from polyrank.planning import Fleet, ModelSpec, Split
+from polyrank.planning import CutPoint, Fleet, ModelSpec
 from polyrank.rounds.assignments import RoundSettings
 from polyrank.rounds.round import Round
-from polyrank.run.settings import Conduct
+from polyrank.run.settings import RunSettings
 from polyrank.training import LocalTraining
 from polyrank.training.client_data import ClientWork
 
@@ -28,7 +28,7 @@ def round_settings(
     fleet: Fleet,
     spec: ModelSpec,
     work: Mapping[str, ClientWork],
-    conduct: Conduct,
+    conduct: RunSettings,
 ) -> RoundSettings:
     """Return what all rounds share.
 
@@ -63,13 +63,13 @@ def round_settings(
     )
 
 
-def _cut_of(fleet: Fleet) -> Callable[[str, int], Split | None]:
+def _cut_of(fleet: Fleet) -> Callable[[str, int], CutPoint | None]:
     """(client, round) -> its cut; the types of a round are looked up once."""
     types = lru_cache(2)(fleet.at)
     return lambda client, round: fleet.cuts.get(types(round)[client])
 
 
-def _held(cut: Split, spec: ModelSpec) -> frozenset[str]:
+def _held(cut: CutPoint, spec: ModelSpec) -> frozenset[str]:
     """The sites in the blocks that a client of this cut holds."""
     blocks = cut.at_client(spec.blocks)
     return frozenset(site.name for site in spec.sites if site.block in blocks)
@@ -125,7 +125,7 @@ def heaviest_assignments(
 
 
 def described(
-    rule: Rule, fleet: Fleet, local: LocalTraining, conduct: Conduct, cohort: int
+    rule: Rule, fleet: Fleet, local: LocalTraining, conduct: RunSettings, cohort: int
 ) -> dict[str, Any]:
     """Return the settings that a run's bytes depend on, as JSON; the fleet as its hash."""
     ranks = {name: dict(kind.ranks) for name, kind in fleet.types.items()}

@@ -12,7 +12,7 @@ from polyrank.aggregation import Rule, SLoRA, rule
 from polyrank.algebra import Adapter
 from polyrank.config import Recipe
 from polyrank.errors import RunError
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.run import GlobalAdapter, RoundRecord, RunFolder, storage
 
 RECIPE = "recipe.toml"
@@ -32,7 +32,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Inside:
+class RunInspection:
     """What `polyrank inspect` shows of a run folder, whether or not the run is finished."""
 
     records: list[RoundRecord]
@@ -42,17 +42,17 @@ class Inside:
     notes: list[str]
 
 
-def cuts_of(fleet: Mapping[str, Any]) -> tuple[dict[str, Split], int]:
+def cuts_of(fleet: Mapping[str, Any]) -> tuple[dict[str, CutPoint], int]:
     """Return the cut per type and the model's blocks, as fleet.json says; none in older ones."""
     found = fleet.get("cuts", {})
-    return {name: Split.of(written) for name, written in found.items()}, fleet.get("blocks", 0)
+    return {name: CutPoint.of(written) for name, written in found.items()}, fleet.get("blocks", 0)
 
 
-def look(folder: Path) -> Inside:
+def look(folder: Path) -> RunInspection:
     """Read a run folder, without loading its model."""
     opened = RunFolder.peek(folder)
     saved = opened.load_checkpoint()
-    return Inside(
+    return RunInspection(
         records=[RoundRecord.from_json(r) for r in opened.records() if r["round"] <= saved.round],
         fleet=storage.read_json(folder / FLEET) if (folder / FLEET).exists() else None,
         factors=_rule_of(folder).adapter(saved.best or saved.state) if saved.round else None,

@@ -17,7 +17,7 @@ from polyrank.training import ClientWork, prepare
 
 
 @dataclass(frozen=True)
-class Prospect:
+class PlanPreview:
     """What a recipe's clients would do in their first round, by device, and who has which.
 
     `levels` are the ranks that plans choose from, `scored` says whether importance is measured.
@@ -85,7 +85,7 @@ def planning_of(
     )
 
 
-def prospect(recipe: Recipe) -> Prospect:
+def prospect(recipe: Recipe) -> PlanPreview:
     """Return the first plans of a recipe; of its model only configuration and tokenizer are read.
 
     Raises RecipeError for a recipe without [plan].
@@ -95,7 +95,7 @@ def prospect(recipe: Recipe) -> Prospect:
     model = recipe.model.load_bare()
     work, _ = prepare(clients, model, recipe.data.encoding())
     planning = planning_of(recipe, model, fleet, work)
-    return Prospect(
+    return PlanPreview(
         planning.plans(Importance()),
         dict(fleet.at(1)),
         model.spec,

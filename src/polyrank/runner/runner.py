@@ -15,7 +15,7 @@ import torch
 from polyrank.config import Recipe
 from polyrank.data import Clients, Skipped
 from polyrank.errors import FolderExistsError, InterruptedRunError, RunError
-from polyrank.evaluation import Benchmark, Examiner
+from polyrank.evaluation import Benchmark, Evaluator
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
 from polyrank.rounds import Engine
@@ -128,7 +128,7 @@ class Parts:
             return None
         return planning_of(recipe, self.model, fleet, self.prepared[0])
 
-    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Examiner] | None:  # noqa: ARG002
+    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Evaluator] | None:  # noqa: ARG002
         """Return who trains and scores the fleet's clients; None: this process does."""
         return None
 

@@ -13,13 +13,13 @@ from polyrank.algebra import Adapter, Dense
 from polyrank.errors import PolyrankError, SplitServerError
 from polyrank.model import LoadedModel, applied
 from polyrank.model.swap import with_sums
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.run.storage import give_back
 from polyrank.split_server.interface import ClientStatus, Collected
-from polyrank.split_server.settings import TailSettings
-from polyrank.training.split import Reply, Request, Stepped, TailJob, Tails
+from polyrank.split_server.settings import SplitServerSettings
+from polyrank.training.split import Reply, Request, ServerPartJob, ServerParts, Stepped
 from polyrank.transport import Limits, codec
-from polyrank.transport.remote import Access, ServeSettings, SplitServer, new_identity
+from polyrank.transport.remote import Credentials, ServeSettings, SplitServer, new_identity
 
 log = logging.getLogger(__name__)
 DAYS = 400.0
@@ -29,7 +29,7 @@ MOST_CREDIT = 64
 NO_ROOM = (torch.OutOfMemoryError, MemoryError)
 
 
-class TailHost:
+class ServerPartHost:
     """Holds the model, and between `open` and `close` the tails of a round's split clients.
 
     Clients of one cut with adapters of their own are in groups of up to `cohort`, in the order of
@@ -40,7 +40,7 @@ class TailHost:
     Raises what loading the model raises, and FrameError if the address cannot be bound.
     """
 
-    def __init__(self, settings: TailSettings):
+    def __init__(self, settings: SplitServerSettings):
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self._settings = settings
@@ -67,11 +67,11 @@ class TailHost:
         self,
         round: int,
         attempt: int,
-        jobs: Sequence[TailJob],
+        jobs: Sequence[ServerPartJob],
         merged: Adapter[Dense],
         tokens: Mapping[str, int],
         seconds: float,
-    ) -> dict[str, Access | str]:
+    ) -> dict[str, Credentials | str]:
         """Return how each client reaches its tail, or why it has none; ends what was open."""
         self.close()
         reasons: dict[str, str] = {}
@@ -141,7 +141,7 @@ class TailHost:
         self._server.stop()
 
     def _attach(
-        self, jobs: Sequence[TailJob], merged: Adapter[Dense], reasons: dict[str, str]
+        self, jobs: Sequence[ServerPartJob], merged: Adapter[Dense], reasons: dict[str, str]
     ) -> list[_Counted]:
         """Return the groups, attached to the model; whose tail cannot be made gets a reason."""
         model, split = self._model, self._settings.split
@@ -158,7 +158,7 @@ class TailHost:
         while pending:
             chosen = pending.pop(0)
             try:
-                tails = Tails(model, [_with(job, beside) for job in chosen], shared=shared)
+                tails = ServerParts(model, [_with(job, beside) for job in chosen], shared=shared)
                 self._attached.enter_context(tails)
             except (PolyrankError, *NO_ROOM) as error:
                 if len(chosen) > 1 and not shared:  # It may be the fault of one of them.
@@ -174,15 +174,15 @@ class TailHost:
 class _Counted:
     """A group's tails, and how many steps each client has taken: a `Tail`."""
 
-    def __init__(self, tails: Tails, jobs: Sequence[TailJob]):
-        self._tails: Tails | None = tails
+    def __init__(self, tails: ServerParts, jobs: Sequence[ServerPartJob]):
+        self._tails: ServerParts | None = tails
         self.clients = tuple(job.client for job in jobs)
         self.steps = {job.client: job.steps for job in jobs}
         self.taken = dict.fromkeys(self.clients, 0)
         self.left: set[str] = set()
 
     @property
-    def tails(self) -> Tails:
+    def tails(self) -> ServerParts:
         """The tails; SplitServerError once they are forgotten."""
         if self._tails is None:
             raise SplitServerError("split server: the round of these tails has ended")
@@ -206,9 +206,9 @@ class _Counted:
         self.tails.leave(client)
 
 
-def _chunks(jobs: Sequence[TailJob], cohort: int) -> list[list[TailJob]]:
+def _chunks(jobs: Sequence[ServerPartJob], cohort: int) -> list[list[ServerPartJob]]:
     """Return the jobs by cut, in their order, in groups of up to `cohort`."""
-    by_cut: dict[Split, list[TailJob]] = {}
+    by_cut: dict[CutPoint, list[ServerPartJob]] = {}
     for job in jobs:
         by_cut.setdefault(job.cut, []).append(job)
     return [
@@ -228,6 +228,6 @@ def _placed(model: LoadedModel, merged: Adapter[Dense]) -> tuple[Adapter[Dense],
     return merged.restrict(same), beside.to(dtype=dtype, device=model.device)
 
 
-def _with(job: TailJob, beside: Adapter[Dense]) -> TailJob:
+def _with(job: ServerPartJob, beside: Adapter[Dense]) -> ServerPartJob:
     mine = Adapter({s: dense for s, dense in beside.items() if s in job.assignment.start})
     return replace(job, assignment=replace(job.assignment, merged=mine))

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from polyrank.algebra import Adapter, Delta, Dense
-from polyrank.training.split import TailJob, Traffic
+from polyrank.training.split import ServerPartJob, Traffic
 
 if TYPE_CHECKING:  # It needs gRPC, and an engine without split clients does not.
-    from polyrank.transport.remote.credentials import Access
+    from polyrank.transport.remote.credentials import Credentials
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class ClientStatus:
     down: int
 
 
-class Desk(Protocol):
+class SplitServerHandle(Protocol):
     """Opens tails for a round's split clients, and hands out what was trained of them."""
 
     def open(
         self,
         round: int,
         attempt: int,
-        jobs: Sequence[TailJob],
+        jobs: Sequence[ServerPartJob],
         merged: Adapter[Dense],
         tokens: Mapping[str, int],
         seconds: float,
-    ) -> Mapping[str, Access | str]:
+    ) -> Mapping[str, Credentials | str]:
         """Return how each client reaches its tail, or the reason why it has none.
 
         The jobs come without what is merged into the base, which is the same for all and given

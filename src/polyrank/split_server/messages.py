@@ -16,28 +16,28 @@ from polyrank.errors import PacketError, PolyrankError
 from polyrank.protocol.adapters import read_adapter, write_adapter
 from polyrank.protocol.json_fields import refusal
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import ORDERS, Bounds
-from polyrank.protocol.train_request import Order, read_order, write_order
+from polyrank.protocol.size_limits import ORDERS, SizeLimits
+from polyrank.protocol.train_request import TrainRequest, read_order, write_order
 from polyrank.protocol.train_result import read_answer, write_answer
-from polyrank.rounds.messages import Task
+from polyrank.rounds.messages import TrainTask
 from polyrank.split_server.interface import Collected
 from polyrank.training import LocalTraining, Scoring
-from polyrank.training.split import TailJob, Traffic
+from polyrank.training.split import ServerPartJob, Traffic
 
 
-def write_job(job: TailJob) -> bytes:
+def write_job(job: ServerPartJob) -> bytes:
     """Return the order of a tail, which says all but how it is trained: see `manner`."""
-    task = Task(job.client, job.round, job.attempt, job.seed, job.assignment, job.cut)
+    task = TrainTask(job.client, job.round, job.attempt, job.seed, job.assignment, job.cut)
     whole, scoring = job.assignment.hash(), job.scoring
-    return write_order(Order(task, whole, scoring.every, scoring.metric, 0.0))
+    return write_order(TrainRequest(task, whole, scoring.every, scoring.metric, 0.0))
 
 
-def manner(job: TailJob) -> dict[str, Any]:
+def manner(job: ServerPartJob) -> dict[str, Any]:
     """Return how a tail is trained, and in how many steps, as JSON."""
     return {"local": asdict(job.local), "steps": job.steps}
 
 
-def read_job(data: bytes | bytearray, told: object) -> TailJob:
+def read_job(data: bytes | bytearray, told: object) -> ServerPartJob:
     """Return the job of an order and what `manner` told; PacketError for anything else."""
     order = read_order(data)
     task = order.task
@@ -49,7 +49,7 @@ def read_job(data: bytes | bytearray, told: object) -> TailJob:
         steps = int(told["steps"])
     except (PolyrankError, KeyError, TypeError, ValueError) as error:
         raise PacketError(f"tail of {task.client!r}: no training can be read: {error}") from error
-    return TailJob(
+    return ServerPartJob(
         client=task.client,
         round=task.round,
         attempt=task.attempt,
@@ -89,14 +89,14 @@ class Dealt:
     assignment: Assignment
 
     @staticmethod
-    def of(job: TailJob) -> Dealt:
+    def of(job: ServerPartJob) -> Dealt:
         """Return what a job deals."""
         return Dealt(job.client, job.round, job.attempt, job.assignment)
 
     @property
-    def bounds(self) -> Bounds:
+    def bounds(self) -> SizeLimits:
         """How large the answer may be."""
-        return Bounds.of(self.assignment, len(self.assignment.start))
+        return SizeLimits.of(self.assignment, len(self.assignment.start))
 
     def write(self, collected: Collected) -> bytes:
         """Return what was trained as an answer to what was dealt."""

@@ -15,7 +15,7 @@ from polyrank.errors import SplitServerError
 _LENGTH = 8
 
 
-class Control:
+class Pipe:
     """One end: a file descriptor to read from, and one to write to; both are its own from now on.
 
     One thread at a time may use it. After an error it is of no more use.

@@ -16,15 +16,15 @@ from polyrank.protocol.json_fields import Fields
 from polyrank.protocol.packet import Packet, pack
 from polyrank.split_server.interface import ClientStatus, Collected
 from polyrank.split_server.messages import Dealt, manner, write_job, write_merged
-from polyrank.split_server.settings import TailSettings
-from polyrank.split_server.subprocess_handle import ANSWERS, Child
-from polyrank.training.split import TailJob
-from polyrank.transport.remote.credentials import Access
+from polyrank.split_server.settings import SplitServerSettings
+from polyrank.split_server.subprocess_handle import ANSWERS, SubprocessHandle
+from polyrank.training.split import ServerPartJob
+from polyrank.transport.remote.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
 
-class SplitProcess:
+class SplitServerProcess:
     """Starts the split server, asks it, and sees it die: a `Desk`.
 
     It is started by the first `open`, and again by one that finds it dead, at most `restarts` times
@@ -35,7 +35,7 @@ class SplitProcess:
 
     def __init__(
         self,
-        settings: TailSettings,
+        settings: SplitServerSettings,
         *,
         start: float = 900.0,
         reply: float = 300.0,
@@ -44,14 +44,14 @@ class SplitProcess:
         self._settings, self._start_in, self._reply_in = settings, start, reply
         self._restarts = restarts
         self._lock = threading.Lock()
-        self._child: Child | None = None
+        self._child: SubprocessHandle | None = None
         self._served = False
         self._again: tuple[int, int] = (-1, 0)
         self._dealt: dict[str, Dealt] = {}
         self._lost: str | None = None
         self._status: dict[str, ClientStatus] = {}
 
-    def __enter__(self) -> SplitProcess:
+    def __enter__(self) -> SplitServerProcess:
         return self
 
     def __exit__(
@@ -78,11 +78,11 @@ class SplitProcess:
         self,
         round: int,
         attempt: int,
-        jobs: Sequence[TailJob],
+        jobs: Sequence[ServerPartJob],
         merged: Adapter[Dense],
         tokens: Mapping[str, int],
         seconds: float,
-    ) -> Mapping[str, Access | str]:
+    ) -> Mapping[str, Credentials | str]:
         with self._lock:
             self._dealt, self._lost, self._status = {}, None, {}
             while True:
@@ -159,7 +159,7 @@ class SplitProcess:
                 self._lock.release()
         return dict(self._status)
 
-    def _there(self, round: int) -> Child:
+    def _there(self, round: int) -> SubprocessHandle:
         """Return a child that lives, started now if there was none."""
         if self._child is not None and not self._child.ended:
             return self._child
@@ -172,7 +172,7 @@ class SplitProcess:
         self._again = (round, again + self._served)
         if self._child is not None:
             self._child.stop()
-        self._child = Child()
+        self._child = SubprocessHandle()
         try:
             self._child.start(self._settings, self._start_in)
         except BaseException:
@@ -182,7 +182,7 @@ class SplitProcess:
         self._served = True
         return self._child
 
-    def _living(self, lost: str) -> Child:
+    def _living(self, lost: str) -> SubprocessHandle:
         """Return the child that has this round's tails; SplitServerError if it has died."""
         child = self._child
         if child is None or child.ended:
@@ -193,14 +193,14 @@ class SplitProcess:
 
     def _asked_to_open(
         self,
-        child: Child,
+        child: SubprocessHandle,
         round: int,
         attempt: int,
-        jobs: Sequence[TailJob],
+        jobs: Sequence[ServerPartJob],
         merged: Adapter[Dense],
         tokens: Mapping[str, int],
         seconds: float,
-    ) -> dict[str, Access | str]:
+    ) -> dict[str, Credentials | str]:
         wanted = {site for job in jobs for site in job.assignment.start}
         sums = [(site, dense) for site, dense in merged.items() if site in wanted]
         about = {
@@ -218,15 +218,17 @@ class SplitProcess:
         for block in blocks:
             child.send(block, self._reply_in)
         fields = child.answer("opened", self._reply_in).fields.table("clients")
-        found: dict[str, Access | str] = {}
+        found: dict[str, Credentials | str] = {}
         for client, one, _ in fields.named():
             try:
-                found[client] = one if isinstance(one, str) else Access.from_dict(one)
+                found[client] = one if isinstance(one, str) else Credentials.from_dict(one)
             except FrameError as error:
                 found[client] = f"the split server gave no way to its tail: {error}"
         return {job.client: found.get(job.client, "the split server forgot it") for job in jobs}
 
-    def _ask(self, child: Child, what: str, most: int = ANSWERS.nbytes, **about: Any) -> bytearray:
+    def _ask(
+        self, child: SubprocessHandle, what: str, most: int = ANSWERS.nbytes, **about: Any
+    ) -> bytearray:
         """Ask a question and return the packet of its answer."""
         child.send(pack("question", {"what": what, **about}, {}), self._reply_in)
         return child.receive(self._reply_in, most)

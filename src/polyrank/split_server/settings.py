@@ -46,7 +46,7 @@ class HostedModel:
 
 
 @dataclass(frozen=True)
-class TailSettings:
+class SplitServerSettings:
     """All that the split server's process is told, once, when it starts.
 
     `run` is the run's id. `listen` is the address that it binds to, and no other (port 0: a free
@@ -100,10 +100,10 @@ class TailSettings:
         return asdict(self)
 
     @staticmethod
-    def from_dict(found: Mapping[str, Any]) -> TailSettings:
+    def from_dict(found: Mapping[str, Any]) -> SplitServerSettings:
         """Return what `to_dict` gave; SplitServerError for anything else."""
         try:
             model, split = HostedModel(**found["model"]), SplitSettings(**found["split"])
-            return TailSettings(**{**found, "model": model, "split": split})
+            return SplitServerSettings(**{**found, "model": model, "split": split})
         except (TypeError, KeyError) as error:
             raise SplitServerError(f"split server, settings: not readable: {error}") from error

@@ -13,21 +13,21 @@ from typing import IO
 
 from polyrank.errors import PacketError, SplitServerError
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import Bounds
-from polyrank.split_server.pipe import Control
-from polyrank.split_server.settings import TailSettings
+from polyrank.protocol.size_limits import SizeLimits
+from polyrank.split_server.pipe import Pipe
+from polyrank.split_server.settings import SplitServerSettings
 
 COMMAND = [sys.executable, "-P", "-m", "polyrank.split_server.worker"]
 LINES = 20
 """So many of the last lines of its standard error are told when it cannot start, or dies."""
 SECONDS_TO_STOP = 8.0
-ANSWERS = Bounds(2**26, 2**26, 0)
+ANSWERS = SizeLimits(2**26, 2**26, 0)
 """Of an answer without tensors; each client's certificate is in one."""
 
 log = logging.getLogger(__name__)
 
 
-class Child:
+class SubprocessHandle:
     """One process of the split server, from its start to its end; nothing outlives an error."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Child:
             process_group=0,
         )
         self._broken: str | None = None
-        self._control = Control(_detached(self.process.stdout), _detached(self.process.stdin))
+        self._control = Pipe(_detached(self.process.stdout), _detached(self.process.stdin))
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
 
@@ -52,7 +52,7 @@ class Child:
         """Whether it is of no more use."""
         return self._broken is not None or self.process.poll() is not None
 
-    def start(self, settings: TailSettings, seconds: float) -> None:
+    def start(self, settings: SplitServerSettings, seconds: float) -> None:
         """Tell it its settings and wait until it listens; SplitServerError if it cannot."""
         try:
             self.send(pack("settings", {"settings": settings.to_dict()}, {}), seconds)

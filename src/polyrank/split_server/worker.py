@@ -35,10 +35,10 @@ from polyrank.protocol.json_fields import Fields
 from polyrank.protocol.packet import Packet, pack
 from polyrank.protocol.size_limits import MARKS, ORDERS
 from polyrank.split_server.messages import Dealt, read_job, read_merged
-from polyrank.split_server.pipe import Control
+from polyrank.split_server.pipe import Pipe
 
 if TYPE_CHECKING:
-    from polyrank.split_server.host import TailHost
+    from polyrank.split_server.host import ServerPartHost
 
 SECONDS_TO_END = 5.0
 """How long its threads may take to end before the process goes without waiting for them."""
@@ -64,20 +64,20 @@ def main() -> int:
         control.send(pack("failed", {"reason": _told(error)}, {}))
         return 1
     try:
-        _Clerk(control, host).serve()
+        _WorkerLoop(control, host).serve()
     finally:
         threading.Thread(target=_late, daemon=True).start()
         host.stop()
     return 0
 
 
-def _taken_over() -> Control:
+def _taken_over() -> Pipe:
     """Return the parent's pipes; what others print goes to standard error from here on."""
     reading, writing = os.dup(0), os.dup(1)
     with Path(os.devnull).open("rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
-    return Control(reading, writing)
+    return Pipe(reading, writing)
 
 
 def _end(*_: Any) -> None:
@@ -97,24 +97,24 @@ def _late() -> None:
     os._exit(1)
 
 
-def _started(control: Control) -> TailHost:
+def _started(control: Pipe) -> ServerPartHost:
     """Return the split server that the settings ask for, and say that it is ready."""
-    from polyrank.split_server.host import TailHost
-    from polyrank.split_server.settings import TailSettings
+    from polyrank.split_server.host import ServerPartHost
+    from polyrank.split_server.settings import SplitServerSettings
 
     block = control.receive(MARKS.nbytes)
     if block is None:
         raise SystemExit(0)
     packet = Packet(block, "settings", MARKS)
-    host = TailHost(TailSettings.from_dict(packet.fields.take("settings")))
+    host = ServerPartHost(SplitServerSettings.from_dict(packet.fields.take("settings")))
     control.send(pack("ready", {"address": host.address}, {}))
     return host
 
 
-class _Clerk:
+class _WorkerLoop:
     """Answers the parent's questions, one after the other."""
 
-    def __init__(self, control: Control, host: TailHost):
+    def __init__(self, control: Pipe, host: ServerPartHost):
         self._control, self._host = control, host
         self._dealt: dict[str, Dealt] = {}
         self._answers = {
@@ -181,7 +181,7 @@ class _Clerk:
         return pack("done", {}, {})
 
 
-def _next(control: Control) -> bytearray:
+def _next(control: Pipe) -> bytearray:
     block = control.receive(ORDERS.nbytes)
     if block is None:
         raise SystemExit(0)

@@ -58,7 +58,7 @@ class Trained:
     importance: Mapping[str, float] = field(default_factory=dict)
 
 
-class Course:
+class JobProgress:
     """One job on its way: where it is in its data, and its running sums.
 
     Raises DataError if the client has no examples.

@@ -12,8 +12,8 @@ from polyrank.algebra import Adapter, Dense
 from polyrank.errors import SiteError
 from polyrank.model import Cohort, LoadedModel, Part, Slot, logits_at, losses_then_gradient
 from polyrank.training.batches import assemble
-from polyrank.training.job import Course, Job, Trained
-from polyrank.training.optimizer import Learner
+from polyrank.training.job import Job, JobProgress, Trained
+from polyrank.training.optimizer import ClientOptimizer
 from polyrank.training.settings import LocalTraining
 
 
@@ -37,14 +37,15 @@ def train_cohort(
     Raises DataError if a client has no examples, SiteError or RankError if an assignment does not
     fit the model, SiteError also if jobs differ in what is merged or in the kind of their starts.
     """
-    courses = [Course(job) for job in jobs]
+    courses = [JobProgress(job) for job in jobs]
     if not courses:
         return []
     slots = [slot_of(job.assignment, job.local, job.seed) for job in jobs]
     scored = any(job.scoring.every for job in jobs)
     with Cohort(model, slots, merged_of(jobs), scored=scored) as cohort:
         learners = [
-            Learner(cohort.parameters(k), job.local, job.steps) for k, job in enumerate(jobs)
+            ClientOptimizer(cohort.parameters(k), job.local, job.steps)
+            for k, job in enumerate(jobs)
         ]
         for step in range(max(course.steps for course in courses)):
             active = [k for k, course in enumerate(courses) if course.active(step)]
@@ -101,7 +102,7 @@ def _is_same(one: Adapter[Dense], other: Adapter[Dense]) -> bool:
 
 
 def _accumulate(
-    model: LoadedModel, cohort: Cohort, active: dict[int, Course], step: int
+    model: LoadedModel, cohort: Cohort, active: dict[int, JobProgress], step: int
 ) -> list[Tensor]:
     """Add one optimizer step's gradients to all active slots; return their summed losses.
 

@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from polyrank.training.settings import LocalTraining
 
 
-class Learner:
+class ClientOptimizer:
     """Takes optimizer steps on parameters whose gradients others fill in.
 
     `steps` is how many there will be, for the schedule. The optimizer is made here and dropped with

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from polyrank.errors import FrameError
-from polyrank.training.split.link import Tail, Traffic
+from polyrank.training.split.link import ServerPart, Traffic
 from polyrank.training.split.messages import Request, Returned, Stepped
 from polyrank.transport.awaited import Awaited, write_request
 from polyrank.transport.codec import codec
@@ -22,7 +22,7 @@ class InProcessLinks:
     microbatch holds. Not thread-safe: all links are to be used from one thread.
     """
 
-    def __init__(self, tail: Tail, codec_name: str, width: int, tokens: int) -> None:
+    def __init__(self, tail: ServerPart, codec_name: str, width: int, tokens: int) -> None:
         self.limits = Limits(tokens, width, codec(codec_name))
         self._serving = Serving(tail, self.limits)
         self._open: dict[str, InProcessLink] = {}

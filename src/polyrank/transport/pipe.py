@@ -17,14 +17,14 @@ from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 
 from polyrank.errors import FrameError
-from polyrank.training.split.link import Tail, Traffic
+from polyrank.training.split.link import ServerPart, Traffic
 from polyrank.training.split.messages import Request, Returned, Stepped
 from polyrank.transport.awaited import Awaited, write_request
 from polyrank.transport.layout import Limits
 from polyrank.transport.serving import Serving
 
 
-def serve_pipe(tail: Tail, connections: Mapping[str, Connection], limits: Limits) -> None:
+def serve_pipe(tail: ServerPart, connections: Mapping[str, Connection], limits: Limits) -> None:
     """Answer the requests of all clients until every connection is closed.
 
     Requests that are there together go to the tail in one call, one of each client; none waits for

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from polyrank.errors import FrameError
-from polyrank.training.split.link import Tail
+from polyrank.training.split.link import ServerPart
 from polyrank.training.split.messages import (
     Activations,
     At,
@@ -30,7 +30,7 @@ class Serving:
     """
 
     def __init__(
-        self, tail: Tail, limits: Limits, special: Mapping[str, Limits] | None = None
+        self, tail: ServerPart, limits: Limits, special: Mapping[str, Limits] | None = None
     ) -> None:
         self._tail = tail
         self._limits = limits

@@ -21,7 +21,7 @@ from polyrank.aggregation import Contribution, FleetSpec, FLoRA, SLoRA, State, d
 from polyrank.algebra import Dense, LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError
 from polyrank.planning import Fleet, LoRAType
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 
 SHAPE = (14, 11)
 RANKS = [1, 2, 4, 8]
@@ -208,7 +208,7 @@ def test_clients_that_train_different_sites_share_a_pass():
         "rest": LoRAType("rest", {"feed-forward": 2}),
     }
     fleet_ = Fleet.table({"c0": "attention", "c1": "rest", "c2": "rest"}, types=types)
-    conduct = Conduct(evaluation=federations.MEASURED, cohort=3)
+    conduct = RunSettings(evaluation=federations.MEASURED, cohort=3)
     with federations.federation(data=data, rule=RULE, fleet=fleet_, conduct=conduct) as run:
         records = list(run.rounds(2))
     assert [len(record.clients) - len(record.rejected) for record in records] == [3, 3]

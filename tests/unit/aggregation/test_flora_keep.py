@@ -24,7 +24,7 @@ from polyrank.errors import RankError, RuleError, UpdateError
 from polyrank.planning import Scaling
 from polyrank.rounds.assignments import RoundSettings
 from polyrank.rounds.round import Round
-from polyrank.run import Conduct, setup, storage
+from polyrank.run import RunSettings, setup, storage
 
 SHAPE = (14, 11)
 KEEP = FLoRA(reinitialise=False)
@@ -262,7 +262,7 @@ def test_a_round_deals_own_factors_to_those_that_have_them_and_one_assignment_to
 
 
 def test_a_run_begins_at_the_sum_for_everyone_and_ends_in_the_same_bytes_when_resumed(tmp_path):
-    conduct = Conduct(evaluation=federations.MEASURED, cohort=2)
+    conduct = RunSettings(evaluation=federations.MEASURED, cohort=2)
     given = {"model": federations.one_block(), "rule": KEEP, "conduct": conduct}
     with federations.federation(tmp_path / "whole", **given) as run:
         records = list(run.rounds(4))

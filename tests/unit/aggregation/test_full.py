@@ -23,7 +23,7 @@ from models import PAD, tiny_loaded
 from polyrank.aggregation import FleetSpec, Full, SLoRA, deal
 from polyrank.algebra import Dense, LowRank
 from polyrank.errors import RuleError, SiteError, UpdateError
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.training import Job, LocalTraining, train_cohort
 from polyrank.training.batches import step_groups
 
@@ -99,7 +99,7 @@ def test_one_client_trains_what_ordinary_training_of_the_weights_trains(architec
 
 def test_a_run_with_mixed_ranks_learns_and_ends_with_whole_matrices(tmp_path):
     local = dataclasses.replace(federations.LOCAL, lr=1e-2, dropout=0.0)
-    conduct = Conduct(evaluation=federations.MEASURED, cohort=2)
+    conduct = RunSettings(evaluation=federations.MEASURED, cohort=2)
     with federations.federation(tmp_path / "run", rule=RULE, local=local, conduct=conduct) as run:
         records = list(run.rounds(2))
         summary = run.finish()

@@ -7,7 +7,7 @@ import pytest
 from polyrank import config
 from polyrank.config.baselines import BASELINES
 from polyrank.errors import RecipeError
-from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.planning import CutPoint, Fleet, LoRAType
 
 BASE = {
     "model": {"source": "sample"},
@@ -82,9 +82,9 @@ def test_splitlora_needs_a_cut_for_the_type_that_all_have():
     recipe = parsed("splitlora", fleet=CUT)
     recipe.check()
     types = {name: LoRAType(name, {"all": rank}) for name, rank in (("T1", 1), ("T2", 4))}
-    weak = Fleet(types, {"a": "T1", "b": "T1"}, cuts={"T1": Split(1)})
+    weak = Fleet(types, {"a": "T1", "b": "T1"}, cuts={"T1": CutPoint(1)})
     recipe.check_fleet(weak)
-    other = Fleet(types, {"a": "T2", "b": "T2"}, cuts={"T1": Split(1)})
+    other = Fleet(types, {"a": "T2", "b": "T2"}, cuts={"T1": CutPoint(1)})
     with pytest.raises(RecipeError, match="clients of type T2 have no cut"):
         recipe.check_fleet(other)
     parsed("fedlora").check_fleet(other)  # The others have no need of cuts.

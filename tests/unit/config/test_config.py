@@ -10,8 +10,8 @@ from polyrank.config.reading import PAIRS
 from polyrank.config.validation_errors import keys
 from polyrank.errors import RecipeError
 from polyrank.evaluation import Evaluation
-from polyrank.planning import Split
-from polyrank.run import Conduct
+from polyrank.planning import CutPoint
+from polyrank.run import RunSettings
 from polyrank.training import LocalTraining
 from polyrank.training.split import SplitSettings
 
@@ -176,7 +176,7 @@ def test_overrides_take_toml_bare_strings_and_tables(minimal: Path) -> None:
 def test_cuts_and_what_split_training_asks_for_reach_the_run(minimal: Path) -> None:
     overrides = ["fleet.cuts={T1=1, T3=[1, 3]}", "split.wire=int8", "split.noise=0.5"]
     recipe = config.read(minimal, [*overrides, "fleet.cuts.T2=2"])
-    cuts = {"T1": Split(1), "T3": Split(1, 3), "T2": Split(2)}
+    cuts = {"T1": CutPoint(1), "T3": CutPoint(1, 3), "T2": CutPoint(2)}
     assert recipe.fleet.build("abcd", seed=0).cuts == cuts
     table = config.read(minimal, [*overrides, "fleet.cuts.T2=2", "fleet.clients={a='T1'}"])
     assert table.fleet.build("a", seed=0).cuts == cuts
@@ -252,7 +252,7 @@ def test_sources_beside_the_recipe_win_over_those_here(
 def test_defaults_are_those_of_the_python_api(minimal: Path) -> None:
     recipe = config.read(minimal)
     assert recipe.local.build() == LocalTraining()
-    assert recipe.conduct() == Conduct(evaluation=Evaluation(generate=4))
+    assert recipe.conduct() == RunSettings(evaluation=Evaluation(generate=4))
 
 
 def test_a_bound_of_zero_on_the_gradient_means_none(minimal: Path) -> None:

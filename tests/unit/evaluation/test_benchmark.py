@@ -14,7 +14,7 @@ from polyrank.errors import DataError, RecipeError
 from polyrank.evaluation import Benchmark, BenchmarkSettings
 from polyrank.evaluation.benchmark import NO_ROOM, perplexity
 from polyrank.evaluation.metrics import corpus_scores
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.training.encoding import Encoding
 
 PLAIN = Encoding(template="{prompt}", loss_on="all")
@@ -198,20 +198,20 @@ def test_its_description_changes_with_settings_and_data(model) -> None:
 
 def test_a_target_perplexity_needs_what_measures_it() -> None:
     model = one_block()
-    aimed = Conduct(evaluation=QUIET, target_perplexity=5.0)
+    aimed = RunSettings(evaluation=QUIET, target_perplexity=5.0)
     settings = [None, replace(SETTINGS, every=0)]
     for one in settings:
         made = one and Benchmark.of(model, one, PLAIN, validation=validation())
         with pytest.raises(RecipeError, match="target_perplexity: needs the perplexity between"):
             federation(model=model, conduct=aimed, benchmark=made)
     with pytest.raises(RecipeError, match=r"expected a number from 1 on, got 0\.5"):
-        Conduct(target_perplexity=0.5)
+        RunSettings(target_perplexity=0.5)
 
 
 def test_measuring_changes_nothing_of_what_is_learnt() -> None:
     model = one_block()
     made = Benchmark.of(model, SETTINGS, PLAIN, validation=validation(), test=held_out())
-    conduct = Conduct(evaluation=MEASURED, cohort=2)
+    conduct = RunSettings(evaluation=MEASURED, cohort=2)
     found = []
     for one in (None, made):
         with federation(model=model, conduct=conduct, benchmark=one) as run:

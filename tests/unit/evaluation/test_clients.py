@@ -15,7 +15,7 @@ from polyrank.algebra import Adapter, LowRank
 from polyrank.evaluation import Evaluation
 from polyrank.evaluation.clients import evaluate, summarise
 from polyrank.rounds.round import Round
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.training import prepare
 from polyrank.training.client_data import at_every_site
 from polyrank.training.encoding import Encoding
@@ -165,7 +165,7 @@ def test_one_client_that_is_not_finite_is_not_averaged_away():
 
 
 def test_own_rank_is_the_loss_with_what_each_client_is_dealt_next(model):
-    conduct = Conduct(evaluation=replace(SETTINGS, own_rank=True), cohort=4)
+    conduct = RunSettings(evaluation=replace(SETTINGS, own_rank=True), cohort=4)
     with federation(model=model, data=clients(seen=5), conduct=conduct) as parts:
         (record,) = parts.rounds(1)
         following = Round(parts._settings, parts._at.state, 2, 0, [*parts.ranks])
@@ -184,7 +184,7 @@ def test_own_rank_is_the_loss_with_what_each_client_is_dealt_next(model):
 
 
 def test_with_the_tail_in_the_base_every_client_has_the_whole_aggregate_at_its_own_rank(model):
-    conduct = Conduct(evaluation=replace(SETTINGS, own_rank=True), cohort=4)
+    conduct = RunSettings(evaluation=replace(SETTINGS, own_rank=True), cohort=4)
     rule = FlexLoRA("tail-in-base")
     with federation(model=model, data=clients(seen=5), rule=rule, conduct=conduct) as parts:
         (record,) = parts.rounds(1)
@@ -198,7 +198,7 @@ def test_rounds_are_measured_on_validation_parts_when_due_and_the_two_ends_on_te
     settings = replace(
         SETTINGS, every=2, own_rank=False, generate=1, generate_every=4, max_new_tokens=2
     )
-    with federation(model=model, conduct=Conduct(evaluation=settings, cohort=4)) as parts:
+    with federation(model=model, conduct=RunSettings(evaluation=settings, cohort=4)) as parts:
         records = list(parts.rounds(4))
         summary, factors = parts.finish(), parts.adapter.factors
 

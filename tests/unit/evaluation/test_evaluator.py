@@ -8,12 +8,12 @@ import torch
 from federations import MEASURED, QUIET, SITES, clients, federation, one_block
 from letters import After, Clock, Letters, Lost
 from models import random_adapter, tiny_loaded
-from polyrank.evaluation.clients import Marks
-from polyrank.evaluation.evaluator import OwnExaminer, Question
-from polyrank.planning import Fleet, LoRAType, Split, Trace
+from polyrank.evaluation.clients import ClientMetrics
+from polyrank.evaluation.evaluator import EvaluateQuery, LocalEvaluator
+from polyrank.planning import CutPoint, Fleet, LoRAType, Trace
 from polyrank.protocol import write_marks
 from polyrank.rounds.settings import Sampling
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.training.client_data import prepare
 from polyrank.training.encoding import Encoding
 from remotes import Reached, away, machines, post
@@ -21,9 +21,9 @@ from remotes import Reached, away, machines, post
 MODEL = one_block(torch.float64)
 NAMES = tuple(sorted(clients()))
 QUESTIONS = (
-    Question(None, NAMES, "test", True),
-    Question(random_adapter(MODEL), NAMES[::-1], "validation"),
-    Question(random_adapter(MODEL, seed=1), ("c1", "u0"), "validation"),
+    EvaluateQuery(None, NAMES, "test", True),
+    EvaluateQuery(random_adapter(MODEL), NAMES[::-1], "validation"),
+    EvaluateQuery(random_adapter(MODEL, seed=1), ("c1", "u0"), "validation"),
 )
 
 
@@ -41,7 +41,7 @@ def letters(each=1, trouble=None):
 @pytest.mark.parametrize("each", [1, 2, 5])
 def test_scores_are_those_of_one_process_and_every_machine_is_asked_once(each):
     work, _ = prepare(clients(), MODEL, Encoding())
-    expected = OwnExaminer(MODEL, work, MEASURED).answer(QUESTIONS)
+    expected = LocalEvaluator(MODEL, work, MEASURED).answer(QUESTIONS)
     between = letters(each)
     found, told = asked(between)
     for question, one, other in zip(QUESTIONS, found, expected, strict=True):
@@ -75,10 +75,10 @@ def test_who_holds_only_some_blocks_is_not_asked():
         (lambda one, p: After(p, 100.0), "machine 2 has no scores: none came within 5 s"),
         (lambda one, p: Lost("error 5"), "machine 2 has no scores: error 5"),
         (lambda one, p: p[:9], "scores of machine 2 are not used: "),
-        (lambda one, p: write_marks([Marks({})]), "scores of machine 2 are not used: "),
+        (lambda one, p: write_marks([ClientMetrics({})]), "scores of machine 2 are not used: "),
         (
             lambda one, p: write_marks(
-                [Marks({"c3": {"loss": 0.0, "exact_match": 1.0, "rouge_l": 1.0}})] * 3
+                [ClientMetrics({"c3": {"loss": 0.0, "exact_match": 1.0, "rouge_l": 1.0}})] * 3
             ),
             "scores of machine 2 are not used: ",
         ),
@@ -117,7 +117,7 @@ def test_scores_that_had_come_by_the_deadline_count_however_long_asking_took():
 
 
 def test_a_run_whose_clients_score_nothing_goes_on_without_scores():
-    conduct = Conduct(evaluation=MEASURED, cohort=1)
+    conduct = RunSettings(evaluation=MEASURED, cohort=1)
     silent = post()
     silent.trouble = lambda one, p: Lost("gone") if one.kind == "evaluate" else p
     with away(silent, conduct=conduct) as made:
@@ -127,7 +127,7 @@ def test_a_run_whose_clients_score_nothing_goes_on_without_scores():
     assert record.evaluation["server"]["seen"]["loss"] is None
     assert record.evaluation["own_rank"]["all"]["clients"] == 0
     assert summary["final"]["seen"] == {**summary["final"]["seen"], "loss": None, "clients": 0}
-    with federation(conduct=Conduct(evaluation=QUIET, cohort=1)) as here:
+    with federation(conduct=RunSettings(evaluation=QUIET, cohort=1)) as here:
         list(here.rounds(1))
         assert found == here.adapter.factors.hash()
 
@@ -136,16 +136,16 @@ def test_who_is_cut_is_known_from_the_round_also_of_clients_that_were_not_asked(
     types = {name: LoRAType(name, {"all": 2}) for name in ("one", "other")}
     schedule = Trace({2: {"c0": "other", "c1": "other"}, 3: {"c1": "one"}})
     changing = Fleet.table(dict.fromkeys(["c0", "c1", "c2", "c3"], "one"), types=types)
-    changing = replace(changing, cuts={"other": Split(1)}).with_schedule(schedule)
+    changing = replace(changing, cuts={"other": CutPoint(1)}).with_schedule(schedule)
     model = tiny_loaded("llama", num_hidden_layers=2, sites=SITES)
     work, _ = prepare(clients(), model, Encoding())
-    few = Conduct(evaluation=MEASURED, cohort=1, sampling=Sampling(number=1))
+    few = RunSettings(evaluation=MEASURED, cohort=1, sampling=Sampling(number=1))
 
     class Noting:
         """Scores here, and notes who of those asked for is said to be cut."""
 
         def __init__(self):
-            self.inner, self.asked = OwnExaminer(model, work, MEASURED), []
+            self.inner, self.asked = LocalEvaluator(model, work, MEASURED), []
 
         def answer(self, questions):
             self.asked.append({id for one in questions for id in one.cut})

@@ -1,13 +1,14 @@
 """Letters over Flower's grid; the grid here behaves as Flower 1.41's."""
 
 import pytest
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, RecordDict
+from flwr.app import Message as FlowerMessage
 from flwr.supercore.task_identity import TaskIdentity
 
 from polyrank.errors import PacketError
 from polyrank.flower import grid_channel as grid_post
-from polyrank.flower.grid_channel import TOGETHER, GridPost, packed, unpacked
-from polyrank.remote.message_channel import Letter
+from polyrank.flower.grid_channel import TOGETHER, GridChannel, packed, unpacked
+from polyrank.remote.message_channel import Message
 
 SUPERLINK, GONE = 1, 99
 
@@ -52,25 +53,25 @@ class Grid:
         return found
 
     def reply(self, ticket, content):
-        self.replies[ticket] = Message(content, reply_to=self.pushed[ticket])
+        self.replies[ticket] = FlowerMessage(content, reply_to=self.pushed[ticket])
 
     def error(self, ticket, code, reason):
         to = self.pushed.get(ticket)
         if to is None:
-            to = Message(RecordDict(), dst_node_id=5, message_type="train")
+            to = FlowerMessage(RecordDict(), dst_node_id=5, message_type="train")
             to.metadata.__dict__["_message_id"] = ticket
-        found = Message(Error(code, reason), reply_to=to)
+        found = FlowerMessage(Error(code, reason), reply_to=to)
         found.metadata.__dict__["_src_node_id"] = SUPERLINK
         return found
 
 
 def test_letters_are_messages_that_live_longer_than_their_answers_may_take():
     grid = Grid()
-    post = GridPost(grid)
+    post = GridChannel(grid)
     letters = [
-        Letter(5, "hello", b""),
-        Letter(7, "train", b"\x00order"),
-        Letter(5, "evaluate", b"e"),
+        Message(5, "hello", b""),
+        Message(7, "train", b"\x00order"),
+        Message(5, "evaluate", b"e"),
     ]
     assert post.nodes() == [5, 7]
     assert post.send(iter(letters), 30.0) == ["id0", "id1", "id2"]
@@ -85,16 +86,16 @@ def test_letters_are_messages_that_live_longer_than_their_answers_may_take():
 @pytest.mark.parametrize("empty", [[""], [], [None]])
 def test_a_machine_that_flower_does_not_know_has_no_ticket(empty):
     grid = Grid(nodes=(5, GONE), empty=empty)
-    post = GridPost(grid)
-    letters = [Letter(GONE, "train", b"a"), Letter(5, "train", b"b"), Letter(8, "train", b"c")]
+    post = GridChannel(grid)
+    letters = [Message(GONE, "train", b"a"), Message(5, "train", b"b"), Message(8, "train", b"c")]
     assert post.send(letters, 1.0) == [None, "id0", None]
     assert unpacked(grid.pushed["id0"].content) == b"b"
 
 
 def test_answers_come_once_and_finished_tickets_are_not_asked_again():
     grid = Grid()
-    post = GridPost(grid)
-    post.send([Letter(5, "train", b"a"), Letter(7, "train", b"b")], 1.0)
+    post = GridChannel(grid)
+    post.send([Message(5, "train", b"a"), Message(7, "train", b"b")], 1.0)
     waiting = {"id0": 5, "id1": 7}
     assert list(post.receive(waiting)) == []
     grid.reply("id1", packed(b"answer"))
@@ -108,8 +109,8 @@ def test_answers_come_once_and_finished_tickets_are_not_asked_again():
 def test_what_flower_says_of_lost_messages_goes_to_the_client_that_was_asked():
     """Flower's own errors come from the SuperLink's node: only what they reply to tells."""
     grid = Grid()
-    post = GridPost(grid)
-    post.send([Letter(5, "train", b"a"), Letter(7, "train", b"b")], 1.0)
+    post = GridChannel(grid)
+    post.send([Message(5, "train", b"a"), Message(7, "train", b"b")], 1.0)
     grid.replies["id1"] = grid.error("id1", 5, "Node Unavailable")
     (came,) = post.receive({"id0": 5, "id1": 7})
     assert (came.ticket, came.payload) == ("id1", None)
@@ -118,8 +119,8 @@ def test_what_flower_says_of_lost_messages_goes_to_the_client_that_was_asked():
 
 def test_an_answer_without_a_packet_is_lost_with_its_reason():
     grid = Grid()
-    post = GridPost(grid)
-    post.send([Letter(5, "train", b"a")], 1.0)
+    post = GridChannel(grid)
+    post.send([Message(5, "train", b"a")], 1.0)
     grid.reply("id0", RecordDict({"metrics": ConfigRecord({"loss": 1.0})}))
     (came,) = post.receive({"id0": 5})
     assert came.payload is None
@@ -128,8 +129,8 @@ def test_an_answer_without_a_packet_is_lost_with_its_reason():
 
 def test_only_a_few_packets_are_pulled_at_once():
     grid = Grid()
-    post = GridPost(grid)
-    tickets = post.send([Letter(5, "train", b"a")] * (TOGETHER + 3), 1.0)
+    post = GridChannel(grid)
+    tickets = post.send([Message(5, "train", b"a")] * (TOGETHER + 3), 1.0)
     for ticket in tickets:
         grid.reply(ticket, packed(ticket.encode()))
     coming = post.receive(dict.fromkeys(tickets, 5))
@@ -141,7 +142,7 @@ def test_only_a_few_packets_are_pulled_at_once():
 
 def test_a_round_without_waiting_asks_nothing_of_the_grid():
     grid = Grid()
-    assert list(GridPost(grid).receive({})) == []
+    assert list(GridChannel(grid).receive({})) == []
     assert grid.pulled == []
 
 

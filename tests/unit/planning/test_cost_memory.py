@@ -10,11 +10,11 @@ from models import tiny_loaded, write_tiny
 from polyrank.errors import ModelError, RankError, RecipeError, SiteError
 from polyrank.model import Cohort, Span, load_model
 from polyrank.model.anatomy import anatomy_of
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.planning.cost import CostModel
 from polyrank.planning.workload import Workload
 from polyrank.training import LocalTraining
-from polyrank.training.optimizer import Learner
+from polyrank.training.optimizer import ClientOptimizer
 
 PROMISED = ["llama", "qwen3", "gemma2", "gpt2"]
 BATCHES = [(1, 6, 3), (3, 11, 4), (2, 40, 9)]
@@ -63,7 +63,7 @@ def test_dropout_keeps_masks_and_masked_inputs(dtype):
 
 @DTYPES
 @pytest.mark.parametrize("architecture", PROMISED)
-@pytest.mark.parametrize("cut", [Split(1), Split(3), Split(1, 3), Split(2, 3)], ids=str)
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(3), CutPoint(1, 3), CutPoint(2, 3)], ids=str)
 def test_each_side_of_a_cut_keeps_what_its_part_keeps(architecture, dtype, cut):
     model, batch = sized(architecture, dtype=dtype), (2, 23, 5)
     states = 2 * 23 * 48 * dtype.itemsize  # what was sent stays until its gradient comes
@@ -89,7 +89,7 @@ def test_every_microbatch_under_way_keeps_its_own():
     ranks = dict.fromkeys(model.spec.shapes, 2)
 
     def activations(**options):
-        return costs(model, **options).memory(ranks, Split(2)).activations
+        return costs(model, **options).memory(ranks, CutPoint(2)).activations
 
     one = activations(in_flight=1, accumulation=4)
     shared = 2 * 11 * 12 * 4  # cos and sin, 11 tokens of 12 numbers, serve all
@@ -129,10 +129,12 @@ def test_weights_follow_the_cut():
     ranks = dict.fromkeys(model.spec.shapes, 1)
     whole = predicted.memory(ranks, None).weights
     assert whole == sum(p.nbytes for p in model.module.parameters())
-    for cut in (Split(1), Split(3)):
+    for cut in (CutPoint(1), CutPoint(3)):
         sides = predicted.memory(ranks, cut).weights + predicted.server_weights(cut)
         assert sides == whole + 4 * anatomy.tied, "each side needs the tied embedding"
-    both = predicted.memory(ranks, Split(1, 3)).weights + predicted.server_weights(Split(1, 3))
+    both = predicted.memory(ranks, CutPoint(1, 3)).weights + predicted.server_weights(
+        CutPoint(1, 3)
+    )
     assert both == whole, "a U-shape has both ends at the client"
 
 
@@ -151,7 +153,7 @@ def test_factors_gradients_and_moments_are_those_of_real_storages(local, moments
     ranks = some_ranks(model, 6)
     with Cohort(model, [slot_for(model, ranks)]) as cohort:
         own = cohort.parameters(0)
-        learner = Learner(own, local, 1)
+        learner = ClientOptimizer(own, local, 1)
         learner.step(0)
         state = [t for kept in learner._optimizer.state.values() for t in kept.values()]
         optimizer = sum(t.nbytes for t in state if isinstance(t, torch.Tensor) and t.numel() > 1)
@@ -172,10 +174,12 @@ def test_a_client_holds_the_factors_of_its_own_blocks():
     ranks = some_ranks(model, 7)
     predicted = costs(model)
     at_client = sum(
-        ranks[s.name] * (s.m + s.n) for s in model.spec.sites if s.block in Split(1, 3).at_client(4)
+        ranks[s.name] * (s.m + s.n)
+        for s in model.spec.sites
+        if s.block in CutPoint(1, 3).at_client(4)
     )
-    assert predicted.memory(ranks, Split(1, 3)).adapters == 4 * at_client
-    both = predicted.memory(ranks, Split(2)), predicted.server_memory(ranks, Split(2))
+    assert predicted.memory(ranks, CutPoint(1, 3)).adapters == 4 * at_client
+    both = predicted.memory(ranks, CutPoint(2)), predicted.server_memory(ranks, CutPoint(2))
     assert sum(m.adapters for m in both) == predicted.memory(ranks, None).adapters
     assert predicted.server_memory(ranks, None).total == 0
     assert predicted.memory({}, None).adapters == 0
@@ -194,7 +198,7 @@ def test_what_cannot_be_priced_is_refused():
     with pytest.raises(RankError, match="0 or more"):
         predicted.operations({model.spec.sites[0].name: -1}, None)
     with pytest.raises(ModelError, match="cut"):
-        predicted.memory({}, Split(2))
+        predicted.memory({}, CutPoint(2))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 from measured import operations_of_parts, operations_of_training, sized, some_ranks
 from polyrank.model.anatomy import anatomy_of
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.planning.cost import CostModel
 from polyrank.planning.workload import Workload
 
@@ -54,7 +54,7 @@ def test_checkpointing_computes_forward_again(architecture):
 def test_each_side_of_a_cut_computes_its_part(cut):
     model, batch = sized("gemma2"), (2, 11, 4)  # eager: all of its attention is counted
     for ranks in choices(model):
-        found = costs(model, batch, accumulation=3).operations(ranks, Split(cut))
+        found = costs(model, batch, accumulation=3).operations(ranks, CutPoint(cut))
         measured = operations_of_parts(model, ranks, *batch, cut)
         assert (found.client, found.server) == (3 * measured[0], 3 * measured[1])
 
@@ -62,8 +62,8 @@ def test_each_side_of_a_cut_computes_its_part(cut):
 def test_the_sides_of_a_u_shape_do_together_what_two_sides_do():
     model, batch = sized("qwen3"), (2, 11, 4)
     ranks = dict.fromkeys(model.spec.shapes, 2)
-    two = costs(model, batch).operations(ranks, Split(1))
-    three = costs(model, batch).operations(ranks, Split(1, 3))
+    two = costs(model, batch).operations(ranks, CutPoint(1))
+    three = costs(model, batch).operations(ranks, CutPoint(1, 3))
     assert two.client + two.server == three.client + three.server
     assert two.client < three.client
 

@@ -7,7 +7,7 @@ import torch
 
 from measured import kept_by_part, kept_by_training, peak_of_training, sized, some_ranks
 from polyrank.model.anatomy import anatomy_of
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.planning.cost import CostModel
 from polyrank.planning.workload import Workload
 
@@ -44,7 +44,7 @@ def test_a_scored_pass_keeps_every_sites_output_and_goes_down_to_the_first_block
 
 @DTYPES
 @pytest.mark.parametrize("architecture", PROMISED)
-@pytest.mark.parametrize("cut", [Split(1), Split(3), Split(1, 3)], ids=str)
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(3), CutPoint(1, 3)], ids=str)
 def test_each_side_of_a_cut_keeps_the_outputs_of_its_own_sites(architecture, dtype, cut):
     model = sized(architecture, dtype=dtype)
     states = 3 * 23 * 48 * dtype.itemsize  # what was sent stays until its gradient comes
@@ -84,7 +84,7 @@ def test_scoring_changes_memory_alone():
     ranks = some_ranks(model, 2)
     scored = costs(model)
     plain = CostModel(scored.anatomy, scored.spec, replace(scored.workload, scored=False))
-    for cut in (None, Split(2)):
+    for cut in (None, CutPoint(2)):
         assert scored.operations(ranks, cut) == plain.operations(ranks, cut)
         assert scored.wire(cut) == plain.wire(cut)
         more, less = scored.memory(ranks, cut), plain.memory(ranks, cut)

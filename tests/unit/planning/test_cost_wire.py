@@ -7,7 +7,7 @@ import pytest
 from jobs import examples, job
 from models import tiny_loaded
 from polyrank.model.anatomy import anatomy_of
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.planning.cost import CostModel
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.timing import overlapped
@@ -25,7 +25,7 @@ def costs(model, **options) -> CostModel:
 
 
 @pytest.mark.parametrize("wire", ["float64", "float32", "bf16", "int8"])
-@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)], ids=str)
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)], ids=str)
 def test_bytes_on_the_wire_are_those_that_links_carry(wire, cut):
     """Exactly, but for the client's name in each frame."""
     model = tiny_loaded("llama", num_hidden_layers=3)
@@ -58,7 +58,7 @@ def test_a_whole_client_sends_factors_only():
         delta.a.nbytes + delta.b.nbytes for delta in job(model, ranks=2).assignment.start.values()
     )
     assert predicted.adapter_bytes(ranks, None).up == factors
-    part = predicted.adapter_bytes(ranks, Split(1))
+    part = predicted.adapter_bytes(ranks, CutPoint(1))
     assert (part.up, part.down) == (factors // 3, factors // 3), "one of three equal blocks"
 
 
@@ -82,7 +82,7 @@ def test_a_whole_clients_round_is_arithmetic_between_two_transfers():
 
 
 def test_a_split_clients_step_overlaps_its_microbatches():
-    model, cut = tiny_loaded("llama", num_hidden_layers=3), Split(1)
+    model, cut = tiny_loaded("llama", num_hidden_layers=3), CutPoint(1)
     ranks, predicted = dict.fromkeys(model.spec.shapes, 2), costs(model, in_flight=2)
     device = DeviceProfile("phone", 10**9, flops=1e7, up=1e4, down=4e4, latency=0.01)
     server = DeviceProfile("server", 10**12, flops=1e8)
@@ -103,7 +103,7 @@ def test_a_split_clients_step_overlaps_its_microbatches():
 def test_rates_that_are_not_given_are_said_to_be_ignored():
     model = tiny_loaded("llama", num_hidden_layers=3)
     ranks, bare = dict.fromkeys(model.spec.shapes, 2), DeviceProfile("bare", 10**9)
-    found = costs(model).seconds(ranks, Split(1), bare, bare, steps=4)
+    found = costs(model).seconds(ranks, CutPoint(1), bare, bare, steps=4)
     assert (found.step, found.round) == (0.0, 0.0)
     assert set(found.ignored) == {"device.flops", "device.up", "device.down", "server.flops"}
     whole = costs(model).seconds(ranks, None, bare, bare, steps=4)

@@ -9,11 +9,11 @@ from polyrank.errors import ModelError, RankError
 from polyrank.planning import (
     DISTRIBUTIONS,
     TYPES,
+    CutPoint,
     Fleet,
     LoRAType,
     ModelSpec,
     Site,
-    Split,
     Trace,
 )
 
@@ -157,14 +157,14 @@ def test_the_weakest_is_the_one_that_trains_least_of_those_present():
     assert fleet.assigned["x"] == "wide", "the fleet itself stays"
 
 
-CUTS = {"T1": Split(1), "T3": Split(2, 3)}
+CUTS = {"T1": CutPoint(1), "T3": CutPoint(2, 3)}
 
 
 def test_a_type_that_is_cut_stays_cut_whoever_has_it_and_when():
     moved = Trace({2: {"a": "T2", "b": "T1"}})
     fleet = Fleet.table({"a": "T1", "b": "T2"}, cuts=CUTS).with_schedule(moved)
-    assert [fleet.cut_of(client, 1) for client in "ab"] == [Split(1), None]
-    assert [fleet.cut_of(client, 2) for client in "ab"] == [None, Split(1)]
+    assert [fleet.cut_of(client, 1) for client in "ab"] == [CutPoint(1), None]
+    assert [fleet.cut_of(client, 2) for client in "ab"] == [None, CutPoint(1)]
     sampled = Fleet.sample("ab", {"T1": 0.5, "T2": 0.5}, cuts=CUTS)
     assert [sampled.cut_of(c, 1) is None for c in "ab"] == [sampled.at(1)[c] == "T2" for c in "ab"]
     assert Fleet.table({"a": "T1"}).cut_of("a", 1) is None
@@ -174,26 +174,26 @@ def test_a_forced_fleet_keeps_the_cut_of_its_type():
     fleet = Fleet.table(
         {"a": "T1", "b": "T2"}, types={t: LoRAType(t, {"all": 1}) for t in ("T1", "T2")}
     )
-    cut = replace(fleet, cuts={"T2": Split(1)})
-    assert cut.forced("T2", SPEC).cut_of("a", 1) == Split(1)
+    cut = replace(fleet, cuts={"T2": CutPoint(1)})
+    assert cut.forced("T2", SPEC).cut_of("a", 1) == CutPoint(1)
     assert cut.forced("T1", SPEC).cut_of("b", 1) is None
 
 
 def test_a_cut_of_an_unknown_type_is_refused():
     with pytest.raises(RankError, match=r"cuts: no LoRA type \['T9'\]; there are \['T1', 'T2'"):
-        Fleet.table({"a": "T1"}, cuts={"T9": Split(1)})
+        Fleet.table({"a": "T1"}, cuts={"T9": CutPoint(1)})
 
 
 @pytest.mark.parametrize(
     ("cut", "blocks", "message"),
     [
-        (Split(2), 2, r"fleet\.cuts\.T2: .*within 1…1, as the model has 2 blocks.*got 2"),
-        (Split(1, 2), 2, r"fleet\.cuts\.T2: .*within 1…1.*got 1–2"),
-        (Split(1), 1, r"fleet\.cuts\.T1: .*a model of 1 block cannot be cut"),
+        (CutPoint(2), 2, r"fleet\.cuts\.T2: .*within 1…1, as the model has 2 blocks.*got 2"),
+        (CutPoint(1, 2), 2, r"fleet\.cuts\.T2: .*within 1…1.*got 1–2"),
+        (CutPoint(1), 1, r"fleet\.cuts\.T1: .*a model of 1 block cannot be cut"),
     ],
 )
 def test_a_cut_outside_the_model_is_refused_by_the_name_of_its_key(cut, blocks, message):
-    fleet = Fleet.table({"a": "T1"}, cuts={"T1": Split(1), "T2": cut})
+    fleet = Fleet.table({"a": "T1"}, cuts={"T1": CutPoint(1), "T2": cut})
     with pytest.raises(ModelError, match=message):
         fleet.check_cuts(replace(SPEC, blocks=blocks))
-    Fleet.table({"a": "T1"}, cuts={"T1": Split(1)}).check_cuts(SPEC)
+    Fleet.table({"a": "T1"}, cuts={"T1": CutPoint(1)}).check_cuts(SPEC)

@@ -10,13 +10,13 @@ from polyrank.errors import RecipeError
 from polyrank.model import anatomy_of, describe
 from polyrank.planning import (
     CostModel,
+    CutPoint,
     DeviceProfile,
     Fleet,
     LoRAType,
     Plan,
     Planner,
     PlanSettings,
-    Split,
     Workload,
     planned_fleet,
 )
@@ -57,7 +57,7 @@ def test_who_can_hold_the_whole_model_at_the_top_level_is_not_cut() -> None:
 
 def test_every_feasible_plan_fits_its_memory_and_uses_levels_alone() -> None:
     plans = planner()
-    least = plans.cost.memory({}, Split(1)).total
+    least = plans.cost.memory({}, CutPoint(1)).total
     for memory in range(least, whole_at(plans, 8), (whole_at(plans, 8) - least) // 12):
         plan = planned(plans, memory)
         assert plan.feasible
@@ -68,7 +68,7 @@ def test_every_feasible_plan_fits_its_memory_and_uses_levels_alone() -> None:
 
 def test_more_memory_never_buys_less() -> None:
     plans = planner()
-    budgets = range(plans.cost.memory({}, Split(1)).total, 2 * whole_at(plans, 8), 20_000)
+    budgets = range(plans.cost.memory({}, CutPoint(1)).total, 2 * whole_at(plans, 8), 20_000)
     worth = [sum(planned(plans, memory).ranks.values()) for memory in budgets]
     assert worth == sorted(worth)
     assert worth[0] < worth[-1]
@@ -82,7 +82,7 @@ def test_exactly_the_change_lets_a_refused_device_in_and_less_does_not(
     plans = planner(replace(LEVELS, cuts=cuts))  # type: ignore[arg-type]
     last = [s.name for s in plans.spec.sites if s.block == plans.spec.blocks - 1]
     whole = min(plans.cost.memory({site: 1}, None).total for site in last)
-    least = whole if cuts == "none" else plans.cost.memory({}, Split(1)).total
+    least = whole if cuts == "none" else plans.cost.memory({}, CutPoint(1)).total
     memory = least - missing
     plan = planned(plans, memory)
     assert not plan.feasible
@@ -125,7 +125,7 @@ def test_a_device_that_can_train_the_whole_model_is_cut_only_if_that_gains_ranks
 
 def test_the_lowest_cut_and_the_u_shape_are_kept() -> None:
     memory = whole_at(planner(), 1) * 2 // 3
-    assert planned(planner(replace(LEVELS, lowest_cut=2)), memory).cut == Split(2)
+    assert planned(planner(replace(LEVELS, lowest_cut=2)), memory).cut == CutPoint(2)
     shaped = planned(planner(replace(LEVELS, u_shape=True)), memory).cut
     assert shaped is not None
     assert shaped.upper == 3
@@ -133,11 +133,11 @@ def test_the_lowest_cut_and_the_u_shape_are_kept() -> None:
 
 def test_a_tail_fits_the_servers_share() -> None:
     plans = planner()
-    memory = plans.cost.memory({}, Split(1)).total
+    memory = plans.cost.memory({}, CutPoint(1)).total
     free = planned(plans, memory)
     assert set(free.ranks.values()) == {8}
     base = plans.cost.memory({}, None).weights
-    share = plans.cost.server_memory(free.ranks, Split(1)).total * 2 // 3
+    share = plans.cost.server_memory(free.ranks, CutPoint(1)).total * 2 // 3
     tight = planner(server=DeviceProfile("server", base + 4 * share), at_once=4)
     plan = planned(tight, memory)
     assert plan.feasible
@@ -175,13 +175,13 @@ def test_derived_levels_stay_below_a_quarter_of_the_matrix() -> None:
 def test_a_fleet_of_devices_gets_ranks_and_cuts() -> None:
     plans = planner()
     devices = {
-        "small": DeviceProfile("small", plans.cost.memory({}, Split(1)).total),
+        "small": DeviceProfile("small", plans.cost.memory({}, CutPoint(1)).total),
         "large": DeviceProfile("large", whole_at(plans, 8)),
     }
     types = {name: LoRAType(name, {"all": 1}) for name in devices}
     fleet = Fleet.table({"a": "small", "b": "large"}, types=types)
     made = planned_fleet(fleet, plans.plans(devices))
-    assert made.cuts == {"small": Split(1)}
+    assert made.cuts == {"small": CutPoint(1)}
     assert made.ranks(plans.spec)["b"] == dict.fromkeys(plans.spec.shapes, 8)
     poor = {**devices, "small": DeviceProfile("small", 1000)}
     with pytest.raises(RecipeError, match="small: memory: the least that can be trained"):
@@ -210,22 +210,22 @@ def test_planning_needs_no_weights() -> None:
     spec = describe(module)
     one, other = (CostModel(anatomy_of(m), spec, WORK) for m in (module, bare))
     ranks = dict.fromkeys(spec.shapes, 3)
-    assert one.memory(ranks, Split(2)) == other.memory(ranks, Split(2))
+    assert one.memory(ranks, CutPoint(2)) == other.memory(ranks, CutPoint(2))
 
 
 def test_a_server_that_cannot_hold_base_and_tails_cuts_nobody() -> None:
     last = replace(LEVELS, lowest_cut=3)
     plans = planner(last)
     own = [site.name for site in plans.spec.sites if site.block == 2]
-    memory = min(plans.cost.memory({site: 1}, Split(3)).total for site in own)
+    memory = min(plans.cost.memory({site: 1}, CutPoint(3)).total for site in own)
     base = plans.cost.memory({}, None).weights
-    has = base + 4 * plans.cost.server_memory({}, Split(3)).total - 100
+    has = base + 4 * plans.cost.server_memory({}, CutPoint(3)).total - 100
     refused = planned(planner(last, server=DeviceProfile("server", has)), memory)
     assert not refused.feasible
     assert refused.reason.startswith("server: the base and the tails of 4 clients need")
     assert refused.change == {"server": has + 100}
     enough = planned(planner(last, server=DeviceProfile("server", has + 100)), memory)
-    assert (enough.feasible, enough.cut) == (True, Split(3))
+    assert (enough.feasible, enough.cut) == (True, CutPoint(3))
     assert not planned(planner(last, server=DeviceProfile("server", has + 99)), memory).feasible
     whole = planned(planner(last, server=DeviceProfile("server", has)), whole_at(plans, 2))
     assert (whole.feasible, whole.cut) == (True, None)
@@ -257,11 +257,11 @@ def test_of_plans_worth_the_same_that_with_the_most_blocks_at_the_client_is_take
     plans = deep(scored=True)  # Fewer depths to try, so quicker.
     full = dict.fromkeys(plans.spec.shapes, 8)
     for lower in (5, 17, 30):
-        device = DeviceProfile("d", plans.cost.memory(full, Split(lower)).total)
-        assert plans.plans({"d": device})["d"].cut == Split(lower)
+        device = DeviceProfile("d", plans.cost.memory(full, CutPoint(lower)).total)
+        assert plans.plans({"d": device})["d"].cut == CutPoint(lower)
         gains = {site: 1.0 / (3 + i) for i, site in enumerate(plans.spec.shapes)}
         plan = plans.plans({"d": device}, gains)["d"]
-        assert plan.cut == Split(lower), "sums of the same numbers in another order are the same"
+        assert plan.cut == CutPoint(lower), "sums of the same numbers in another order are the same"
 
 
 def test_where_scoring_goes_down_to_the_first_block_plans_fit_that() -> None:
@@ -296,15 +296,18 @@ def test_one_set_at_the_server_has_one_rank_per_site() -> None:
     spec = describe(module)
     cost = CostModel(anatomy_of(module), spec, WORK)
     base, tail = cost.memory({}, None).weights, dict.fromkeys(spec.shapes, 2)
-    server = DeviceProfile("server", base + 4 * cost.server_memory(tail, Split(1)).total)
+    server = DeviceProfile("server", base + 4 * cost.server_memory(tail, CutPoint(1)).total)
     full = dict.fromkeys(spec.shapes, 8)
-    budgets = {"d1": cost.memory({}, Split(1)).total, "d2": cost.memory(full, Split(2)).total}
+    budgets = {"d1": cost.memory({}, CutPoint(1)).total, "d2": cost.memory(full, CutPoint(2)).total}
     heads = {name: DeviceProfile(name, memory) for name, memory in budgets.items()}
     top = {s.name for s in spec.sites if s.block >= 2}
     found = {}
     for shared in (False, True):
         made = Planner(spec, cost, LEVELS, server, steps=1, at_once=4, shared=shared).plans(heads)
-        assert {name: plan.cut for name, plan in made.items()} == {"d1": Split(1), "d2": Split(2)}
+        assert {name: plan.cut for name, plan in made.items()} == {
+            "d1": CutPoint(1),
+            "d2": CutPoint(2),
+        }
         found[shared] = [{s: made[d].ranks.get(s, 0) for s in top} for d in sorted(made)]
     assert found[True][0] == found[True][1]
     assert found[False][0] != found[False][1]

@@ -13,9 +13,9 @@ from polyrank.config.trace import read_trace
 from polyrank.errors import RankError, RecipeError
 from polyrank.planning import Fleet, LoRAType, Redraw, Scaling, Trace
 from polyrank.rounds.assignments import RoundSettings
-from polyrank.rounds.messages import Receipt
+from polyrank.rounds.messages import AcceptedUpdate
 from polyrank.rounds.round import Round
-from polyrank.run import Conduct, setup
+from polyrank.run import RunSettings, setup
 from polyrank.training import Encoding, prepare
 
 TYPES = {name: LoRAType(name, {"all": rank}) for name, rank in (("low", 2), ("high", 16))}
@@ -61,15 +61,15 @@ def test_a_type_that_only_a_later_round_brings_counts_for_the_server_and_for_wea
     fleet = Fleet.table(dict.fromkeys([id for id in data if data[id].seen], "one"), types=types)
     changing = fleet.with_schedule(Trace({4: {"*": "four"}}))
     work, _ = prepare(data, model, Encoding())
-    settings = setup.round_settings(FlexLoRA(), changing, model.spec, work, Conduct())
+    settings = setup.round_settings(FlexLoRA(), changing, model.spec, work, RunSettings())
     told = setup.fleet_spec(settings, changing, model.spec, None)
     assert set(told.server_rank.values()) == {4}
     assert set(settings.affordable("c1", 3).values()) == {1}
     assert set(settings.affordable("c1", 4).values()) == {4}
     assert changing.possible == ["four", "one"]
     assert set(changing.forced("weakest", model.spec).at(9).values()) == {"one"}
-    first = setup.described(FlexLoRA(), fleet, None, Conduct(), 1)["fleet"]
-    assert setup.described(FlexLoRA(), changing, None, Conduct(), 1)["fleet"] != first
+    first = setup.described(FlexLoRA(), fleet, None, RunSettings(), 1)["fleet"]
+    assert setup.described(FlexLoRA(), changing, None, RunSettings(), 1)["fleet"] != first
 
 
 def test_a_client_that_goes_from_rank_16_to_2_and_back_gets_back_what_it_had():
@@ -120,7 +120,7 @@ def test_under_replace_the_same_way_loses_what_rank_2_cannot_hold():
 
 
 def merged(round, result):
-    round.accepted["a"] = Receipt(1, 0, {})
+    round.accepted["a"] = AcceptedUpdate(1, 0, {})
     return round.aggregate(lambda client, site: result)
 
 

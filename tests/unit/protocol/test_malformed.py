@@ -7,9 +7,9 @@ import torch
 
 import packet_samples as samples
 from polyrank.errors import PacketError
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.protocol import (
-    Bounds,
+    SizeLimits,
     read_answer,
     read_exam,
     read_marks,
@@ -28,14 +28,14 @@ ANSWER = write_answer(samples.update_to(DEALT))
 LEAN = write_answer(samples.update_to(DEALT), DEALT)
 FAILURE = write_answer(Failure("c0", 3, 1, "why"))
 ORDER = write_order(samples.order())
-SPLIT_ORDER = write_order(samples.order(Split(1, 3)))
+SPLIT_ORDER = write_order(samples.order(CutPoint(1, 3)))
 PROFILE = write_profile(samples.profile())
 EXAM = write_exam(samples.exam())
 MARKS = write_marks(samples.marks())
 
 READERS = {
-    "answer": lambda data: read_answer(data, Bounds.of(DEALT)),
-    "lean": lambda data: read_answer(data, Bounds.of(DEALT), DEALT),
+    "answer": lambda data: read_answer(data, SizeLimits.of(DEALT)),
+    "lean": lambda data: read_answer(data, SizeLimits.of(DEALT), DEALT),
     "order": read_order,
     "profile": read_profile,
     "exam": read_exam,
@@ -566,7 +566,7 @@ def test_a_header_is_not_parsed_before_its_length_is_bounded(monkeypatch):
         raise AssertionError("it was parsed")
 
     monkeypatch.setattr("polyrank.protocol.json_fields.parse", parse)
-    bounds = Bounds.of(DEALT)
+    bounds = SizeLimits.of(DEALT)
     large = b"{" + b" " * bounds.header
     with pytest.raises(PacketError, match="length of the header"):
         READERS["answer"](len(large).to_bytes(8, "little") + large)

@@ -11,11 +11,11 @@ import packet_samples as samples
 from polyrank.aggregation import FFA, FedIT, FlexLoRA, FLoRA, Full, HetLoRA, Segment, SLoRA
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import PacketError
-from polyrank.evaluation.evaluator import Question
-from polyrank.planning import Split
+from polyrank.evaluation.evaluator import EvaluateQuery
+from polyrank.planning import CutPoint
 from polyrank.protocol import (
-    Bounds,
-    Exam,
+    EvaluateRequest,
+    SizeLimits,
     read_answer,
     read_exam,
     read_marks,
@@ -27,8 +27,8 @@ from polyrank.protocol import (
     write_order,
     write_profile,
 )
-from polyrank.protocol.train_request import Order
-from polyrank.rounds.messages import Failure, Task
+from polyrank.protocol.train_request import TrainRequest
+from polyrank.rounds.messages import Failure, TrainTask
 from polyrank.rounds.round import Round
 
 RULES = [
@@ -49,7 +49,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 def same(one, other):
     """Whether two orders or answers are alike in everything, tensors bit by bit."""
-    if isinstance(one, Order):
+    if isinstance(one, TrainRequest):
         dealt, came = one.task.assignment, other.task.assignment
         assert replace(one, task=None) == replace(other, task=None)
         assert replace(one.task, assignment=None) == replace(other.task, assignment=None)
@@ -77,20 +77,20 @@ def test_orders_and_answers_of_every_rule_are_exact_on_either_side_of_a_cut(rule
     for round, client in samples.assignments(rule, equal=not rule.mixed_ranks):
         task, cut = round.task(client), None
         if held is not None:
-            task, cut = replace(task, assignment=task.assignment.only(held)), Split(1, 2)
+            task, cut = replace(task, assignment=task.assignment.only(held)), CutPoint(1, 2)
         whole = round.assignment_hash(client)
-        order = Order(replace(task, cut=cut), whole, 3, "paper", 1.5)
+        order = TrainRequest(replace(task, cut=cut), whole, 3, "paper", 1.5)
         same(order, came := read_order(write_order(order)))
 
         dealt = task.assignment
         update = samples.update_to(came.task.assignment, client, round.number, whole)
         for asked in (None, dealt):
             data = write_answer(update, asked)
-            same(update, read_answer(data, Bounds.of(dealt), asked))
+            same(update, read_answer(data, SizeLimits.of(dealt), asked))
         assert travelled(data) == dealt.travelling(update.adapter)
         if held is None:
             again = Round(round.settings, round.state, round.number, 0, round.clients)
-            again.accept(read_answer(data, Bounds.of(dealt), dealt))
+            again.accept(read_answer(data, SizeLimits.of(dealt), dealt))
             assert again.rejected == {}
 
 
@@ -98,7 +98,7 @@ def test_a_frozen_term_that_is_the_negative_of_the_start_does_not_travel():
     met = 0
     for round, client in samples.assignments(FLoRA(reinitialise=False)):
         dealt = round.assignment(client)
-        order = Order(round.task(client), dealt.hash(), 0, "channel", 1.0)
+        order = TrainRequest(round.task(client), dealt.hash(), 0, "channel", 1.0)
         assert travelled(write_order(order)) == dealt.nbytes + dealt.merged.nbytes
         met += len(dealt.frozen)
     assert met
@@ -112,7 +112,7 @@ def test_zeros_keep_their_sign_in_a_frozen_term(zero):
     dealt = replace(
         dealt, start=Adapter({"s": start}), frozen=Adapter({"s": frozen}), scale={"s": 1.0}
     )
-    order = Order(Task("c", 1, 0, 1, dealt), dealt.hash(), 0, "channel", 1.0)
+    order = TrainRequest(TrainTask("c", 1, 0, 1, dealt), dealt.hash(), 0, "channel", 1.0)
     came = read_order(write_order(order)).task.assignment.frozen["s"].b
     assert math.copysign(1, came[0, 0]) == math.copysign(1, zero)
 
@@ -121,14 +121,16 @@ def test_zeros_keep_their_sign_in_a_frozen_term(zero):
 def test_every_dtype_keeps_its_bits(dtype):
     odd = torch.tensor([[math.nan, math.inf], [-0.0, 1e-7]]).to(dtype)
     adapter = Adapter({"one": LowRank(odd, odd.T), "two": Dense(odd)})
-    came = read_exam(write_exam(Exam((Question(adapter, ("c",), "test"),))))
+    came = read_exam(write_exam(EvaluateRequest((EvaluateQuery(adapter, ("c",), "test"),))))
     assert came.questions[0].adapter.hash() == adapter.hash()
 
 
 def test_views_and_tensors_that_share_memory_are_written_as_they_look():
     whole = samples.low_rank(6, 5, 4)
     adapter = Adapter({"a": whole.prefix(2), "b": whole.prefix(1), "c": whole.T, "d": whole})
-    (came,) = read_exam(write_exam(Exam((Question(adapter, (), "test"),)))).questions
+    (came,) = read_exam(
+        write_exam(EvaluateRequest((EvaluateQuery(adapter, (), "test"),)))
+    ).questions
     assert came.adapter.hash() == adapter.hash()
     assert all(t.is_contiguous() for d in came.adapter.values() for t in d.tensors().values())
 
@@ -138,7 +140,9 @@ def test_axes_of_length_one_may_have_any_stride():
     adapter = Adapter(
         {"s": LowRank(one.as_strided((1, 1), (5, 7), 1), one.as_strided((1, 3), (9, 1)))}
     )
-    (came,) = read_exam(write_exam(Exam((Question(adapter, (), "test"),)))).questions
+    (came,) = read_exam(
+        write_exam(EvaluateRequest((EvaluateQuery(adapter, (), "test"),)))
+    ).questions
     assert came.adapter.hash() == adapter.hash()
 
 
@@ -167,7 +171,7 @@ def test_an_order_of_a_split_client_tells_the_way_to_its_tail():
 
     pem = b"-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"
     way = access("host:1234", pem, "run", 3, 1, "c0", b"t" * 32, Limits(8, 4, codec("bf16")), 9.5)
-    order = replace(samples.order(Split(1, 3)), access=way)
+    order = replace(samples.order(CutPoint(1, 3)), access=way)
     data = write_order(order)
     same(order, read_order(data))
     wrong = {
@@ -193,7 +197,7 @@ def test_an_order_of_a_split_client_tells_the_way_to_its_tail():
 @pytest.mark.parametrize("reason", ["", "it diverged: ü", "long " * 2000, "\ud800 alone"])
 def test_failures_come_through_with_reasons_of_bounded_length(reason):
     failure = Failure("c0", 2, 1, reason, {"wire_up": 10, "wire_down": math.nan})
-    came = read_answer(write_answer(failure), Bounds.of(samples.assignment()))
+    came = read_answer(write_answer(failure), SizeLimits.of(samples.assignment()))
     assert (came.client, came.round, came.attempt) == ("c0", 2, 1)
     assert came.reason.encode() == reason.encode("utf-8", "replace")[:4096]
     assert came.metrics["wire_up"] == 10
@@ -203,7 +207,7 @@ def test_failures_come_through_with_reasons_of_bounded_length(reason):
 @pytest.mark.parametrize("kind", ["failed", "late", "refused"])
 def test_failures_keep_their_kind(kind):
     failure = Failure("c0", 2, 1, "why", kind=kind)
-    assert read_answer(write_answer(failure), Bounds.of(samples.assignment())) == failure
+    assert read_answer(write_answer(failure), SizeLimits.of(samples.assignment())) == failure
 
 
 def test_metrics_that_are_not_finite_travel_to_be_judged():
@@ -211,7 +215,7 @@ def test_metrics_that_are_not_finite_travel_to_be_judged():
     update = replace(
         samples.update_to(dealt), metrics={"a": math.inf, "b": -math.inf, "c": 5e-324, "d": 7}
     )
-    same(update, came := read_answer(write_answer(update), Bounds.of(dealt)))
+    same(update, came := read_answer(write_answer(update), SizeLimits.of(dealt)))
     assert isinstance(came.metrics["d"], int)
 
 
@@ -219,7 +223,7 @@ def test_only_what_was_trained_is_taken_from_an_answer():
     """A of the update is the server's own copy, so a client cannot change it."""
     for round, client in samples.assignments(FFA()):
         dealt, update = round.assignment(client), samples.trained(round, client)
-        came = read_answer(write_answer(update, dealt), Bounds.of(dealt), dealt)
+        came = read_answer(write_answer(update, dealt), SizeLimits.of(dealt), dealt)
         assert all(came.adapter[s].a.data_ptr() == dealt.start[s].a.data_ptr() for s in dealt.start)
         other = {s: LowRank(d.b, d.a + 1) for s, d in update.adapter.items()}
         with pytest.raises(PacketError, match=r"'block\.0\.down': expected a as it was dealt"):
@@ -230,7 +234,7 @@ def test_an_update_may_be_of_a_wider_dtype_than_was_dealt():
     dealt = samples.assignment()
     update = samples.update_to(dealt)
     update = replace(update, adapter=update.adapter.to(dtype=torch.float64))
-    same(update, read_answer(write_answer(update, dealt), Bounds.of(dealt), dealt))
+    same(update, read_answer(write_answer(update, dealt), SizeLimits.of(dealt), dealt))
 
 
 def test_profiles_exams_and_marks_come_through():
@@ -247,12 +251,12 @@ def test_profiles_exams_and_marks_come_through():
             assert one.adapter.hash() == other.adapter.hash()
     for asked in (None, exam):
         assert read_marks(write_marks(samples.marks()), asked) == tuple(samples.marks())
-    assert read_order(write_order(samples.order(Split(2)))).task.cut == Split(2)
+    assert read_order(write_order(samples.order(CutPoint(2)))).task.cut == CutPoint(2)
 
 
 def test_an_adapter_that_is_asked_about_twice_travels_once():
     exam = samples.exam()
-    once = Exam(exam.questions[:3])
+    once = EvaluateRequest(exam.questions[:3])
     assert travelled(write_exam(exam)) == travelled(write_exam(once))
     came = read_exam(write_exam(exam)).questions
     assert came[0].adapter is came[3].adapter
@@ -279,7 +283,9 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
         merged=Adapter({}),
         penalty=None,
     )
-    order = write_order(Order(Task("c", 1, 0, 1, dealt), dealt.hash(), 0, "channel", 1.0))
+    order = write_order(
+        TrainRequest(TrainTask("c", 1, 0, 1, dealt), dealt.hash(), 0, "channel", 1.0)
+    )
     answer = write_answer(samples.update_to(dealt), dealt)
     for data in (order, answer):
         assert len(data) - start.nbytes < 0.01 * start.nbytes
@@ -305,7 +311,9 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
         ),
         (
             lambda: write_exam(
-                Exam((Question(Adapter({"s": Dense(torch.ones(1, 1).bool())}), (), "test"),))
+                EvaluateRequest(
+                    (EvaluateQuery(Adapter({"s": Dense(torch.ones(1, 1).bool())}), (), "test"),)
+                )
             ),
             "exam packet, tensor.*torch.bool",
         ),
@@ -353,6 +361,6 @@ def test_what_no_packet_can_hold_is_refused_before_it_is_sent(write, match):
 def test_reasons_are_read_as_they_can_be_shown():
     """A terminal obeys control characters, and these come from elsewhere."""
     reason, shown = "no\x1b[2J\xa0room\u202e\nline", "no\ufffd[2J\xa0room\ufffd\nline"
-    answer = read_answer(write_answer(Failure("a", 1, 0, reason)), Bounds(2**20, 2**20, 0))
+    answer = read_answer(write_answer(Failure("a", 1, 0, reason)), SizeLimits(2**20, 2**20, 0))
     assert answer.reason == shown
     assert read_profile(write_profile(replace(samples.profile(), refusal=reason))).refusal == shown

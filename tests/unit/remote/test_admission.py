@@ -19,22 +19,22 @@ from polyrank.errors import RecipeError
 from polyrank.model import anatomy_of, describe
 from polyrank.planning import (
     CostModel,
+    CutPoint,
     DeviceProfile,
     Limits,
     Planner,
     PlanSettings,
-    Split,
     Workload,
 )
 from polyrank.planning.sharing import BySpectrum
-from polyrank.protocol import Terms, read_order, read_profile
+from polyrank.protocol import ClientPolicy, read_order, read_profile
 from polyrank.remote.admission import enrol
-from polyrank.remote.registration import Roll, work_of
-from polyrank.remote.server import PartsElsewhere
+from polyrank.remote.registration import ClientRegistry, work_of
+from polyrank.remote.server import RemoteParts
 from polyrank.run.planning import Importance
 from polyrank.runner.runner import Attendance, carry_out
-from polyrank.split_server.host import TailHost
-from polyrank.split_server.settings import HostedModel, TailSettings
+from polyrank.split_server.host import ServerPartHost
+from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from remotes import OnDisk, machines, orders
 
 MODULE = tiny("llama", num_hidden_layers=4)
@@ -43,7 +43,7 @@ COST = CostModel(anatomy_of(MODULE), SPEC, Workload(batch=4, length=32, targets=
 ROOMY = DeviceProfile("server", 2**40)
 LEVELS = PlanSettings(levels=(1, 2, 4, 8))
 FULL = COST.memory(dict.fromkeys(SPEC.shapes, 8), None).total
-HEADS = {lower: COST.memory({}, Split(lower)).total for lower in (1, 2, 3)}
+HEADS = {lower: COST.memory({}, CutPoint(lower)).total for lower in (1, 2, 3)}
 BLOCK = {site.name: site.block for site in SPEC.sites}
 
 
@@ -175,7 +175,7 @@ def test_the_server_keeps_what_some_plan_may_come_to_have():
 
 def test_one_set_at_the_server_has_one_rank_per_site_within_all_limits():
     base, tail = COST.memory({}, None).weights, dict.fromkeys(SPEC.shapes, 2)
-    server = DeviceProfile("server", base + 4 * COST.server_memory(tail, Split(1)).total)
+    server = DeviceProfile("server", base + 4 * COST.server_memory(tail, CutPoint(1)).total)
     devices = {name: DeviceProfile(name, HEADS[3]) for name in ("deep", "shaped", "free")}
     limits = {"deep": Limits(1, 3), "shaped": Limits(labels_may_leave=False)}
     made = planner(server=server, shared=True).plans(devices, None, limits)
@@ -197,7 +197,7 @@ def test_one_set_at_the_server_has_one_rank_per_site_within_all_limits():
 def test_plans_that_are_made_anew_keep_the_limits():
     limits = {"station": Limits(largest_rank=2), "phone": Limits(labels_may_leave=False)}
     free = plannings.planning()
-    head = free.planner.cost.memory({}, Split(1, 2)).total
+    head = free.planner.cost.memory({}, CutPoint(1, 2)).total
     devices = {**free.devices, "phone": replace(free.devices["phone"], memory_bytes=head + 1500)}
     made = replace(free, devices=devices, limits=limits)
     first, *others = made.planner.spec.shapes
@@ -205,7 +205,7 @@ def test_plans_that_are_made_anew_keep_the_limits():
     for known in (Importance(), Importance(scores, scores)):
         found = made.planned(known)
         assert max(found.plans["station"].ranks.values()) == 2
-        assert found.fleet.cuts == {"phone": Split(1, 2)}
+        assert found.fleet.cuts == {"phone": CutPoint(1, 2)}
     assert replace(made, limits={}).planned(known).plans["station"].ranks[first] == 4
     assert made.described()["limits"]["station"]["largest_rank"] == 2
     assert "limits" not in free.described()
@@ -257,14 +257,16 @@ def hosts(folder, devices, terms=None):
     named = dict(enumerate(sorted(data), 1))
     return {
         node: replace(
-            side, device=devices.get(named[node]), terms=(terms or {}).get(named[node], Terms())
+            side,
+            device=devices.get(named[node]),
+            terms=(terms or {}).get(named[node], ClientPolicy()),
         )
         for node, side in made.items()
     }
 
 
 def roll_of(post):
-    roll = Roll()
+    roll = ClientRegistry()
     for node in post.nodes():
         roll.note(node, read_profile(post.machines[node].answer("hello", b"")))
     return roll
@@ -282,7 +284,7 @@ def budgets(folder):
     recipe, found = recipe_of(folder), enrolled(folder, roomy)
     work = {one.client: work_of(one) for one in found.roll.hosted}
     cost = found.planning(recipe, recipe.model.load_bare(), work).planner.cost
-    least = [cost.memory({}, cut).total for cut in (Split(1), Split(1, 3))]
+    least = [cost.memory({}, cut).total for cut in (CutPoint(1), CutPoint(1, 3))]
     return [*least, cost.memory(dict.fromkeys(cost.spec.shapes, 4), None).total]
 
 
@@ -302,18 +304,18 @@ def test_a_run_with_the_clients_own_devices(folder, tmp_path, monkeypatch):
         "c2": DeviceProfile("c2", head // 2),
         "c3": DeviceProfile("c3", head + 2000),
     }
-    terms = {"c0": Terms(labels_may_leave=False), "c1": Terms(largest_rank=2)}
+    terms = {"c0": ClientPolicy(labels_may_leave=False), "c1": ClientPolicy(largest_rank=2)}
     recipe, told = recipe_of(folder), []
     post = Letters(hosts(folder, devices, terms), together=4)
     hosted = HostedModel(str(folder), 1, device="cpu", sites=[*SITES])
-    tails = TailSettings(hosted, "run", recipe.split.build(), threads=1)
-    monkeypatch.setattr(PartsElsewhere, "tell", lambda _, line: told.append(line))
+    tails = SplitServerSettings(hosted, "run", recipe.split.build(), threads=1)
+    monkeypatch.setattr(RemoteParts, "tell", lambda _, line: told.append(line))
     with ExitStack() as held:
-        desk = TailHost(tails)
+        desk = ServerPartHost(tails)
         held.callback(desk.stop)
-        monkeypatch.setattr(PartsElsewhere, "_desk", lambda *_: desk)
+        monkeypatch.setattr(RemoteParts, "_desk", lambda *_: desk)
         attendance = Attendance(Follower(), lambda: False)
-        parts = PartsElsewhere(
+        parts = RemoteParts(
             recipe, AppSettings(clients=4, wait=5.0), post, "run", attendance, Console(quiet=True)
         )
         summary = carry_out(recipe, tmp_path / "run", attendance, parts, resume=False)
@@ -336,7 +338,7 @@ def test_a_run_with_the_clients_own_devices(folder, tmp_path, monkeypatch):
     assert sorted({task.client for task in tasks}) == ["c0", "c1", "c3"]
     assert len(tasks) == 6
     assert {max(task.assignment.ranks.values()) for task in tasks if task.client == "c1"} == {2}
-    assert {task.cut for task in tasks if task.client == "c0"} == {Split(1, 3)}
+    assert {task.cut for task in tasks if task.client == "c0"} == {CutPoint(1, 3)}
 
 
 def test_a_client_without_a_device_is_left_out_and_sent_to_its_client_toml(folder):
@@ -368,7 +370,7 @@ def test_devices_that_the_recipe_gives_count_and_limits_bind_whom_they_are_of(fo
     assert set(free.fleet.assigned.values()) == {"box"}
     assert not free.left_out
     assert not free.limits
-    found = enrolled(folder, small, {"c1": Terms(largest_rank=2)}, **given)
+    found = enrolled(folder, small, {"c1": ClientPolicy(largest_rank=2)}, **given)
     names = {"c0": "box", "c1": "box, c1", "c2": "box", "c3": "box"}
     assert found.fleet.assigned == names
     recipe = recipe_of(folder, **given)
@@ -379,7 +381,7 @@ def test_devices_that_the_recipe_gives_count_and_limits_bind_whom_they_are_of(fo
         "box, c1": 2,
     }
     only = {**given, "fleet": {"distribution": {"box": 1.0}, "force": "weakest"}}
-    forced = enrolled(folder, small, {"c1": Terms(largest_rank=2)}, **only)
+    forced = enrolled(folder, small, {"c1": ClientPolicy(largest_rank=2)}, **only)
     plans = forced.planning(recipe_of(folder, **only), recipe.model.load_bare(), work)
     assert max(plans.planned(Importance()).plans["box"].ranks.values()) == 2
 

@@ -8,15 +8,22 @@ from federations import MEASURED, clients, one_block
 from polyrank.data.types import Example
 from polyrank.errors import PacketError
 from polyrank.evaluation import Evaluation
-from polyrank.evaluation.evaluator import Question
-from polyrank.protocol import Counts, Exam, Terms, read_marks, read_profile, write_exam
+from polyrank.evaluation.evaluator import EvaluateQuery
+from polyrank.protocol import (
+    ClientPolicy,
+    Counts,
+    EvaluateRequest,
+    read_marks,
+    read_profile,
+    write_exam,
+)
 from remotes import Reached, ask, machine, post
 
 WORDS = clients()
 
 
 def asked(side, *questions):
-    exam = Exam(questions)
+    exam = EvaluateRequest(questions)
     return read_marks(side.answer("evaluate", write_exam(exam)), exam)
 
 
@@ -50,10 +57,12 @@ def test_other_data_has_another_fingerprint_and_the_same_has_the_same():
 
 
 def test_parts_with_too_few_examples_are_not_counted_and_too_few_to_train_is_a_refusal():
-    terms = Terms(smallest_count=3)
+    terms = ClientPolicy(smallest_count=3)
     (one,) = read_profile(machine(["c0"], terms=terms).answer("hello", b"")).hosted
     assert [one.counts[part].rows for part in ("train", "validation", "test")] == [5, 0, 0]
-    profile = read_profile(machine(["c0"], terms=Terms(smallest_count=6)).answer("hello", b""))
+    profile = read_profile(
+        machine(["c0"], terms=ClientPolicy(smallest_count=6)).answer("hello", b"")
+    )
     assert profile.hosted == ()
     assert "limits.smallest_count = 6" in profile.refusal
     assert "5" not in profile.refusal, "how few there are is not told"
@@ -71,15 +80,15 @@ def test_parts_with_too_few_examples_are_not_counted_and_too_few_to_train_is_a_r
     ],
 )
 def test_a_score_stands_on_as_many_examples_as_the_owner_wants(evaluation, smallest, loss, texts):
-    side = machine(["c0"], evaluation=evaluation, terms=Terms(smallest_count=smallest))
-    (marks,) = asked(side, Question(None, ("c0",), "test", True))
+    side = machine(["c0"], evaluation=evaluation, terms=ClientPolicy(smallest_count=smallest))
+    (marks,) = asked(side, EvaluateQuery(None, ("c0",), "test", True))
     assert bool(marks.clients) == loss
     if loss:
         assert (marks.clients["c0"]["exact_match"] is not None) == texts
 
 
 def test_clients_that_are_not_here_are_not_scored():
-    (marks,) = asked(machine(["c0"]), Question(None, ("c0", "c1"), "test"))
+    (marks,) = asked(machine(["c0"]), EvaluateQuery(None, ("c0", "c1"), "test"))
     assert list(marks.clients) == ["c0"]
 
 

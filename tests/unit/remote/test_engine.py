@@ -10,21 +10,21 @@ from models import tiny_loaded
 from polyrank.aggregation import FLoRA, Update
 from polyrank.algebra import Adapter
 from polyrank.errors import RoundFailedError, SplitServerError
-from polyrank.planning import Fleet, LoRAType, Split
-from polyrank.protocol import Bounds, Terms, read_answer, read_order, write_answer
+from polyrank.planning import CutPoint, Fleet, LoRAType
+from polyrank.protocol import ClientPolicy, SizeLimits, read_answer, read_order, write_answer
 from polyrank.remote import client, engine
 from polyrank.rounds.messages import Failure
 from polyrank.rounds.settings import Faults
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.run import engine as engines
 from polyrank.split_server.interface import Collected
 from polyrank.training.split import SplitSettings
 from polyrank.transport import Limits, codec
-from polyrank.transport.remote import Access, new_identity
+from polyrank.transport.remote import Credentials, new_identity
 from remotes import Reached, ask, away, machine, machines, orders, post
 
 DEADLINE = 30.0
-CONDUCT = Conduct(evaluation=QUIET, cohort=1, faults=Faults(deadline=DEADLINE))
+CONDUCT = RunSettings(evaluation=QUIET, cohort=1, faults=Faults(deadline=DEADLINE))
 
 
 def only(client, what):
@@ -42,7 +42,7 @@ def only(client, what):
 def changed(order, payload, **fields):
     """Return an answer with other fields."""
     dealt = order.task.assignment
-    answer = read_answer(payload, Bounds.of(dealt, 10), dealt)
+    answer = read_answer(payload, SizeLimits.of(dealt, 10), dealt)
     return write_answer(replace(answer, **fields), dealt)
 
 
@@ -159,8 +159,11 @@ def test_an_order_is_made_when_it_is_sent(monkeypatch):
 @pytest.mark.parametrize(
     ("terms", "reason"),
     [
-        (Terms(largest_rank=2), "limits.largest_rank = 2, and it was dealt rank 3"),
-        (Terms(smallest_count=7), "limits.smallest_count = 7, and it has fewer training examples"),
+        (ClientPolicy(largest_rank=2), "limits.largest_rank = 2, and it was dealt rank 3"),
+        (
+            ClientPolicy(smallest_count=7),
+            "limits.smallest_count = 7, and it has fewer training examples",
+        ),
     ],
 )
 def test_a_client_that_refuses_is_in_the_record_with_its_reason(terms, reason):
@@ -307,7 +310,7 @@ SPLIT = replace(CONDUCT, split=SplitSettings(wire="float32"))
 CUT = Fleet.table(
     {"c0": "cut", "c1": "cut", "c2": "whole", "c3": "whole"},
     types={name: LoRAType(name, {"all": 2}) for name in ("cut", "whole")},
-    cuts={"cut": Split(1)},
+    cuts={"cut": CutPoint(1)},
 )
 
 
@@ -339,7 +342,7 @@ def half(order):
     )
 
 
-ACCESS = Access(
+ACCESS = Credentials(
     "127.0.0.1:1",
     new_identity(["127.0.0.1"]).certificate,
     *("run", 1, 0, "c0"),
@@ -425,9 +428,17 @@ def test_an_order_of_a_split_client_has_its_own_sites_and_the_hash_of_all():
 @pytest.mark.parametrize(
     ("terms", "cut", "reason"),
     [
-        (Terms(lowest_cut=2), Split(1), "limits.lowest_cut = 2, and its model is cut at 1"),
-        (Terms(labels_may_leave=False), Split(1), "limits.labels_may_leave = false"),
-        (Terms(labels_may_leave=False, lowest_cut=1), Split(1, 2), "it has no way to its tail"),
+        (
+            ClientPolicy(lowest_cut=2),
+            CutPoint(1),
+            "limits.lowest_cut = 2, and its model is cut at 1",
+        ),
+        (ClientPolicy(labels_may_leave=False), CutPoint(1), "limits.labels_may_leave = false"),
+        (
+            ClientPolicy(labels_may_leave=False, lowest_cut=1),
+            CutPoint(1, 2),
+            "it has no way to its tail",
+        ),
     ],
 )
 def test_a_split_client_refuses_a_cut_beyond_its_terms(terms, cut, reason):
@@ -453,7 +464,7 @@ def test_a_split_client_opens_no_stream_for_larger_frames_than_its_own_work_make
     assert model.spec.hidden == 16
     reached = Reached.by(Letters({1: machine(["c0"], model=model)}, clock=Clock()))
     engine = reached.engine(model, desk=Counter(replace(ACCESS, limits=limits)))
-    (answer,) = ask(engine, ["c0"], cuts={"one": Split(1)})
+    (answer,) = ask(engine, ["c0"], cuts={"one": CutPoint(1)})
     assert isinstance(answer, Failure)
     assert "expected frames of 16 numbers a token in float32" in answer.reason
     assert "server and client read other recipes" in answer.reason

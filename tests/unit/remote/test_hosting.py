@@ -8,8 +8,8 @@ import pytest
 from polyrank.config.flower import APP_KEYS, to_run_config
 from polyrank.config.reading import checked
 from polyrank.errors import RecipeError
-from polyrank.planning import Split
-from polyrank.protocol import Terms, read_profile
+from polyrank.planning import CutPoint
+from polyrank.protocol import ClientPolicy, read_profile
 from polyrank.remote.hosting import Models, side_of
 
 CONTENT = {
@@ -80,7 +80,7 @@ def test_a_client_toml_gives_one_client_its_device_and_its_limits(tmp_path):
     assert (one.client, one.seen) == ("ward", True)
     assert sum(one.counts[name].rows for name in one.counts) == 20
     assert profile.device.memory_bytes == 2**30
-    assert profile.terms == Terms(largest_rank=4, smallest_count=2)
+    assert profile.terms == ClientPolicy(largest_rank=4, smallest_count=2)
     assert b"secretive" not in payload
     assert str(tmp_path).encode() not in payload
 
@@ -99,8 +99,8 @@ def test_a_client_toml_that_is_not_there_is_named():
 def test_a_split_client_loads_its_own_blocks_alone_but_for_simulation():
     section = checked(CONTENT, "recipe").model
     own, simulated = Models(section, whole_only=False), Models(section, whole_only=True)
-    assert own.head(Split(1)).hosted == {0}
-    assert own.head(Split(1, 3)).hosted == {0, 3}
+    assert own.head(CutPoint(1)).hosted == {0}
+    assert own.head(CutPoint(1, 3)).hosted == {0, 3}
     assert own.whole().hosted == {0, 1, 2, 3}
-    assert simulated.head(Split(1)) is simulated.whole()
+    assert simulated.head(CutPoint(1)) is simulated.whole()
     assert own.whole() is own.whole()

@@ -1,13 +1,13 @@
 """What is told of a round while its answers are awaited."""
 
-from polyrank.remote.progress import EVERY, LEAST, Watch
+from polyrank.remote.progress import EVERY, LEAST, AnswerProgress
 from polyrank.split_server.interface import ClientStatus
 
 NOBODY: dict[str, ClientStatus] = {}
 
 
 def test_who_takes_twice_as_long_as_half_of_the_others_is_named_once():
-    watch = Watch(100.0)
+    watch = AnswerProgress(100.0)
     for now in (110.0, 112.0, 130.0):
         watch.answered(now)
     assert watch.lines(123.9, ["slow"], NOBODY) == []
@@ -16,17 +16,17 @@ def test_who_takes_twice_as_long_as_half_of_the_others_is_named_once():
 
 
 def test_nobody_is_slow_before_as_many_have_answered_or_within_the_first_seconds():
-    watch = Watch(0.0)
+    watch = AnswerProgress(0.0)
     watch.answered(0.1)
     assert watch.lines(60.0, ["a", "b"], NOBODY) == []
-    watch = Watch(0.0)
+    watch = AnswerProgress(0.0)
     watch.answered(0.1)
     assert watch.lines(LEAST - 0.1, ["a"], NOBODY) == []
     assert watch.lines(LEAST, ["a"], NOBODY) == ["still waiting for a"]
 
 
 def test_steps_and_bytes_of_split_clients_that_are_awaited_are_told_now_and_then():
-    watch = Watch(0.0)
+    watch = AnswerProgress(0.0)
     status = {
         "weak": ClientStatus(True, 3, 20, 3 * 2**20, 2**19),
         "gone": ClientStatus(False, 1, 20, 0, 0),

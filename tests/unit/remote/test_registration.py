@@ -4,7 +4,7 @@ import pytest
 
 from letters import After, Clock, Letters, Lost
 from polyrank.errors import RecipeError
-from polyrank.protocol import Terms
+from polyrank.protocol import ClientPolicy
 from polyrank.remote.registration import SETTLED, call
 from remotes import machine, machines
 
@@ -118,7 +118,7 @@ def test_a_machine_whose_answer_is_none_takes_no_part(trouble, reason):
 
 
 def test_a_machine_that_refuses_or_has_another_model_takes_no_part():
-    hosts = machines() | {2: machine(["c1"], terms=Terms(smallest_count=7))}
+    hosts = machines() | {2: machine(["c1"], terms=ClientPolicy(smallest_count=7))}
     roll, told = called(letters(hosts))
     assert hosted(roll) == ["c0", "c2", "c3", "u0"]
     assert "machine 2 takes no part: limits.smallest_count = 7, and it has fewer" in str(told)

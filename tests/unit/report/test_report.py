@@ -9,7 +9,7 @@ from rich.console import Console
 
 from polyrank import report
 from polyrank.algebra import Adapter, LowRank
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.run import RoundRecord
 from polyrank.training.split import SplitSettings
 
@@ -63,21 +63,21 @@ def test_a_round_of_split_clients_tells_how_much_crossed_their_cuts() -> None:
     ("cut", "blocks", "text"),
     [
         (None, 4, "whole"),
-        (Split(1), 4, "block 0 of 4"),
-        (Split(2), 4, "blocks 0–1 of 4"),
-        (Split(2, 3), 4, "blocks 0–1 and 3 of 4 (U)"),
-        (Split(1, 3), 5, "blocks 0 and 3–4 of 5 (U)"),
+        (CutPoint(1), 4, "block 0 of 4"),
+        (CutPoint(2), 4, "blocks 0–1 of 4"),
+        (CutPoint(2, 3), 4, "blocks 0–1 and 3 of 4 (U)"),
+        (CutPoint(1, 3), 5, "blocks 0 and 3–4 of 5 (U)"),
     ],
 )
 def test_where_a_client_is_cut_is_told_by_its_blocks(
-    cut: Split | None, blocks: int, text: str
+    cut: CutPoint | None, blocks: int, text: str
 ) -> None:
     assert report.hosted(cut, blocks) == text
 
 
 def test_the_types_tell_who_runs_what_if_anyone_is_cut() -> None:
     counts, ranks = {"T1": 2, "T3": 1}, {"T1": {"q": 8}, "T3": {"q": 30, "u": 200}}
-    text = shown(report.ranks(counts, ranks, {"T1": Split(2)}, 4))
+    text = shown(report.ranks(counts, ranks, {"T1": CutPoint(2)}, 4))
     rows = [re.split("  +", line.strip()) for line in text.splitlines() if " at " in line]
     assert "runs itself" in text
     assert rows == [
@@ -90,16 +90,16 @@ def test_the_types_tell_who_runs_what_if_anyone_is_cut() -> None:
 @pytest.mark.parametrize(
     ("cuts", "who", "labels"),
     [
-        ([Split(1), Split(2)], "the tails", ", and the labels;"),
-        ([Split(1, 3)], "the other blocks", ", while the labels stay with the clients;"),
+        ([CutPoint(1), CutPoint(2)], "the tails", ", and the labels;"),
+        ([CutPoint(1, 3)], "the other blocks", ", while the labels stay with the clients;"),
         (
-            [Split(1, 3), Split(1)],
+            [CutPoint(1, 3), CutPoint(1)],
             "the other blocks",
             ", and the labels of all but the clients in a U-shape;",
         ),
     ],
 )
-def test_a_split_run_says_what_leaks(cuts: list[Split], who: str, labels: str) -> None:
+def test_a_split_run_says_what_leaks(cuts: list[CutPoint], who: str, labels: str) -> None:
     text = report.leaks(cuts, SplitSettings())
     assert text is not None
     assert text.startswith(f"split: the server that trains {who} sees activations, from which most")

@@ -8,7 +8,7 @@ import torch
 from polyrank.aggregation import FedIT, FleetSpec, FlexLoRA, FLoRA, Update
 from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import RuleError, UpdateError
-from polyrank.planning import Scaling, Split
+from polyrank.planning import CutPoint, Scaling
 from polyrank.rounds.assignments import RoundSettings
 from polyrank.rounds.messages import Failure
 from polyrank.rounds.round import Round
@@ -338,11 +338,11 @@ def test_those_that_failed_are_asked_again_only_if_there_are_no_others():
 
 
 def test_a_task_says_where_the_client_is_cut_in_this_round():
-    at = {("a", 1): Split(1), ("a", 2): Split(1, 2)}
-    held = {Split(1): frozenset({"q"}), Split(1, 2): frozenset()}
+    at = {("a", 1): CutPoint(1), ("a", 2): CutPoint(1, 2)}
+    held = {CutPoint(1): frozenset({"q"}), CutPoint(1, 2): frozenset()}
     chosen = settings(cut_of=lambda client, number: at.get((client, number)), held_by=held)
     round = begin(chosen)
-    assert round.task("a").cut == Split(1, 2)
+    assert round.task("a").cut == CutPoint(1, 2)
     assert round.task("b").cut is None
     assert chosen.held("a", 1) == {"q"}
     assert chosen.held("b", 1) is None
@@ -353,8 +353,8 @@ def test_a_task_says_where_the_client_is_cut_in_this_round():
 
 def divided(rule=None, **rest) -> RoundSettings:
     """Client a holds q alone, b holds v alone, c and d are whole."""
-    held = {Split(1): frozenset({"q"}), Split(2): frozenset({"v"})}
-    cuts = {"a": Split(1), "b": Split(2)}
+    held = {CutPoint(1): frozenset({"q"}), CutPoint(2): frozenset({"v"})}
+    cuts = {"a": CutPoint(1), "b": CutPoint(2)}
     return settings(rule, cut_of=lambda client, _: cuts.get(client), held_by=held, **rest)
 
 
@@ -386,11 +386,11 @@ def test_a_split_client_downloads_frozen_terms_and_merged_sums_of_its_own_sites(
         round = begin(chosen, ("a",))
         return round, round.assignment("a")
 
-    round, assignment = dealt(FLoRA(), Split(1))
+    round, assignment = dealt(FLoRA(), CutPoint(1))
     missed = round.settings.rule.catch_up(round.state, "a", {"q"})
     assert 0 < missed < round.settings.rule.catch_up(round.state, "a")
     assert round.bytes_down == bytes_at(assignment.start, "q") + missed
-    for cut, held in ((Split(1), "q"), (Split(2), "v")):
+    for cut, held in ((CutPoint(1), "q"), (CutPoint(2), "v")):
         round, assignment = dealt(FlexLoRA("tail-in-base"), cut)
         assert {*assignment.frozen} == {"q"}
         frozen = assignment.frozen["q"].nbytes if held == "q" else 0

@@ -9,7 +9,7 @@ from federations import MEASURED, clients, federation, one_block
 from polyrank.errors import RecipeError
 from polyrank.evaluation import Evaluation
 from polyrank.rounds.sampling import panel
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.training import prepare
 from polyrank.training.encoding import Encoding
 
@@ -68,7 +68,7 @@ def test_clients_without_an_example_in_the_part_are_not_drawn(work, types):
 
 def test_a_run_scores_its_panels_and_no_other_clients():
     evaluation = replace(MEASURED, clients=3, final_clients=2)
-    conduct = Conduct(evaluation=evaluation, cohort=4)
+    conduct = RunSettings(evaluation=evaluation, cohort=4)
     with federation(data=clients(seen=8, unseen=4), conduct=conduct) as parts:
         records = list(parts.rounds(2))
         types = parts.fleet.assigned

@@ -16,7 +16,7 @@ from polyrank.errors import AdapterError, RankError
 from polyrank.model import applied, load_adapter
 from polyrank.planning import Scaling
 from polyrank.report import spectra
-from polyrank.run import Conduct, GlobalAdapter
+from polyrank.run import GlobalAdapter, RunSettings
 
 
 def mixture(model) -> Adapter:
@@ -98,7 +98,7 @@ def test_a_sum_with_a_nan_is_refused_before_it_is_factored():
 
 
 def test_a_run_whose_rule_merges_tells_what_its_adapter_folder_lacks(tmp_path):
-    conduct = Conduct(evaluation=MEASURED, cohort=2)
+    conduct = RunSettings(evaluation=MEASURED, cohort=2)
     with federation(tmp_path / "run", rule=FLoRA(), conduct=conduct) as run:
         list(run.rounds(3))
         summary = run.finish()

@@ -27,10 +27,10 @@ from polyrank.errors import (
 )
 from polyrank.planning import Fleet, LoRAType
 from polyrank.rounds import Faults, Sampling, Weighting
-from polyrank.run import Conduct, EarlyStopping, engine
+from polyrank.run import EarlyStopping, RunSettings, engine
 from polyrank.training import Encoding
 
-PLAIN = Conduct(evaluation=QUIET, cohort=2)
+PLAIN = RunSettings(evaluation=QUIET, cohort=2)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_model_is_as_it_was_afterwards(model):
 
 
 def test_a_run_goes_on_after_every_round_as_if_it_had_not_stopped(tmp_path, model):
-    conduct = Conduct(
+    conduct = RunSettings(
         evaluation=MEASURED, cohort=2, stopping=EarlyStopping(3), sampling=Sampling(number=3)
     )
     play(federation(tmp_path / "whole", model=model, conduct=conduct), until=3)
@@ -338,7 +338,7 @@ UNFIT = {
     ),
     "patience without validation data": (
         {
-            "conduct": Conduct(evaluation=MEASURED, stopping=EarlyStopping(2)),
+            "conduct": RunSettings(evaluation=MEASURED, stopping=EarlyStopping(2)),
             "data": {id: replace(c, validation=()) for id, c in clients().items()},
         },
         DataError,
@@ -550,7 +550,7 @@ def test_sampling_few_of_many_deals_once_per_kind_of_client(model, monkeypatch):
         FlexLoRA, "deal_site", lambda self, *rest: dealt.append(1) or real(self, *rest)
     )
     evaluation = replace(MEASURED, generate=0)
-    conduct = Conduct(sampling=Sampling(fraction=0.1), evaluation=evaluation, cohort=4)
+    conduct = RunSettings(sampling=Sampling(fraction=0.1), evaluation=evaluation, cohort=4)
     with federation(model=model, data=data, conduct=conduct) as parts:
         (record,) = parts.rounds(1)
     assert len(record.clients) == 4
@@ -598,7 +598,7 @@ def test_patience_ends_the_run_and_the_best_is_the_result(tmp_path, model, resto
     losses = [3.0, 2.0, 2.5, None, 1.0]  # None: not finite, which is no progress either
     stopping = EarlyStopping(2, restore_best=restore)
     evaluation = replace(MEASURED, generate=0, own_rank=False)
-    conduct = Conduct(evaluation=evaluation, cohort=4, stopping=stopping)
+    conduct = RunSettings(evaluation=evaluation, cohort=4, stopping=stopping)
     given = {"model": model, "conduct": conduct}
     hashes = {}
     with federation(tmp_path / "run", **given) as parts:
@@ -620,7 +620,7 @@ def test_patience_ends_the_run_and_the_best_is_the_result(tmp_path, model, resto
 def test_a_gain_below_min_delta_is_none(model):
     evaluation = replace(MEASURED, generate=0, own_rank=False)
     stopping = EarlyStopping(2, min_delta=0.5)
-    conduct = Conduct(evaluation=evaluation, cohort=4, stopping=stopping)
+    conduct = RunSettings(evaluation=evaluation, cohort=4, stopping=stopping)
     with federation(model=model, conduct=conduct) as parts:
         scripted(parts, [3.0, 2.6, 2.51])
         assert [record.round for record in parts.rounds(9)] == [1, 2, 3]
@@ -629,7 +629,7 @@ def test_a_gain_below_min_delta_is_none(model):
 def test_the_summary_tells_when_the_target_was_reached(tmp_path, model):
     evaluation = replace(MEASURED, generate=0, own_rank=False)
     for target, expected in ((2.0, 2), (0.5, None)):
-        conduct = Conduct(evaluation=evaluation, cohort=4, target_loss=target)
+        conduct = RunSettings(evaluation=evaluation, cohort=4, target_loss=target)
         with federation(model=model, conduct=conduct) as parts:
             scripted(parts, [3.0, 2.0, 1.0])
             records = list(parts.rounds(3))

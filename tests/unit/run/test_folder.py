@@ -11,7 +11,7 @@ import torch
 from polyrank.aggregation import State, Update
 from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import CheckpointError, FolderExistsError, FolderInUseError, RunError
-from polyrank.run.checkpoint import Checkpoint, Patience
+from polyrank.run.checkpoint import Checkpoint, EarlyStoppingState
 from polyrank.run.folder import RunFolder
 
 FILES = {"run.json": "{}\n", "recipe.toml": "name = 'x'\n"}
@@ -19,7 +19,7 @@ FILES = {"run.json": "{}\n", "recipe.toml": "name = 'x'\n"}
 
 def checkpoint(number: int, best: bool = False) -> Checkpoint:
     state = State({"q/u": torch.full((3, 2), float(number))}, {"seen": number})
-    return Checkpoint(number, state, Patience(1.5, 1, 0), state if best else None)
+    return Checkpoint(number, state, EarlyStoppingState(1.5, 1, 0), state if best else None)
 
 
 @pytest.fixture
@@ -117,7 +117,11 @@ def test_one_process_cannot_open_a_folder_twice_but_look_into_it(folder):
 def test_a_checkpoint_comes_back_with_the_best_and_the_progress(folder):
     folder.save_checkpoint(checkpoint(1, best=True))
     got = folder.load_checkpoint()
-    assert (got.round, got.progress, got.state.scalars) == (1, Patience(1.5, 1, 0), {"seen": 1})
+    assert (got.round, got.progress, got.state.scalars) == (
+        1,
+        EarlyStoppingState(1.5, 1, 0),
+        {"seen": 1},
+    )
     assert torch.equal(got.state.tensors["q/u"], torch.full((3, 2), 1.0))
     assert torch.equal(got.best.tensors["q/u"], torch.full((3, 2), 1.0))
 

@@ -12,24 +12,24 @@ from polyrank.aggregation import FlexLoRA, Update
 from polyrank.errors import RecipeError, UpdateError
 from polyrank.planning import Fleet, LoRAType
 from polyrank.rounds.round import Round
-from polyrank.run import Conduct, setup, storage
-from polyrank.run.engine import InProcess
+from polyrank.run import RunSettings, setup, storage
+from polyrank.run.engine import InProcessEngine
 from polyrank.training import Scoring, prepare
 from polyrank.training.encoding import Encoding
 
 DATA = clients()
 
 
-def with_engine(who: Fleet | None = None, **scoring: object) -> tuple[InProcess, Round]:
+def with_engine(who: Fleet | None = None, **scoring: object) -> tuple[InProcessEngine, Round]:
     model = one_block()
     work, _ = prepare(DATA, model, Encoding())
-    made = setup.round_settings(FlexLoRA(), who or fleet(DATA), model.spec, work, Conduct())
+    made = setup.round_settings(FlexLoRA(), who or fleet(DATA), model.spec, work, RunSettings())
     spec = setup.fleet_spec(made, who or fleet(DATA), model.spec, None)
     round = Round(made, made.rule.init(spec), 1, 0, sorted(made.ranks))
-    return InProcess(model, work, LOCAL, 2, **scoring), round
+    return InProcessEngine(model, work, LOCAL, 2, **scoring), round
 
 
-def answers(engine: InProcess, round: Round) -> dict[str, Update]:
+def answers(engine: InProcessEngine, round: Round) -> dict[str, Update]:
     groups = engine.cohorts(round.clients)
     found = [one for group in groups for one in engine.execute([round.task(c) for c in group])]
     return {one.client: one for one in found}
@@ -100,7 +100,7 @@ def test_scores_come_back_from_the_disk_bit_by_bit(tmp_path: Path) -> None:
 def test_a_resumed_round_has_the_scores_of_the_updates_that_were_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conduct = Conduct(evaluation=QUIET, cohort=1)
+    conduct = RunSettings(evaluation=QUIET, cohort=1)
     seen: list[dict[str, dict[str, float]]] = []
     aggregate = Round.aggregate
 

@@ -17,9 +17,9 @@ from polyrank.algebra import Adapter
 from polyrank.data import sizes
 from polyrank.data.types import Example
 from polyrank.errors import InterruptedRunError, RecipeError, UpdateError
-from polyrank.planning import Split, Trace, moved
+from polyrank.planning import CutPoint, Trace, moved
 from polyrank.rounds import Sampling
-from polyrank.run import Conduct, Federation, Planning
+from polyrank.run import Federation, Planning, RunSettings
 from polyrank.run.planning import Importance
 from polyrank.training import prepare
 
@@ -189,7 +189,7 @@ def test_the_records_say_when_plans_were_made_anew_and_what_a_round_takes_by_the
 @pytest.mark.parametrize("called", RULES)
 def test_a_plan_made_anew_changes_ranks_and_nothing_that_was_learnt(called: str) -> None:
     """The scores of round 1 are taken before plans are made, and again after."""
-    conduct = Conduct(evaluation=replace(federations.MEASURED, own_rank=False), cohort=2)
+    conduct = RunSettings(evaluation=replace(federations.MEASURED, own_rank=False), cohort=2)
     with federation(called=called, threshold=ALWAYS, conduct=conduct) as run:
         before = dict(run.ranks)
         (record,) = run.rounds(1)
@@ -221,7 +221,7 @@ def test_clients_that_learn_nothing_at_their_new_ranks_leave_the_sum_as_it_is(ca
 def test_a_device_may_be_cut_elsewhere_by_a_new_plan() -> None:
     """The phone affords a head of one block, and no more; its tail's ranks follow the scores."""
     with federation(threshold=ALWAYS) as run:
-        assert run.fleet.cuts == {"phone": Split(1)}
+        assert run.fleet.cuts == {"phone": CutPoint(1)}
         list(run.rounds(2))
         phone = run._planned.plans["phone"]  # type: ignore[union-attr]
         assert phone.cut is not None
@@ -241,7 +241,7 @@ def test_devices_follow_their_schedule() -> None:
         ]
         types = [("phone", "laptop"), ("station", "laptop"), ("laptop", "laptop")]
         assert found == [[by_type[name] for name in pair] for pair in types]
-        assert [settings.cut("c0", number) for number in (1, 2)] == [Split(1), None]
+        assert [settings.cut("c0", number) for number in (1, 2)] == [CutPoint(1), None]
         records = list(run.rounds(3))
         assert [record.rejected for record in records] == [{}, {}, {}]
 
@@ -263,7 +263,7 @@ def test_one_adapter_at_the_server_gets_the_same_ranks_from_all_plans() -> None:
     model = deep()
     made = planning(model, conduct=conduct, threshold=ALWAYS)
     phone = made.devices["phone"]
-    two_blocks = made.planner.cost.memory({}, Split(2)).total
+    two_blocks = made.planner.cost.memory({}, CutPoint(2)).total
     tablet = replace(phone, name="tablet", memory_bytes=two_blocks + 3000)
     made = planning(
         model,

@@ -11,15 +11,15 @@ from polyrank.aggregation import FedIT, Full, deal
 from polyrank.algebra import distance
 from polyrank.data import sizes
 from polyrank.errors import RankError
-from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.rounds import Sampling
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.run.population import EVERYONE, population
 from polyrank.seeds import derive
 from polyrank.training import Job, LocalTraining, prepare, train_cohort
 from polyrank.training.encoding import Encoding
 
-POOLED = Conduct(evaluation=MEASURED, pooled=True)
+POOLED = RunSettings(evaluation=MEASURED, pooled=True)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_everyone_has_the_training_rows_of_all_seen_clients_in_order(work, model
 
 
 def test_everyone_has_the_strongest_type_and_no_cut(work, model):
-    who = of(work, model, cuts={"large": Split(1)})
+    who = of(work, model, cuts={"large": CutPoint(1)})
     assert who.fleet == Fleet(TYPES, {EVERYONE: "large"})
     types = {name: LoRAType(name, {"all": rank}) for name, rank in (("a", 2), ("b", 5), ("c", 1))}
     others = Fleet.table({"c0": "a", "c1": "b", "c2": "c", "c3": "c"}, types=types)
@@ -80,7 +80,7 @@ def test_a_round_is_as_long_as_those_of_the_federated_clients_together(
 
 def test_without_pooling_everything_is_as_it_was(work, model):
     fleet = federations.fleet(clients())
-    who = population(work, fleet, LOCAL, Conduct(evaluation=MEASURED), model.spec)
+    who = population(work, fleet, LOCAL, RunSettings(evaluation=MEASURED), model.spec)
     assert (who.work, who.fleet, who.local, who.evaluation) == (work, fleet, LOCAL, MEASURED)
     assert who.clients == ["c0", "c1", "c2", "c3"]
 

@@ -10,7 +10,7 @@ from polyrank.algebra import LowRank, Sparse
 from polyrank.errors import RecipeError, ResourceError
 from polyrank.evaluation import Evaluation
 from polyrank.rounds import Faults, Sampling
-from polyrank.run import Conduct, preflight, setup
+from polyrank.run import RunSettings, preflight, setup
 from polyrank.run.checkpoint import KEEP
 from polyrank.training import prepare, slot_bytes
 from polyrank.training.encoding import Encoding
@@ -23,7 +23,7 @@ def parts():
     """(model, what the rule is told, the clients' work)."""
     model, data = one_block(), clients()
     work, _ = prepare(data, model, Encoding())
-    settings = setup.round_settings(FlexLoRA(), fleet(data), model.spec, work, Conduct())
+    settings = setup.round_settings(FlexLoRA(), fleet(data), model.spec, work, RunSettings())
     return model, setup.fleet_spec(settings, fleet(data), model.spec, None), work
 
 
@@ -52,7 +52,7 @@ def test_memory_that_one_client_does_not_fit_is_told(parts, monkeypatch):
 def test_the_heaviest_assignments_are_one_for_each_set_of_ranks(parts):
     model, _, work = parts
     for rule, kind in ((FlexLoRA(), LowRank), (SLoRA(FlexLoRA(), 1), Sparse)):
-        settings = setup.round_settings(rule, fleet(clients()), model.spec, work, Conduct())
+        settings = setup.round_settings(rule, fleet(clients()), model.spec, work, RunSettings())
         spec = setup.fleet_spec(settings, fleet(clients()), model.spec, None)
         dealt = setup.heaviest_assignments(settings, spec, rule.init(spec))
         assert len({one.hash() for one in dealt}) == len(dealt) == 3
@@ -65,7 +65,7 @@ def test_a_frozen_term_that_comes_later_is_reckoned_with(parts):
     size, foreseen = {}, {}
     for mode in ("delta", "tail-in-base"):
         for rule in (FlexLoRA(mode), SLoRA(FlexLoRA(mode), 1)):
-            settings = setup.round_settings(rule, fleet(clients()), model.spec, work, Conduct())
+            settings = setup.round_settings(rule, fleet(clients()), model.spec, work, RunSettings())
             spec = setup.fleet_spec(settings, fleet(clients()), model.spec, None)
             dealt = setup.heaviest_assignments(settings, spec, rule.init(spec))
             foreseen[rule.name] = {
@@ -104,9 +104,9 @@ def test_disk_is_reckoned_from_states_and_updates_of_a_round(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Conduct(cohort=0), "engine.cohort"),
-        (lambda: Conduct(server_rank=0), "aggregation.server_rank"),
-        (lambda: Conduct(target_loss=float("nan")), "target_loss"),
+        (lambda: RunSettings(cohort=0), "engine.cohort"),
+        (lambda: RunSettings(server_rank=0), "aggregation.server_rank"),
+        (lambda: RunSettings(target_loss=float("nan")), "target_loss"),
         (lambda: Faults(quorum=0.0), "quorum"),
         (lambda: Faults(quorum=1.1), "quorum"),
         (lambda: Faults(attempts=0), "attempt"),
@@ -142,4 +142,4 @@ def test_how_many_take_part(sampling, clients, expected):
 
 def test_a_measure_that_is_possible_passes(parts):
     model, _, work = parts
-    preflight.check_measures(Conduct(evaluation=MEASURED, target_loss=1.0), model, work)
+    preflight.check_measures(RunSettings(evaluation=MEASURED, target_loss=1.0), model, work)

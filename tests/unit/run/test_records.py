@@ -8,7 +8,7 @@ import pytest
 
 from polyrank.aggregation import SiteReport
 from polyrank.errors import RunError
-from polyrank.rounds.messages import Receipt, TurnedAway
+from polyrank.rounds.messages import AcceptedUpdate, RejectedUpdate
 from polyrank.run import RoundRecord
 from polyrank.run.records import attendance, summary, to_target, to_target_perplexity
 
@@ -27,11 +27,13 @@ class Attempt:
     def __init__(self, attempt, accepted, rejected):
         self.attempt, self.rejected = attempt, rejected
         self.clients = sorted([*accepted, *rejected])
-        self.turned_away = [TurnedAway(c, KINDS.get(c, "invalid"), rejected[c]) for c in rejected]
+        self.turned_away = [
+            RejectedUpdate(c, KINDS.get(c, "invalid"), rejected[c]) for c in rejected
+        ]
         each = {client: {"up": 0, "down": 0} for client in self.clients}
         self.traffic = {**each, "a": {"up": 60, "down": 100}}
         self.accepted = {
-            client: Receipt(
+            client: AcceptedUpdate(
                 1, 0, {"loss": loss, "tokens": 10.0, "target_tokens": targets}, {}, CLIPPED[client]
             )
             for client, (loss, targets) in accepted.items()
@@ -108,7 +110,7 @@ def test_a_record_of_before_answers_were_counted_can_be_read():
 
 
 def test_a_round_of_eighty_clients_has_a_line_of_modest_length():
-    away = [TurnedAway.of(f"client-{i:05}", "invalid", "x" * 5000) for i in range(8)]
+    away = [RejectedUpdate.of(f"client-{i:05}", "invalid", "x" * 5000) for i in range(8)]
     full = replace(
         record(),
         clients=[f"client-{i:05}" for i in range(80)],

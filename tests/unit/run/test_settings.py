@@ -6,7 +6,7 @@ import pytest
 
 from polyrank.errors import RecipeError
 from polyrank.rounds import Faults, Sampling, Weighting
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.run.setup import _fields
 
 
@@ -42,10 +42,12 @@ def test_a_largest_share_is_one(most):
 
 
 def test_bounds_that_are_not_set_are_not_in_a_run_s_description():
-    plain = _fields(Conduct())
+    plain = _fields(RunSettings())
     assert not {"deadline", "clip_increment"} & plain["faults"].keys()
     assert "most" not in plain["weights"]
-    chosen = Conduct(faults=Faults(deadline=9.0, clip_increment=2.0), weights=Weighting(most=0.3))
+    chosen = RunSettings(
+        faults=Faults(deadline=9.0, clip_increment=2.0), weights=Weighting(most=0.3)
+    )
     found = _fields(chosen)
     assert (found["faults"]["deadline"], found["faults"]["clip_increment"]) == (9.0, 2.0)
     assert found["weights"]["most"] == 0.3

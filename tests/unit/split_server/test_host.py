@@ -27,11 +27,11 @@ from models import write_tiny
 from polyrank.algebra import distance
 from polyrank.errors import FrameError, RecipeError, SplitServerError
 from polyrank.model import LoadedModel, load_model
-from polyrank.planning import Split
-from polyrank.split_server.host import TailHost
-from polyrank.split_server.settings import HostedModel, TailSettings
+from polyrank.planning import CutPoint
+from polyrank.split_server.host import ServerPartHost
+from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training.job import Trained
-from polyrank.training.split import SplitJob, SplitSettings, Tails
+from polyrank.training.split import ServerParts, SplitJob, SplitSettings
 from remote import Raw
 
 
@@ -53,16 +53,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @contextmanager
 def hosting(
     source: Path, dtype: str, split: SplitSettings, **changes: object
-) -> Iterator[TailHost]:
+) -> Iterator[ServerPartHost]:
     model = HostedModel(str(source), LOWEST, device="cpu", dtype=dtype)
-    host = TailHost(replace(TailSettings(model, "run", split), **changes))
+    host = ServerPartHost(replace(SplitServerSettings(model, "run", split), **changes))
     try:
         yield host
     finally:
         host.stop()
 
 
-def opened(host: TailHost, model: LoadedModel, jobs: Sequence[SplitJob]) -> dict[str, object]:
+def opened(host: ServerPartHost, model: LoadedModel, jobs: Sequence[SplitJob]) -> dict[str, object]:
     tokens = dict.fromkeys([one.job.client for one in jobs], TOKENS)
     merged = jobs[0].job.assignment.merged
     return host.open(ROUND, ATTEMPT, tails_of(model, jobs), merged, tokens, 60.0)
@@ -87,19 +87,21 @@ def assert_close(found: Trained, expected: Trained, tolerance: float) -> None:
     assert found.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=tolerance)
 
 
-@pytest.mark.parametrize("cuts", [CUTS, {"a": Split(2), "b": Split(2), "c": Split(2)}])
-def test_tails_whose_calls_interleave_train_as_if_each_were_alone(cuts: dict[str, Split]) -> None:
-    """Between its calls nothing of a `Tails` acts on the model, also where it keeps graphs."""
+@pytest.mark.parametrize("cuts", [CUTS, {"a": CutPoint(2), "b": CutPoint(2), "c": CutPoint(2)}])
+def test_tails_whose_calls_interleave_train_as_if_each_were_alone(
+    cuts: dict[str, CutPoint],
+) -> None:
+    """Between its calls no `ServerParts` acts on the model, also where it keeps graphs."""
     for checkpointing in (False, True):
         model = model_of_three(checkpointing=checkpointing)
         cuts = {
-            client: Split(1, 2) if cut.upper else Split(min(cut.lower, 2))
+            client: CutPoint(1, 2) if cut.upper else CutPoint(min(cut.lower, 2))
             for client, cut in cuts.items()
         }
         jobs = [tail_job(model, c, cut, seed=i) for i, (c, cut) in enumerate(cuts.items())]
         expected = {one.client: alone(model, one).hash() for one in jobs}
         with ExitStack() as stack:
-            tails = {one.client: stack.enter_context(Tails(model, [one])) for one in jobs}
+            tails = {one.client: stack.enter_context(ServerParts(model, [one])) for one in jobs}
             left = {one.client: requests_of(model, one) for one in jobs}
             while any(left.values()):
                 for client, requests in left.items():
@@ -134,7 +136,7 @@ def test_a_cohort_and_a_shared_adapter_give_what_one_process_gives_up_to_roundin
     source, dtype = base("float64"), "float64"
     model = load_model(source, device="cpu", dtype=dtype)
     own = SplitSettings(wire="float64")
-    same = [split_job(model, c, Split(2), seed=i, count=5 + i) for i, c in enumerate("abc")]
+    same = [split_job(model, c, CutPoint(2), seed=i, count=5 + i) for i, c in enumerate("abc")]
     found = trained(source, same, dtype, own, cohort=2, gather=5.0)
     for client, one in in_process(model, same, own).items():
         assert_close(found[client], one, 1e-9)
@@ -156,7 +158,7 @@ def test_clients_of_one_adapter_that_take_turns_give_the_bits_of_one_process(
 ) -> None:
     source, split = base("float32"), SplitSettings(wire="float32", adapters="shared")
     model = load_model(source, device="cpu")
-    same = [split_job(model, c, Split(2), seed=i, count=5 + i) for i, c in enumerate("abc")]
+    same = [split_job(model, c, CutPoint(2), seed=i, count=5 + i) for i, c in enumerate("abc")]
     start = same[0].job.assignment
     unlike = [
         replace(one, cut=cut, job=replace(one.job, assignment=start))
@@ -173,7 +175,7 @@ def test_clients_of_one_cut_are_grouped_in_their_order_and_a_bad_one_spoils_no_o
     source = base("float32")
     model = load_model(source, device="cpu")
     names = ["e", "a", "d", "b", "c"]
-    cuts = dict.fromkeys(names, Split(2)) | {"b": Split(3)}
+    cuts = dict.fromkeys(names, CutPoint(2)) | {"b": CutPoint(3)}
     jobs = [split_job(model, name, cuts[name], seed=i) for i, name in enumerate(names)]
     tails = tails_of(model, jobs)
     tails[2] = replace(tails[2], assignment=tails[3].assignment)  # d: of another cut's sites
@@ -206,14 +208,14 @@ def test_an_address_in_use_and_settings_that_cannot_be_are_refused(
         with pytest.raises(FrameError, match="cannot listen on"):
             with hosting(source, "float32", SplitSettings(), listen=host.address):
                 pass
-    made = TailSettings(HostedModel(str(source), 1), "run")
+    made = SplitServerSettings(HostedModel(str(source), 1), "run")
     with pytest.raises(RecipeError, match="cohort of 1"):
         replace(made, deterministic=True, cohort=2)
     with pytest.raises(RecipeError, match="silence"):
         replace(made, silence=-1.0)
-    assert TailSettings.from_dict(made.to_dict()) == made
+    assert SplitServerSettings.from_dict(made.to_dict()) == made
     with pytest.raises(SplitServerError, match="not readable"):
-        TailSettings.from_dict({**made.to_dict(), "more": 1})
+        SplitServerSettings.from_dict({**made.to_dict(), "more": 1})
     assert replace(made, listen="[::1]:0").certified == ["::1"]
     assert replace(made, address="split.example:9000").certified == ["split.example"]
 

@@ -19,18 +19,18 @@ from polyrank.split_server.messages import (
     write_merged,
 )
 from polyrank.training import Scoring
-from polyrank.training.split import TailJob, Traffic
+from polyrank.training.split import ServerPartJob, Traffic
 
 MODEL = model_of_three()
 
 
-def job(cut=STRAIGHT) -> TailJob:
+def job(cut=STRAIGHT) -> ServerPartJob:
     made = tail_job(MODEL, "Zoë", cut, frozen=3, seed=4)
     local = replace(LOCAL, betas=(0.8, 0.95), clip=None)
     return replace(made, scoring=Scoring(3, "paper"), local=local)
 
 
-def through(one: TailJob) -> TailJob:
+def through(one: ServerPartJob) -> ServerPartJob:
     return read_job(write_job(one), json.loads(json.dumps(manner(one))))
 
 

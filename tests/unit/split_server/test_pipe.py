@@ -7,22 +7,22 @@ from collections.abc import Iterator
 import pytest
 
 from polyrank.errors import SplitServerError
-from polyrank.split_server.pipe import Control
+from polyrank.split_server.pipe import Pipe
 
 MIB = 2**20
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Control, Control]]:
+def ends() -> Iterator[tuple[Pipe, Pipe]]:
     """Two controls that are joined."""
     (one_reads, other_writes), (other_reads, one_writes) = os.pipe(), os.pipe()
-    one, other = Control(one_reads, one_writes), Control(other_reads, other_writes)
+    one, other = Pipe(one_reads, one_writes), Pipe(other_reads, other_writes)
     yield one, other
     one.close()
     other.close()
 
 
-def test_blocks_arrive_whole_and_in_order(ends: tuple[Control, Control]) -> None:
+def test_blocks_arrive_whole_and_in_order(ends: tuple[Pipe, Pipe]) -> None:
     one, other = ends
     blocks = [b"", b"x", bytes(range(256)) * 5000, b"last"]  # the third is larger than a pipe
 
@@ -39,7 +39,7 @@ def test_blocks_arrive_whole_and_in_order(ends: tuple[Control, Control]) -> None
 
 
 def test_a_block_that_is_too_long_is_refused_before_it_is_read(
-    ends: tuple[Control, Control],
+    ends: tuple[Pipe, Pipe],
 ) -> None:
     one, other = ends
     one.send(b"12345", 1)
@@ -49,7 +49,7 @@ def test_a_block_that_is_too_long_is_refused_before_it_is_read(
 
 def test_a_length_that_no_memory_has_is_refused() -> None:
     reading, writing = os.pipe()
-    control = Control(reading, os.dup(writing))
+    control = Pipe(reading, os.dup(writing))
     os.write(writing, b"\xff" * 8)
     with pytest.raises(SplitServerError, match="at most 100 bytes"):
         control.receive(100, 1)
@@ -61,7 +61,7 @@ def test_the_end_is_seen_between_blocks_and_within_one() -> None:
     for sent, ended in ((b"", None), ((9).to_bytes(8, "little") + b"half", "ended after 4")):
         reading, writing = os.pipe()
         spare, closed = os.pipe()
-        control = Control(reading, closed)
+        control = Pipe(reading, closed)
         os.write(writing, sent)
         os.close(writing)
         if ended is None:
@@ -75,7 +75,7 @@ def test_the_end_is_seen_between_blocks_and_within_one() -> None:
         control.close()
 
 
-def test_nobody_waits_for_an_end_that_is_silent(ends: tuple[Control, Control]) -> None:
+def test_nobody_waits_for_an_end_that_is_silent(ends: tuple[Pipe, Pipe]) -> None:
     one, other = ends
     with pytest.raises(SplitServerError, match="in time"):
         one.receive(100, 0.05)
@@ -83,7 +83,7 @@ def test_nobody_waits_for_an_end_that_is_silent(ends: tuple[Control, Control]) -
         other.send(bytes(MIB), 0.05)  # nobody reads, and a pipe holds less
 
 
-def test_a_closed_control_is_of_no_use(ends: tuple[Control, Control]) -> None:
+def test_a_closed_control_is_of_no_use(ends: tuple[Pipe, Pipe]) -> None:
     one, _ = ends
     one.close()
     one.close()

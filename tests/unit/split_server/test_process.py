@@ -14,10 +14,10 @@ from polyrank.algebra import Adapter
 from polyrank.errors import SplitServerError
 from polyrank.protocol.packet import pack
 from polyrank.split_server import subprocess_handle as handle
-from polyrank.split_server.process import SplitProcess
-from polyrank.split_server.settings import HostedModel, TailSettings
+from polyrank.split_server.process import SplitServerProcess
+from polyrank.split_server.settings import HostedModel, SplitServerSettings
 
-SETTINGS = TailSettings(HostedModel("nowhere", 1), "run")
+SETTINGS = SplitServerSettings(HostedModel("nowhere", 1), "run")
 NONE: Adapter = Adapter({})
 COMMON = """
 import os, signal, sys, time
@@ -29,7 +29,7 @@ def give(name):
     sys.stdout.buffer.write(len(block).to_bytes(8, "little") + block)
     sys.stdout.buffer.flush()
 """
-Made = Callable[..., SplitProcess]
+Made = Callable[..., SplitServerProcess]
 
 
 @pytest.fixture
@@ -46,10 +46,10 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (tmp_path / name).write_bytes(block)
     desks = []
 
-    def make(script: str, **options: float) -> SplitProcess:
+    def make(script: str, **options: float) -> SplitServerProcess:
         command = [sys.executable, "-c", COMMON + script, str(tmp_path)]
         monkeypatch.setattr(handle, "COMMAND", command)
-        desks.append(SplitProcess(SETTINGS, **{"start": 30.0, "reply": 30.0, **options}))
+        desks.append(SplitServerProcess(SETTINGS, **{"start": 30.0, "reply": 30.0, **options}))
         return desks[-1]
 
     yield make
@@ -58,7 +58,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         one.stop()
 
 
-def opened(desk: SplitProcess, round: int = 1):
+def opened(desk: SplitServerProcess, round: int = 1):
     return desk.open(round, 0, [], NONE, {}, 60.0)
 
 
@@ -182,7 +182,7 @@ def test_death_is_seen_without_asking(made: Made) -> None:
     ],
 )
 def test_the_certificate_is_for_the_host_that_clients_dial(listen, address, names):
-    settings = TailSettings(HostedModel("model", 1), "run", listen=listen, address=address)
+    settings = SplitServerSettings(HostedModel("model", 1), "run", listen=listen, address=address)
     assert settings.certified == names
 
 

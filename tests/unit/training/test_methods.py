@@ -10,7 +10,7 @@ from federations import LOCAL, QUIET, federation
 from polyrank import config
 from polyrank.aggregation import DEFAULT, FlexLoRA, FLoRA, SLoRA, rule
 from polyrank.errors import RecipeError
-from polyrank.run import Conduct
+from polyrank.run import RunSettings
 from polyrank.training import METHODS, LocalSettings, LocalTraining, local_method
 
 RECIPE = """
@@ -120,7 +120,7 @@ def test_a_recipe_with_a_method_written_and_read_again_is_the_same(read, tmp_pat
 
 
 def test_what_a_rule_wraps_is_described_with_the_run(tmp_path):
-    conduct = Conduct(evaluation=QUIET, cohort=2)
+    conduct = RunSettings(evaluation=QUIET, cohort=2)
     rule = SLoRA(FlexLoRA("delta", split="balanced"), 1)
     local = replace(LOCAL, proximal=0.5)
     with federation(tmp_path / "run", rule=rule, conduct=conduct, local=local) as run:

@@ -1,8 +1,8 @@
 """Split training: a client's first blocks at the client, the others at the server."""
 
 from polyrank.training.split.heads import Heads
-from polyrank.training.split.job import SplitJob, TailJob
-from polyrank.training.split.link import Link, Pending, Tail, Traffic
+from polyrank.training.split.job import ServerPartJob, SplitJob
+from polyrank.training.split.link import Link, Pending, ServerPart, Traffic
 from polyrank.training.split.messages import (
     Activations,
     At,
@@ -16,7 +16,7 @@ from polyrank.training.split.messages import (
 )
 from polyrank.training.split.run import train_head, train_split
 from polyrank.training.split.settings import SplitSettings
-from polyrank.training.split.tails import Tails
+from polyrank.training.split.tails import ServerParts
 
 __all__ = [
     "Activations",
@@ -29,13 +29,13 @@ __all__ = [
     "Reply",
     "Request",
     "Returned",
+    "ServerPart",
+    "ServerPartJob",
+    "ServerParts",
     "SplitJob",
     "SplitSettings",
     "Step",
     "Stepped",
-    "Tail",
-    "TailJob",
-    "Tails",
     "Traffic",
     "train_head",
     "train_split",

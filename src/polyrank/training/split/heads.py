@@ -12,8 +12,8 @@ from polyrank.training.job import Trained
 from polyrank.training.local import merged_of, slot_of
 from polyrank.training.split.job import SplitJob
 from polyrank.training.split.link import Link
-from polyrank.training.split.member import Member
-from polyrank.training.split.microbatch import Microbatches, UnderWay
+from polyrank.training.split.member import SplitClient
+from polyrank.training.split.microbatch import InFlightBatch, Microbatches
 from polyrank.training.split.settings import SplitSettings
 
 
@@ -51,11 +51,11 @@ class Heads:
         self._cohort = Cohort(side(model, *own), slots, merged, scored=scored)
         self._cohort.rest()
         self._members = [
-            Member(k, one, link, self._cohort.parameters(k))
+            SplitClient(k, one, link, self._cohort.parameters(k))
             for k, (one, link) in enumerate(zip(jobs, self._links, strict=True))
         ]
         self._microbatches = Microbatches(model, cut, self._cohort, settings)
-        self._stepping: list[Member] = []
+        self._stepping: list[SplitClient] = []
 
     @property
     def steps(self) -> int:
@@ -86,7 +86,7 @@ class Heads:
         for one in active:
             one.begin()
         groups = {one: one.course.next_group() for one in active}
-        under_way: deque[UnderWay] = deque()
+        under_way: deque[InFlightBatch] = deque()
         for micro in range(max(len(group) for group in groups.values())):
             here = {one: group for one, group in groups.items() if micro < len(group)}
             sent = self._microbatches.send(step, micro, here)

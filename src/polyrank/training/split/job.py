@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from polyrank.aggregation.types import Assignment
 from polyrank.model import LoadedModel
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training.job import Job
 from polyrank.training.scoring import NEVER, Scoring
 from polyrank.training.settings import LocalTraining
@@ -17,7 +17,7 @@ class SplitJob:
     """A job of a round and attempt whose client runs only some blocks, those that `cut` says."""
 
     job: Job
-    cut: Split
+    cut: CutPoint
     round: int
     attempt: int = 0
 
@@ -25,9 +25,9 @@ class SplitJob:
         """Return the job with the assignment of the client's own sites."""
         return self.changed(self._of(model, self.cut.at_client(model.spec.blocks)))
 
-    def at_server(self, model: LoadedModel) -> TailJob:
+    def at_server(self, model: LoadedModel) -> ServerPartJob:
         """Return what the server is to train for it."""
-        return TailJob(
+        return ServerPartJob(
             client=self.job.client,
             round=self.round,
             attempt=self.attempt,
@@ -49,7 +49,7 @@ class SplitJob:
 
 
 @dataclass(frozen=True)
-class TailJob:
+class ServerPartJob:
     """What the server trains for one client in one round: `assignment` is of the server's sites.
 
     `seed` is the client's own, for dropout, and `steps` how many optimizer steps there will be.
@@ -59,7 +59,7 @@ class TailJob:
     client: str
     round: int
     attempt: int
-    cut: Split
+    cut: CutPoint
     assignment: Assignment
     local: LocalTraining
     seed: int

@@ -49,7 +49,7 @@ class Link(Protocol):
         ...
 
 
-class Tail(Protocol):
+class ServerPart(Protocol):
     """The server's end, as links see it: see `polyrank.training.split.tails.Tails`."""
 
     def answer(self, requests: Sequence[Request]) -> Sequence[Reply | None]:

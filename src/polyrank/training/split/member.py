@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from polyrank.errors import FrameError
-from polyrank.training.job import Course
-from polyrank.training.optimizer import Learner
+from polyrank.training.job import JobProgress
+from polyrank.training.optimizer import ClientOptimizer
 from polyrank.training.split.job import SplitJob
 from polyrank.training.split.link import Link, Pending
 from polyrank.training.split.messages import At, Request, Returned, Step, Stepped
 
 
-class Member:
+class SplitClient:
     """A client on its way through its steps. If its link or its numbers fail, it gives up.
 
     `slot` is its place in the cohort of heads. Raises DataError if it has no examples.
@@ -23,9 +23,9 @@ class Member:
 
     def __init__(self, slot: int, one: SplitJob, link: Link, parameters: Sequence[nn.Parameter]):
         self.slot, self.job, self.link = slot, one.job, link
-        self.course = Course(one.job)
+        self.course = JobProgress(one.job)
         self._round, self._attempt = one.round, one.attempt
-        self._learner = Learner(parameters, one.job.local, one.job.steps)
+        self._learner = ClientOptimizer(parameters, one.job.local, one.job.steps)
         self._loss = 0.0
         self._squared_norm: float | None = None
         self._factor = 1.0

@@ -15,7 +15,7 @@ from polyrank.model.routing import Routing
 from polyrank.seeds import generator
 from polyrank.training.batches import TargetBatch, assemble
 from polyrank.training.split.link import Pending
-from polyrank.training.split.member import Member
+from polyrank.training.split.member import SplitClient
 from polyrank.training.split.messages import Activations, At, Gradients
 from polyrank.training.split.packing import Rows, gradient_of
 from polyrank.training.split.protect import bounded, noised
@@ -29,8 +29,8 @@ class Microbatches:
         self._model, self._cut, self._cohort, self._settings = model, cut, cohort, settings
 
     def send(
-        self, step: int, micro: int, groups: Mapping[Member, list[list[Encoded]]]
-    ) -> UnderWay | None:
+        self, step: int, micro: int, groups: Mapping[SplitClient, list[list[Encoded]]]
+    ) -> InFlightBatch | None:
         """Run the heads and send what comes out; None if nobody is there to send."""
         members = [one for one in groups if one.working]
         if not members:
@@ -57,10 +57,10 @@ class Microbatches:
             own = labels[i] if self._cut.upper is None else None
             message = Activations(at, last, one.course.weight, lengths[i], out.detach(), own)
             targets = sum(row.targets for row in taken[i])
-            legs.append(Leg(one, at, last, out, targets, one.send(message)))
-        return UnderWay(legs, routing, packing, batch)
+            legs.append(PendingRequest(one, at, last, out, targets, one.send(message)))
+        return InFlightBatch(legs, routing, packing, batch)
 
-    def receive(self, micro: UnderWay) -> None:
+    def receive(self, micro: InFlightBatch) -> None:
         """Take the answers to a microbatch, and run the heads back."""
         if self._cut.upper is not None:
             self._through_the_end(micro)
@@ -75,7 +75,7 @@ class Microbatches:
             torch.autograd.backward(ends, gradients)
             self._cohort.rest()
 
-    def _protected(self, states: Tensor, one: Member, step: int, micro: int) -> Tensor:
+    def _protected(self, states: Tensor, one: SplitClient, step: int, micro: int) -> Tensor:
         """Return what may leave the client."""
         sent = bounded(states, self._settings.clip)
         if not self._settings.noise:
@@ -83,7 +83,7 @@ class Microbatches:
         source = generator(one.job.seed, "noise", step, micro)
         return noised(sent, self._settings.noise, source)
 
-    def _through_the_end(self, micro: UnderWay) -> None:
+    def _through_the_end(self, micro: InFlightBatch) -> None:
         """U-shape: run the last blocks with the loss, and send the gradients to the server.
 
         Who has failed stays in the batch, with zeros; what comes of them is not used.
@@ -120,13 +120,13 @@ class Microbatches:
 
 
 @dataclass(eq=False)
-class Leg:
+class PendingRequest:
     """One client's share of a microbatch under way: what went `out`, P×d, and the answer to it.
 
     `targets` are the tokens with a loss among its P.
     """
 
-    member: Member
+    member: SplitClient
     at: At
     last: bool
     out: Tensor
@@ -139,10 +139,10 @@ class Leg:
 
 
 @dataclass(eq=False)
-class UnderWay:
+class InFlightBatch:
     """A microbatch that waits for its answers, and what autograd will need then."""
 
-    legs: Sequence[Leg]
+    legs: Sequence[PendingRequest]
     routing: Routing
     packing: Rows
     batch: TargetBatch

@@ -10,7 +10,7 @@ from torch import Tensor
 from polyrank.algebra import Adapter, Dense
 from polyrank.model import Cohort, LoadedModel, Part
 from polyrank.training.local import slot_of
-from polyrank.training.optimizer import Learner
+from polyrank.training.optimizer import ClientOptimizer
 from polyrank.training.scoring import Scored
 from polyrank.training.split.messages import Activations, Step
 from polyrank.training.split.session import Session
@@ -28,7 +28,8 @@ class OwnAdapters:
         scored = any(job.scoring.every for job in jobs)
         self.cohort = Cohort(model, slots, merged, scored=scored)
         self._learners = [
-            Learner(self.cohort.parameters(k), job.local, job.steps) for k, job in enumerate(jobs)
+            ClientOptimizer(self.cohort.parameters(k), job.local, job.steps)
+            for k, job in enumerate(jobs)
         ]
         self._importance = {client: Scored() for client in self._jobs}
 

@@ -9,16 +9,16 @@ from dataclasses import replace
 from polyrank.algebra import Adapter
 from polyrank.errors import ModelError
 from polyrank.model import LoadedModel, applied
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training.job import Trained
 from polyrank.training.local import merged_of
 from polyrank.training.split.heads import Heads
 from polyrank.training.split.job import SplitJob
-from polyrank.training.split.link import Link, Tail
+from polyrank.training.split.link import Link, ServerPart
 from polyrank.training.split.settings import SplitSettings
-from polyrank.training.split.tails import Tails
+from polyrank.training.split.tails import ServerParts
 
-Connect = Callable[[Tail], Callable[[str], Link]]
+Connect = Callable[[ServerPart], Callable[[str], Link]]
 """Given the server's end, how a client of this name reaches it."""
 
 
@@ -67,7 +67,7 @@ def train_split(
     the same cut; with a shared one all take their steps together, and what is merged is added for
     all cuts at once.
 
-    Raises what `Heads` and `Tails` raise.
+    Raises what `Heads` and `ServerParts` raise.
     """
     if not jobs:
         return []
@@ -77,7 +77,7 @@ def train_split(
             attached.enter_context(applied(model, merged_of([one.job for one in jobs])))
             jobs = [one.changed(replace(one.job.assignment, merged=Adapter({}))) for one in jobs]
         tails = attached.enter_context(
-            Tails(model, [one.at_server(model) for one in jobs], shared=shared)
+            ServerParts(model, [one.at_server(model) for one in jobs], shared=shared)
         )
         link = connect(tails)
         groups = _groups(jobs, cohort)
@@ -113,7 +113,7 @@ def _drive(heads: Sequence[Heads], on_step: Callable[[], None] | None) -> None:
 
 def _groups(jobs: Sequence[SplitJob], cohort: int) -> list[list[int]]:
     """The jobs that share their passes: by cut, in order, up to so many."""
-    by_cut: dict[Split, list[int]] = {}
+    by_cut: dict[CutPoint, list[int]] = {}
     for i, one in enumerate(jobs):
         by_cut.setdefault(one.cut, []).append(i)
     return [
@@ -123,7 +123,7 @@ def _groups(jobs: Sequence[SplitJob], cohort: int) -> list[list[int]]:
     ]
 
 
-def _whole(trained: Trained, tails: Tails, one: SplitJob) -> Trained:
+def _whole(trained: Trained, tails: ServerParts, one: SplitJob) -> Trained:
     """Return a client's result with what the server trained and scored for it."""
     if trained.failure is not None:
         return trained

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyrank.data.collate import IGNORED
 from polyrank.errors import FrameError
-from polyrank.training.split.job import TailJob
+from polyrank.training.split.job import ServerPartJob
 from polyrank.training.split.messages import (
     Activations,
     At,
@@ -39,7 +39,7 @@ class Session:
     in this step, and the `Step` before it, may be asked again until the client leaves.
     """
 
-    def __init__(self, job: TailJob, bounds: Bounds):
+    def __init__(self, job: ServerPartJob, bounds: Bounds):
         self.job, self.step, self.gone = job, 0, False
         self._bounds = bounds
         self._begin(0)

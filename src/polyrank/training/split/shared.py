@@ -12,11 +12,11 @@ from polyrank.aggregation.types import Assignment, Penalty
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
 from polyrank.errors import RankError
 from polyrank.model import Cohort, LoadedModel, Part, Share
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training.local import slot_of
-from polyrank.training.optimizer import Learner
+from polyrank.training.optimizer import ClientOptimizer
 from polyrank.training.scoring import Scored
-from polyrank.training.split.job import TailJob
+from polyrank.training.split.job import ServerPartJob
 from polyrank.training.split.messages import Activations, Step
 from polyrank.training.split.session import Session
 from polyrank.training.split.trainer import Outcome
@@ -37,7 +37,7 @@ class SharedAdapter:
         model: LoadedModel,
         sessions: Mapping[str, Session],
         merged: Adapter[Dense],
-        sites: Mapping[Split, frozenset[str]],
+        sites: Mapping[CutPoint, frozenset[str]],
     ):
         jobs = [session.job for session in sessions.values()]
         self._sessions, self._sites = sessions, sites
@@ -46,7 +46,7 @@ class SharedAdapter:
         slot = slot_of(_union(jobs, sites), longest.local, longest.seed)
         self.cohort = Cohort(model, [slot], merged, scored=self._scoring.every > 0)
         self._parameters = self.cohort.parameters(0)
-        self._learner = Learner(self._parameters, longest.local, longest.steps)
+        self._learner = ClientOptimizer(self._parameters, longest.local, longest.steps)
         self._importance = {client: Scored() for client in sessions}
 
     def slot(self, client: str) -> int:  # noqa: ARG002, D102
@@ -123,7 +123,7 @@ class SharedAdapter:
         return self._importance[client].mean()
 
 
-def _union(jobs: Sequence[TailJob], sites: Mapping[Split, frozenset[str]]) -> Assignment:
+def _union(jobs: Sequence[ServerPartJob], sites: Mapping[CutPoint, frozenset[str]]) -> Assignment:
     """Return the assignment of the shared set; RankError unless clients were dealt the same."""
     start: dict[str, Delta] = {}
     scale: dict[str, float] = {}
@@ -161,8 +161,8 @@ def _union(jobs: Sequence[TailJob], sites: Mapping[Split, frozenset[str]]) -> As
     )
 
 
-def _same_way(job: TailJob, first: TailJob) -> None:
-    def strength(one: TailJob) -> float | None:
+def _same_way(job: ServerPartJob, first: ServerPartJob) -> None:
+    def strength(one: ServerPartJob) -> float | None:
         penalty = one.assignment.penalty
         return None if penalty is None else penalty.strength
 

@@ -12,8 +12,8 @@ import torch
 from polyrank.algebra import Adapter, Delta, Dense
 from polyrank.errors import FrameError, ModelError, SiteError
 from polyrank.model import Cut, LoadedModel, Span, side
-from polyrank.planning import Split
-from polyrank.training.split.job import TailJob
+from polyrank.planning import CutPoint
+from polyrank.training.split.job import ServerPartJob
 from polyrank.training.split.messages import (
     Activations,
     Gradients,
@@ -30,7 +30,7 @@ from polyrank.training.split.shared import SharedAdapter
 from polyrank.training.split.trainer import Trainer
 
 
-class Tails:
+class ServerParts:
     """Trains the blocks that split clients do not run; attached while the context is entered.
 
     Every client has an adapter of its own here (`shared` false), trained in one pass with those
@@ -53,7 +53,7 @@ class Tails:
     RankError if clients of one shared set were not dealt the same, or are trained otherwise.
     """
 
-    def __init__(self, model: LoadedModel, jobs: Sequence[TailJob], *, shared: bool = False):
+    def __init__(self, model: LoadedModel, jobs: Sequence[ServerPartJob], *, shared: bool = False):
         cuts = {job.cut for job in jobs}
         if not jobs or (len(cuts) > 1 and not shared):
             raise ModelError(f"Tails: expected clients of one cut, got {sorted(map(str, cuts))}")
@@ -86,7 +86,7 @@ class Tails:
         }
         self._trainer.cohort.rest()
 
-    def __enter__(self) -> Tails:
+    def __enter__(self) -> ServerParts:
         self._trainer.cohort.__enter__()
         return self
 
@@ -109,7 +109,7 @@ class Tails:
         one has left.
         """
         answers: dict[int, Reply | None] = {}
-        due: dict[tuple[type, Split | None], dict[int, Request]] = {}
+        due: dict[tuple[type, CutPoint | None], dict[int, Request]] = {}
         asked: set[str] = set()
         for i, request in enumerate(requests):
             try:
@@ -171,10 +171,10 @@ class Tails:
             session.check(request)
         return found
 
-    def _cut_of(self, request: Request) -> Split:
+    def _cut_of(self, request: Request) -> CutPoint:
         return self._sessions[request.at.client].job.cut
 
-    def _serve(self, cut: Split | None, group: Sequence[Request]) -> Sequence[Reply | None]:
+    def _serve(self, cut: CutPoint | None, group: Sequence[Request]) -> Sequence[Reply | None]:
         """Serve requests that are due, of one kind and of one cut, or steps."""
         if cut is None:
             return self._step([one for one in group if isinstance(one, Step)])
@@ -232,7 +232,7 @@ class Tails:
 
 
 def _agreed_merged(
-    jobs: Sequence[TailJob], sites: Mapping[Split, frozenset[str]]
+    jobs: Sequence[ServerPartJob], sites: Mapping[CutPoint, frozenset[str]]
 ) -> Adapter[Dense]:
     """Return what is merged at the server's sites; SiteError unless clients agree."""
     found: dict[str, Dense] = {}

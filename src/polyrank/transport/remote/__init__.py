@@ -1,12 +1,12 @@
 """Split training across machines: one gRPC stream per client, over TLS."""
 
-from polyrank.transport.remote.credentials import Access
+from polyrank.transport.remote.credentials import Credentials
 from polyrank.transport.remote.identity import Identity, new_identity
 from polyrank.transport.remote.link import GrpcLink
 from polyrank.transport.remote.server import ServeSettings, SplitServer
 
 __all__ = [
-    "Access",
+    "Credentials",
     "GrpcLink",
     "Identity",
     "ServeSettings",

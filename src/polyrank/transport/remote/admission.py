@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from grpc import StatusCode
 
-from polyrank.transport.remote.server_stream import Stream
+from polyrank.transport.remote.server_stream import ServerStream
 
 TOO_MANY = "too many streams are open; try again later"
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
-class Door:
+class AdmissionControl:
     """Sends away whom nobody knows when others come, and breaks off streams that outstay.
 
     At most `strangers` streams are open that are not welcome yet; one more takes the place of the
@@ -25,7 +25,7 @@ class Door:
 
     def __init__(self, strangers: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._strangers, self._clock = strangers, clock
-        self._open: dict[Stream, None] = {}
+        self._open: dict[ServerStream, None] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="split door", daemon=True)
@@ -39,7 +39,7 @@ class Door:
         self._stopped.set()
         self._thread.join()
 
-    def enter(self, stream: Stream) -> None:
+    def enter(self, stream: ServerStream) -> None:
         """Take note of a new stream."""
         with self._lock:
             known = [one for one in self._open if not (one.welcomed or one.over)]
@@ -47,7 +47,7 @@ class Door:
         for one in known[: max(0, len(known) + 1 - self._strangers)]:
             one.refuse(StatusCode.RESOURCE_EXHAUSTED, TOO_MANY)
 
-    def leave(self, stream: Stream) -> None:
+    def leave(self, stream: ServerStream) -> None:
         """Take note that a stream is gone from the network."""
         with self._lock:
             self._open.pop(stream, None)

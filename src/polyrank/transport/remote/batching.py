@@ -15,7 +15,7 @@ class Taken:
     frames: dict[str, bytes]
 
 
-class Gathering:
+class Batcher:
     """The frames of one tail's clients that have come and were not served.
 
     They are served once every client that is waited for has one here, a request that the tail

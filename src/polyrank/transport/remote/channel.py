@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from polyrank.transport.remote.credentials import Access
+from polyrank.transport.remote.credentials import Credentials
 from polyrank.transport.remote.wire import MESSAGE_BYTES
 
 _REFUSALS = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED)
@@ -17,7 +17,7 @@ _ANOTHER_SERVER = (
 """What gRPC says of a server that is another one than the certificate says, or speaks no TLS."""
 
 
-def channel(access: Access) -> grpc.Channel:
+def channel(access: Credentials) -> grpc.Channel:
     """Return a channel of its own to the server, over TLS, that trusts its certificate alone."""
     credentials = grpc.ssl_channel_credentials(root_certificates=access.certificate)
     options = [

@@ -6,24 +6,24 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from polyrank.transport.remote.batching import Gathering
-from polyrank.transport.remote.server_stream import Stream, Terms
+from polyrank.transport.remote.batching import Batcher
+from polyrank.transport.remote.server_stream import ServerStream, Terms
 from polyrank.transport.remote.sessions import Work
 from polyrank.transport.serving import Serving
 
 
 @dataclass(eq=False)
-class Table:
+class ServerGroup:
     """A tail and those whom it serves."""
 
     serving: Serving
-    gathering: Gathering
+    gathering: Batcher
     clients: tuple[str, ...]
     failed: bool = False
 
 
 @dataclass(eq=False)
-class Place:
+class ClientSlot:
     """A client of this round: its table, its newest stream, and what is known of it.
 
     `until` is when it has to have come, or to have been heard of again. Its work is over once there
@@ -31,12 +31,12 @@ class Place:
     and `down` are bytes of frames.
     """
 
-    table: Table
+    table: ServerGroup
     terms: Terms
     work: Work
     until: float
     came: bool = False
-    stream: Stream | None = None
+    stream: ServerStream | None = None
     over: str | None = None
     failure: str | None = None
     up: int = 0

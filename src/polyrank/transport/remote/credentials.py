@@ -17,7 +17,7 @@ _ADDRESS_BYTES = 300
 
 
 @dataclass(frozen=True)
-class Access:
+class Credentials:
     """The way to one tail, for one client's work in one round and attempt; the token is not shown.
 
     `address` is host:port as the client dials it, `certificate` the server's (PEM), which the
@@ -88,7 +88,7 @@ class Access:
         }
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, object]) -> Access:
+    def from_dict(cls, fields: Mapping[str, object]) -> Credentials:
         """Return what `to_dict` wrote; FrameError, naming the field, for anything else."""
         expected = {*_TEXTS, *_NUMBERS, "certificate", "token", "patience"}
         if not isinstance(fields, Mapping) or set(fields) != expected:

@@ -9,8 +9,8 @@ from polyrank.errors import FrameError
 from polyrank.training.split.link import Traffic
 from polyrank.training.split.messages import Request, Returned, Stepped
 from polyrank.transport.awaited import Awaited, write_request
-from polyrank.transport.remote.credentials import Access
-from polyrank.transport.remote.reconnecting_stream import Line
+from polyrank.transport.remote.credentials import Credentials
+from polyrank.transport.remote.reconnecting_stream import ReconnectingStream
 
 
 class GrpcLink:
@@ -22,9 +22,9 @@ class GrpcLink:
     is another one than the certificate says. To be used from one thread.
     """
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Credentials) -> None:
         self.client, self.limits = access.client, access.limits
-        self._line = Line(access)
+        self._line = ReconnectingStream(access)
         self._waiting: deque[GrpcTicket] = deque()
         self._closed = False
 

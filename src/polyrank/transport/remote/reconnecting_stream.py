@@ -18,7 +18,7 @@ from polyrank.training.split.link import Traffic
 from polyrank.transport.layout import LONGEST_WAIT
 from polyrank.transport.remote import split_pb2 as pb
 from polyrank.transport.remote.channel import channel, hopeless
-from polyrank.transport.remote.credentials import Access
+from polyrank.transport.remote.credentials import Credentials
 from polyrank.transport.remote.sessions import NONCE_BYTES, SECRET_BYTES, Work, proof
 from polyrank.transport.remote.wire import METHOD, Joined, first_words, parts
 
@@ -45,13 +45,13 @@ class _Stream:
     over: bool = False
 
 
-class Line:
+class ReconnectingStream:
     """Sends frames in order and takes in one reply for each, across breaks.
 
     A thread connects, and takes replies in; gRPC's own asks `_messages` for what to send.
     """
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Credentials) -> None:
         self.access = access
         self._work = Work(access.run, access.round, access.attempt, access.client)
         self._secret = os.urandom(SECRET_BYTES)

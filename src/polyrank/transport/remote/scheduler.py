@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from polyrank.errors import FrameError
-from polyrank.training.split.link import Tail, Traffic
+from polyrank.training.split.link import ServerPart, Traffic
 from polyrank.transport.layout import Limits
-from polyrank.transport.remote.batching import Gathering
-from polyrank.transport.remote.client_slots import Call, Place, Table
-from polyrank.transport.remote.server_stream import Stream, Terms
+from polyrank.transport.remote.batching import Batcher
+from polyrank.transport.remote.client_slots import Call, ClientSlot, ServerGroup
+from polyrank.transport.remote.server_stream import ServerStream, Terms
 from polyrank.transport.remote.sessions import Work
 from polyrank.transport.serving import Serving
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Bench:
+class Scheduler:
     """Serves the frames of one round's clients; a `Floor`.
 
     Everything that touches a tail runs on one thread, from `start` to `stop`. Who does not come in
@@ -32,10 +32,10 @@ class Bench:
 
     def __init__(self, clock: Callable[[], float], streams: int) -> None:
         self._clock, self._streams = clock, streams
-        self._places: dict[str, Place] = {}
-        self._tables: list[Table] = []
+        self._places: dict[str, ClientSlot] = {}
+        self._tables: list[ServerGroup] = []
         self._calls: deque[Call] = deque()
-        self._leaving: deque[Place] = deque()
+        self._leaving: deque[ClientSlot] = deque()
         self._changed = threading.Condition()
         self._stopped = True
         self._thread = threading.Thread(target=self._work, name="split tails", daemon=True)
@@ -56,10 +56,10 @@ class Bench:
 
     def seat(
         self,
-        tails: Sequence[tuple[Tail, Sequence[str]]],
+        tails: Sequence[tuple[ServerPart, Sequence[str]]],
         works: Mapping[str, Work],
         limits: Mapping[str, Limits],
-        gathering: Callable[[Collection[str]], Gathering],
+        gathering: Callable[[Collection[str]], Batcher],
         terms: Mapping[str, Terms],
         seconds: float,
     ) -> None:
@@ -73,10 +73,10 @@ class Bench:
             for tail, clients in tails:
                 names = tuple(clients)
                 serving = Serving(tail, limits[names[0]], {one: limits[one] for one in names})
-                table = Table(serving, gathering(names), names)
+                table = ServerGroup(serving, gathering(names), names)
                 self._tables.append(table)
                 for one in names:
-                    self._places[one] = Place(table, terms[one], works[one], until)
+                    self._places[one] = ClientSlot(table, terms[one], works[one], until)
 
     def call(self, fn: Callable[[], T]) -> T:
         """Run a function on the thread, between two requests; return or raise what it does."""
@@ -118,7 +118,7 @@ class Bench:
         with self._changed:
             return self._place(client).failure
 
-    def enter(self, stream: Stream, work: Work) -> Terms | str | None:
+    def enter(self, stream: ServerStream, work: Work) -> Terms | str | None:
         """Take a stream in as its client's only one; see `Floor`."""
         with self._changed:
             place = self._places.get(work.client)
@@ -146,14 +146,14 @@ class Bench:
             old.cut()
         return place.terms
 
-    def heard(self, stream: Stream) -> None:
+    def heard(self, stream: ServerStream) -> None:
         """Take note that something came."""
         with self._changed:
             place = self._places.get(stream.client)
             if place is not None and place.stream is stream:
                 place.heard(self._clock())
 
-    def add(self, stream: Stream, frame: bytes) -> None:
+    def add(self, stream: ServerStream, frame: bytes) -> None:
         """Take in a request; one of a stream that is not its client's newest is dropped."""
         with self._changed:
             place = self._places.get(stream.client)
@@ -162,14 +162,14 @@ class Bench:
                 place.table.gathering.add(stream.client, frame, self._clock())
                 self._changed.notify_all()
 
-    def bye(self, stream: Stream, failure: str | None) -> None:
+    def bye(self, stream: ServerStream, failure: str | None) -> None:
         """Take note that a client leaves for good, or is put out for a reason."""
         with self._changed:
             place = self._places.get(stream.client)
             if place is not None and place.stream is stream:
                 self._end(place, failure or "the client has left", failure)
 
-    def gone(self, stream: Stream) -> None:
+    def gone(self, stream: ServerStream) -> None:
         """Take note that a stream has broken; its client may come back."""
         with self._changed:
             place = self._places.get(stream.client)
@@ -178,7 +178,7 @@ class Bench:
                 place.table.gathering.disconnect(stream.client)
                 self._changed.notify_all()
 
-    def _place(self, client: str) -> Place:
+    def _place(self, client: str) -> ClientSlot:
         if client not in self._places:
             raise FrameError(
                 f"split server: there is no client {client!r} in this round; there are "
@@ -186,7 +186,7 @@ class Bench:
             )
         return self._places[client]
 
-    def _end(self, place: Place, reason: str, failure: str | None) -> None:
+    def _end(self, place: ClientSlot, reason: str, failure: str | None) -> None:
         """End a client's work, if it is not over; its tail lets it go on the thread."""
         if place.over is not None:
             return
@@ -239,7 +239,7 @@ class Bench:
         ]
         return min((wait for wait in waits if wait is not None), default=None)
 
-    def _serve(self, table: Table) -> None:
+    def _serve(self, table: ServerGroup) -> None:
         with self._changed:
             taken = table.gathering.take()
             streams = {one: self._places[one].stream for one in table.clients}
@@ -257,7 +257,7 @@ class Bench:
             if stream is not None:  # one that was replaced meanwhile drops it
                 stream.reply(reply)
 
-    def _let_go(self, place: Place) -> None:
+    def _let_go(self, place: ClientSlot) -> None:
         if place.table.failed:
             return
         try:
@@ -265,7 +265,7 @@ class Bench:
         except Exception as error:
             self._drop(place.table, error)
 
-    def _drop(self, table: Table, error: Exception) -> None:
+    def _drop(self, table: ServerGroup, error: Exception) -> None:
         """Give up a tail that has raised, and the work of its clients."""
         log.error("the tail of %s has failed", ", ".join(table.clients), exc_info=error)
         with self._changed:

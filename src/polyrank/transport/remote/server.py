@@ -15,14 +15,14 @@ from typing import TypeVar
 import grpc
 
 from polyrank.errors import FrameError
-from polyrank.training.split.link import Tail, Traffic
+from polyrank.training.split.link import ServerPart, Traffic
 from polyrank.transport.layout import Limits
-from polyrank.transport.remote.admission import Door
-from polyrank.transport.remote.batching import Gathering
-from polyrank.transport.remote.credentials import Access
+from polyrank.transport.remote.admission import AdmissionControl
+from polyrank.transport.remote.batching import Batcher
+from polyrank.transport.remote.credentials import Credentials
 from polyrank.transport.remote.identity import Identity
-from polyrank.transport.remote.scheduler import Bench
-from polyrank.transport.remote.server_stream import Stream, Terms
+from polyrank.transport.remote.scheduler import Scheduler
+from polyrank.transport.remote.server_stream import ServerStream, Terms
 from polyrank.transport.remote.sessions import Sessions, Work
 from polyrank.transport.remote.wire import MESSAGE_BYTES, SERVICE
 
@@ -85,8 +85,8 @@ class SplitServer:
         self._settings = settings or ServeSettings()
         self._advertise = advertise
         self._sessions = Sessions(clock)
-        self._bench = Bench(clock, self._settings.streams)
-        self._door = Door(STRANGERS)
+        self._bench = Scheduler(clock, self._settings.streams)
+        self._door = AdmissionControl(STRANGERS)
         self._server: grpc.Server | None = None
         self._bound = ""
         self._open = self._stopped = False
@@ -101,7 +101,9 @@ class SplitServer:
         self._pool = ThreadPoolExecutor(most, thread_name_prefix="split stream")
         options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", 2 * most))
         server = grpc.server(self._pool, maximum_concurrent_rpcs=most, options=options)
-        handler = grpc.stream_stream_rpc_method_handler(self._train)  # bytes, read by `Stream`
+        handler = grpc.stream_stream_rpc_method_handler(
+            self._train
+        )  # bytes, read by `ServerStream`
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, {"Train": handler}),)
         )
@@ -146,14 +148,14 @@ class SplitServer:
 
     def open(
         self,
-        tails: Sequence[tuple[Tail, Sequence[str]]],
+        tails: Sequence[tuple[ServerPart, Sequence[str]]],
         round: int,
         attempt: int,
         limits: Mapping[str, Limits],
         seconds: float,
         *,
         patience: float | None = None,
-    ) -> dict[str, Access]:
+    ) -> dict[str, Credentials]:
         """Serve these tails, each to its clients, until `close`; return how clients reach them.
 
         Tokens are accepted for `seconds`; who has not come by then has left. `patience` is how long
@@ -176,11 +178,11 @@ class SplitServer:
             client: Terms(settings.credit, limits[client].nbytes, settings.silence)
             for client in names
         }
-        gathering = partial(Gathering, gather=settings.gather, turns=settings.turns)
+        gathering = partial(Batcher, gather=settings.gather, turns=settings.turns)
         self._bench.seat(tails, works, limits, gathering, terms, seconds)
         self._open = True
         return {
-            client: Access(
+            client: Credentials(
                 address=self._dialled(),
                 certificate=self._identity.certificate,
                 run=self._run,
@@ -232,7 +234,7 @@ class SplitServer:
 
     def _train(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Carry one stream; its messages are read on a thread of its own."""
-        stream = Stream(self._bench, self._sessions, context.cancel)
+        stream = ServerStream(self._bench, self._sessions, context.cancel)
 
         def gone() -> None:
             stream.end()
@@ -255,7 +257,7 @@ class SplitServer:
             context.set_details(stream.status[1])
 
 
-def _take_in(requests: Iterator[bytes], stream: Stream) -> None:
+def _take_in(requests: Iterator[bytes], stream: ServerStream) -> None:
     """Hand what comes to the stream, until it is over or breaks."""
     try:
         for message in requests:

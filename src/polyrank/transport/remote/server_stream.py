@@ -37,19 +37,19 @@ class Terms:
 class Floor(Protocol):
     """Where the frames of welcomed streams go; called from the streams' threads."""
 
-    def enter(self, stream: Stream, work: Work) -> Terms | str | None:
+    def enter(self, stream: ServerStream, work: Work) -> Terms | str | None:
         """Take a stream in as its client's only one; why the work is over; None without room."""
         ...
 
-    def heard(self, stream: Stream) -> None:
+    def heard(self, stream: ServerStream) -> None:
         """Take note that something came."""
         ...
 
-    def add(self, stream: Stream, frame: bytes) -> None:
+    def add(self, stream: ServerStream, frame: bytes) -> None:
         """Take in a request."""
         ...
 
-    def bye(self, stream: Stream, failure: str | None) -> None:
+    def bye(self, stream: ServerStream, failure: str | None) -> None:
         """Take note that the client leaves for good, or is put out for a reason."""
         ...
 
@@ -59,7 +59,7 @@ class _Reply:
     frame: bytes = field(repr=False)
 
 
-class Stream:
+class ServerStream:
     """What one stream brings and gets.
 
     `take` judges one message and never raises, whatever it is; it belongs to the thread that reads.

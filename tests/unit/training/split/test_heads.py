@@ -9,7 +9,7 @@ import torch
 from by_hand import assert_equal, model_of_three
 from jobs import job
 from polyrank.errors import FrameError
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training import LocalTraining, Trained
 from polyrank.training.split import (
     Activations,
@@ -18,11 +18,11 @@ from polyrank.training.split import (
     Pending,
     Request,
     Returned,
+    ServerPart,
     SplitJob,
     SplitSettings,
     Step,
     Stepped,
-    Tail,
     Traffic,
     train_split,
 )
@@ -66,7 +66,7 @@ class Late:
 
 def split(
     names: str,
-    cut: Split,
+    cut: CutPoint,
     *,
     faulty: str = "",
     when=None,
@@ -80,7 +80,7 @@ def split(
         local = replace(LOCAL, batch=1, accumulation=4)
     links: dict[str, Link] = {}
 
-    def connect(tail: Tail):
+    def connect(tail: ServerPart):
         many = InProcessLinks(tail, "float64", MODEL.spec.hidden, 4096)
 
         def link(client: str) -> Link:
@@ -142,11 +142,11 @@ FAULTS = [
     ("a norm that is none", returned(squared_norm=float("nan")), "squared norm of 0 or more"),
 ]
 MOMENTS = [
-    (Split(1), kind(Activations)),
-    (Split(1), kind(Activations, 1, 1)),
-    (Split(1, 2), kind(Activations)),
-    (Split(1, 2), kind(Gradients)),
-    (Split(1, 2), kind(Gradients, 1, 1)),
+    (CutPoint(1), kind(Activations)),
+    (CutPoint(1), kind(Activations, 1, 1)),
+    (CutPoint(1, 2), kind(Activations)),
+    (CutPoint(1, 2), kind(Gradients)),
+    (CutPoint(1, 2), kind(Gradients, 1, 1)),
 ]
 
 
@@ -179,8 +179,8 @@ def test_whose_answer_fails_ends_and_the_others_go_on(cut, when, spoil, reason, 
         ),
     ],
 )
-@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)], ids=str)
-def test_whose_step_fails_ends_and_the_others_go_on(cut: Split, spoil, reason: str) -> None:
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)], ids=str)
+def test_whose_step_fails_ends_and_the_others_go_on(cut: CutPoint, spoil, reason: str) -> None:
     trained, _ = split("abc", cut, faulty="b", when=kind(Step, 1), spoil=spoil)
     assert reason in (trained["b"].failure or "")
     assert "client 'b', round 1, attempt 0, step 1" in (trained["b"].failure or "")
@@ -189,8 +189,8 @@ def test_whose_step_fails_ends_and_the_others_go_on(cut: Split, spoil, reason: s
         assert_equal(trained[name].adapter, alone[name].adapter)
 
 
-@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)], ids=str)
-def test_a_step_without_the_norm_of_the_tail_is_not_taken(cut: Split) -> None:
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)], ids=str)
+def test_a_step_without_the_norm_of_the_tail_is_not_taken(cut: CutPoint) -> None:
     """The common clip factor cannot be known without it."""
     last = Activations if cut.upper is None else Gradients
     when, spoil = kind(last, 1, 1), returned(squared_norm=None)
@@ -200,13 +200,13 @@ def test_a_step_without_the_norm_of_the_tail_is_not_taken(cut: Split) -> None:
 
 
 def test_a_client_alone_may_fail_too() -> None:
-    trained, _ = split("b", Split(1), faulty="b", when=kind(Activations), spoil=fail)
+    trained, _ = split("b", CutPoint(1), faulty="b", when=kind(Activations), spoil=fail)
     assert "nothing came back" in (trained["b"].failure or "")
 
 
-@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)], ids=str)
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)], ids=str)
 @pytest.mark.parametrize("in_flight", [1, 2, 3, 9])
-def test_as_many_microbatches_are_under_way_as_is_asked_for(cut: Split, in_flight: int) -> None:
+def test_as_many_microbatches_are_under_way_as_is_asked_for(cut: CutPoint, in_flight: int) -> None:
     """Four in a step: of a larger number all are."""
     waiting: set[int] = set()
     most = 0

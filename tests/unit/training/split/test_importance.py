@@ -8,13 +8,13 @@ import pytest
 from jobs import examples, job
 from polyrank.errors import RankError
 from polyrank.model import LoadedModel
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training import (
     Job,
     Scoring,
     train_cohort,
 )
-from polyrank.training.split import Activations, Reply, Request, Tails
+from polyrank.training.split import Activations, Reply, Request, ServerParts
 from scoring import (
     EVERY,
     LOCAL,
@@ -29,9 +29,11 @@ from scoring import (
 )
 
 
-@pytest.mark.parametrize("cut", [Split(1), Split(2), Split(3), Split(1, 2), Split(1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "cut", [CutPoint(1), CutPoint(2), CutPoint(3), CutPoint(1, 2), CutPoint(1, 3)], ids=str
+)
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_split_client_scores_what_it_scores_whole(cut: Split, metric: str) -> None:
+def test_a_split_client_scores_what_it_scores_whole(cut: CutPoint, metric: str) -> None:
     model = deep()
     jobs = fleet(model, Scoring(2, metric), dropout=0.2)
     for one, other in zip(train_cohort(model, jobs), split(model, jobs, cut), strict=True):
@@ -39,10 +41,10 @@ def test_a_split_client_scores_what_it_scores_whole(cut: Split, metric: str) -> 
         same(one.importance, other.importance)
 
 
-@pytest.mark.parametrize("cut", [Split(2), Split(1, 3)], ids=str)
+@pytest.mark.parametrize("cut", [CutPoint(2), CutPoint(1, 3)], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_microbatches_in_flight_and_checkpointing_change_no_score(
-    cut: Split, checkpointing: bool
+    cut: CutPoint, checkpointing: bool
 ) -> None:
     whole = train_cohort(deep(), fleet(deep(), accumulation=4, batch=1))
     model = deep(checkpointing=checkpointing)
@@ -51,9 +53,9 @@ def test_microbatches_in_flight_and_checkpointing_change_no_score(
         same(one.importance, other.importance)
 
 
-@pytest.mark.parametrize("cut", [Split(2), Split(1, 3)], ids=str)
+@pytest.mark.parametrize("cut", [CutPoint(2), CutPoint(1, 3)], ids=str)
 @pytest.mark.parametrize("below", [2, 4])
-def test_a_head_without_adapters_is_scored(cut: Split, below: int) -> None:
+def test_a_head_without_adapters_is_scored(cut: CutPoint, below: int) -> None:
     model = deep()
     one = job(model, ranks=lowest_untouched(model, below), local=LOCAL, seed=12)
     one = replace(one, scoring=EVERY)
@@ -65,7 +67,7 @@ def test_scoring_changes_no_bit_of_split_training() -> None:
     model = deep()
     jobs = fleet(model)
     unscored = [replace(one, scoring=Scoring(0)) for one in jobs]
-    for cut in (Split(2), Split(1, 3)):
+    for cut in (CutPoint(2), CutPoint(1, 3)):
         pairs = zip(split(model, jobs, cut), split(model, unscored, cut), strict=True)
         for one, other in pairs:
             assert one.adapter.hash() == other.adapter.hash()
@@ -92,7 +94,7 @@ def union(jobs: Sequence[Job]) -> Job:
 def test_the_union_batch_scores_a_shared_tail_for_all_its_clients(metric: str) -> None:
     model = deep()
     jobs = equal_starts(model, Scoring(1, metric))
-    found = split(model, jobs, Split(2), adapters="shared")
+    found = split(model, jobs, CutPoint(2), adapters="shared")
     whole = scores(model, union(jobs), metric)
     for one, mine in zip(jobs, found, strict=True):
         alone = scores(model, one, metric)
@@ -104,7 +106,7 @@ def test_the_union_batch_scores_a_shared_tail_for_all_its_clients(metric: str) -
 def test_with_mixed_cuts_a_shared_site_is_scored_by_those_that_do_not_run_it_themselves() -> None:
     model = deep()
     jobs = equal_starts(model)
-    cuts = [Split(1), Split(3), Split(1)]
+    cuts = [CutPoint(1), CutPoint(3), CutPoint(1)]
     found = split(model, jobs, cuts, adapters="shared")
     middle, last = scores(model, union([jobs[0], jobs[2]])), scores(model, union(jobs))
     for one, cut, mine in zip(jobs, cuts, found, strict=True):
@@ -120,9 +122,9 @@ def test_a_client_whose_pass_overflows_leaves_nothing_in_the_scores_of_a_shared_
 ) -> None:
     model = deep()
     jobs = equal_starts(model)
-    answer = Tails.answer
+    answer = ServerParts.answer
 
-    def spoilt(self: Tails, requests: Sequence[Request]) -> list[Reply]:
+    def spoilt(self: ServerParts, requests: Sequence[Request]) -> list[Reply]:
         """Client b's activations come large enough that norms, in float32, overflow."""
         return answer(
             self,
@@ -134,8 +136,8 @@ def test_a_client_whose_pass_overflows_leaves_nothing_in_the_scores_of_a_shared_
             ],
         )
 
-    monkeypatch.setattr(Tails, "answer", spoilt)
-    found = split(model, jobs, Split(2), adapters="shared")
+    monkeypatch.setattr(ServerParts, "answer", spoilt)
+    found = split(model, jobs, CutPoint(2), adapters="shared")
     monkeypatch.undo()
     assert "nothing of it was applied" in str(found[1].failure)
     assert found[1].importance == {}
@@ -150,4 +152,4 @@ def test_clients_of_a_shared_set_are_scored_alike() -> None:
     jobs = equal_starts(model)
     jobs[2] = replace(jobs[2], scoring=Scoring(2))
     with pytest.raises(RankError, match="'c': its importance is to be measured otherwise"):
-        split(model, jobs, Split(2), adapters="shared")
+        split(model, jobs, CutPoint(2), adapters="shared")

@@ -11,7 +11,7 @@ from by_hand import STRAIGHT, assert_equal, model_of_three
 from jobs import job
 from polyrank.algebra import distance
 from polyrank.model import Cohort, Cut, LoadedModel, Part
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.seeds import generator
 from polyrank.training import LocalTraining, Trained
 from polyrank.training.batches import assemble, step_groups
@@ -21,9 +21,9 @@ from polyrank.training.split import (
     Link,
     Pending,
     Request,
+    ServerPart,
     SplitJob,
     SplitSettings,
-    Tail,
     Traffic,
     train_split,
 )
@@ -139,13 +139,13 @@ def split(
     settings: SplitSettings,
     *,
     names: str = "ab",
-    cut: Split = STRAIGHT,
+    cut: CutPoint = STRAIGHT,
     local: LocalTraining = LOCAL,
     model: LoadedModel = MODEL,
 ) -> tuple[list[Trained], dict[str, list[Activations]]]:
     sent: dict[str, list[Activations]] = {name: [] for name in names}
 
-    def connect(tail: Tail):
+    def connect(tail: ServerPart):
         many = InProcessLinks(tail, settings.wire, model.spec.hidden, 4096)
         return lambda client: Recorder(many.link(client), sent[client])
 
@@ -215,13 +215,13 @@ def test_noise_of_zero_and_no_bound_change_no_byte() -> None:
         assert one.adapter.hash() == other.adapter.hash() == third.adapter.hash()
 
 
-@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)], ids=str)
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)], ids=str)
 @pytest.mark.parametrize(
     "settings",
     [replace(EXACT, clip=1.0), replace(EXACT, noise=0.3), replace(EXACT, clip=1.0, noise=0.3)],
     ids=["clip", "noise", "both"],
 )
-def test_heads_and_tails_learn_from_the_protected_activations(cut: Split, settings) -> None:
+def test_heads_and_tails_learn_from_the_protected_activations(cut: CutPoint, settings) -> None:
     """One step of plain SGD at rate 1 is the gradient: that of autograd through bound and noise."""
     (trained,), _ = split(settings, names="a", cut=cut, local=ONE_STEP)
     one = job(MODEL, "a", count=8, seed=ord("a"), local=ONE_STEP)
@@ -249,8 +249,8 @@ def test_heads_and_tails_learn_from_the_protected_activations(cut: Split, settin
         assert_equal(trained.adapter, cohort.adapter(0), 1e-10)
 
 
-@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)], ids=str)
-def test_a_shared_adapter_learns_from_the_protected_activations_too(cut: Split) -> None:
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)], ids=str)
+def test_a_shared_adapter_learns_from_the_protected_activations_too(cut: CutPoint) -> None:
     """That of one client alone is its own, but for a bound on the gradient."""
     local = replace(LOCAL, clip=None)
     for settings in (replace(EXACT, clip=1.0), replace(EXACT, clip=1.0, noise=0.3)):
@@ -277,8 +277,8 @@ def change(trained: Sequence[Trained], exact: Sequence[Trained]) -> float:
     return max(found)
 
 
-@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)], ids=str)
-def test_lossy_wires_differ_and_stay_close(cut: Split) -> None:
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)], ids=str)
+def test_lossy_wires_differ_and_stay_close(cut: CutPoint) -> None:
     """A number is off by 2⁻⁸ (bf16) or 1/254 of its token's largest (int8), at random signs.
 
     A loss that depends smoothly on activations of about unit size moves by less than that, as many

@@ -11,14 +11,14 @@ from models import tiny_loaded
 from polyrank.aggregation.types import Penalty
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse, distance
 from polyrank.model import LoadedModel
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training import Job, LocalTraining, Trained, train_cohort
-from polyrank.training.split import SplitJob, SplitSettings, Tail, train_split
+from polyrank.training.split import ServerPart, SplitJob, SplitSettings, train_split
 from polyrank.transport import InProcessLinks
 
 BLOCKS = 4
 EXACT = SplitSettings(wire="float64")
-CUTS = (Split(1), Split(2), Split(3), Split(1, 2), Split(1, 3), Split(2, 3))
+CUTS = (CutPoint(1), CutPoint(2), CutPoint(3), CutPoint(1, 2), CutPoint(1, 3), CutPoint(2, 3))
 LOCAL = LocalTraining(epochs=2, batch=2, accumulation=2, lr=1e-2, clip=0.05, weight_decay=0.1)
 
 
@@ -26,18 +26,20 @@ def deep(architecture: str = "llama", **options: object) -> LoadedModel:
     return tiny_loaded(architecture, num_hidden_layers=BLOCKS, dtype=torch.float64, **options)
 
 
-def connect(model: LoadedModel, wire: str = "float64") -> Callable[[Tail], Callable[[str], object]]:
+def connect(
+    model: LoadedModel, wire: str = "float64"
+) -> Callable[[ServerPart], Callable[[str], object]]:
     return lambda tail: InProcessLinks(tail, wire, model.spec.hidden, 4096).link
 
 
 def split(
     model: LoadedModel,
     jobs: Sequence[Job],
-    cuts: Split | Sequence[Split],
+    cuts: CutPoint | Sequence[CutPoint],
     settings: SplitSettings = EXACT,
     cohort: int = 8,
 ) -> list[Trained]:
-    each = [cuts] * len(jobs) if isinstance(cuts, Split) else cuts
+    each = [cuts] * len(jobs) if isinstance(cuts, CutPoint) else cuts
     asked = [SplitJob(one, cut, 1) for one, cut in zip(jobs, each, strict=True)]
     return train_split(model, asked, settings, connect(model, settings.wire), cohort=cohort)
 
@@ -61,7 +63,7 @@ def fleet(model: LoadedModel, local: LocalTraining = LOCAL) -> list[Job]:
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_split_clients_end_with_the_adapter_of_whole_ones(cut: Split) -> None:
+def test_split_clients_end_with_the_adapter_of_whole_ones(cut: CutPoint) -> None:
     model = deep()
     whole = train_cohort(model, fleet(model))
     for one, other in zip(whole, split(model, fleet(model), cut), strict=True):
@@ -69,19 +71,19 @@ def test_split_clients_end_with_the_adapter_of_whole_ones(cut: Split) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "qwen3", "phi3", "opt"])
-@pytest.mark.parametrize("cut", [Split(1), Split(1, 3)], ids=str)
-def test_other_architectures_too(architecture: str, cut: Split) -> None:
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 3)], ids=str)
+def test_other_architectures_too(architecture: str, cut: CutPoint) -> None:
     model = deep(architecture)
     whole = train_cohort(model, fleet(model))
     for one, other in zip(whole, split(model, fleet(model), cut), strict=True):
         assert_same(one, other)
 
 
-@pytest.mark.parametrize("cut", [Split(2), Split(1, 3)], ids=str)
+@pytest.mark.parametrize("cut", [CutPoint(2), CutPoint(1, 3)], ids=str)
 @pytest.mark.parametrize("in_flight", [1, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_checkpointing_and_microbatches_in_flight_change_nothing(
-    cut: Split, in_flight: int, checkpointing: bool
+    cut: CutPoint, in_flight: int, checkpointing: bool
 ) -> None:
     local = replace(LOCAL, dropout=0.3, accumulation=4, batch=1)
     whole = train_cohort(deep(), fleet(deep(), local))
@@ -103,7 +105,7 @@ def test_dropout_checkpointing_and_microbatches_in_flight_change_nothing(
 def test_every_way_of_training_goes_across_the_cut(local: LocalTraining) -> None:
     model = deep()
     whole = train_cohort(model, fleet(model, local))
-    for one, other in zip(whole, split(model, fleet(model, local), Split(2)), strict=True):
+    for one, other in zip(whole, split(model, fleet(model, local), CutPoint(2)), strict=True):
         assert_same(one, other)
 
 
@@ -113,9 +115,9 @@ def test_a_fixed_a_and_a_penalty_go_across_the_cut() -> None:
     keep = dict.fromkeys(jobs[2].assignment.start, 1)
     jobs[1] = replace(jobs[1], assignment=replace(jobs[1].assignment, train="b"))
     jobs[2] = replace(jobs[2], assignment=replace(jobs[2].assignment, penalty=Penalty(0.3, keep)))
-    for one, other in zip(train_cohort(model, jobs), split(model, jobs, Split(2)), strict=True):
+    for one, other in zip(train_cohort(model, jobs), split(model, jobs, CutPoint(2)), strict=True):
         assert_same(one, other)
-    fixed, start = split(model, jobs, Split(2))[1].adapter, jobs[1].assignment.start
+    fixed, start = split(model, jobs, CutPoint(2))[1].adapter, jobs[1].assignment.start
     assert all(torch.equal(fixed[site].a, start[site].a) for site in start)
 
 
@@ -137,7 +139,7 @@ def test_merged_sums_and_sparse_starts_go_across_the_cut() -> None:
     values = [replace(j, assignment=replace(j.assignment, start=sparse)) for j in factors]
     values[1] = replace(values[1], assignment=replace(values[1].assignment, frozen=Adapter({})))
     for jobs in (factors, values):
-        for cut in (Split(1), Split(1, 3)):
+        for cut in (CutPoint(1), CutPoint(1, 3)):
             whole = train_cohort(model, jobs)
             for one, other in zip(whole, split(model, jobs, cut), strict=True):
                 assert_same(one, other)
@@ -151,22 +153,22 @@ def test_what_is_merged_tells_a_difference() -> None:
     )
     plain = job(model, "a")
     changed = replace(plain, assignment=replace(plain.assignment, merged=merged))
-    losses = [split(model, [one], Split(2))[0].metrics["first_loss"] for one in (plain, changed)]
+    losses = [split(model, [one], CutPoint(2))[0].metrics["first_loss"] for one in (plain, changed)]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_a_smaller_cohort_gives_the_same() -> None:
     model = deep()
     jobs = fleet(model)
-    alone = [split(model, [one], Split(2))[0] for one in jobs]
-    for one, other in zip(alone, split(model, jobs, Split(2)), strict=True):
+    alone = [split(model, [one], CutPoint(2))[0] for one in jobs]
+    for one, other in zip(alone, split(model, jobs, CutPoint(2)), strict=True):
         assert_same(one, other)
 
 
 def test_factors_of_both_sides_have_moved() -> None:
     model = deep()
     one = job(model, "a", local=LOCAL)
-    (trained,) = split(model, [one], Split(2))
+    (trained,) = split(model, [one], CutPoint(2))
     for site, delta in trained.adapter.items():
         assert isinstance(delta, LowRank)
         assert distance(delta, one.assignment.start[site]) > 1e-6, site

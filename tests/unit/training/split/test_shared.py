@@ -28,16 +28,16 @@ from polyrank.algebra import Adapter, Dense, LowRank
 from polyrank.data.types import Encoded
 from polyrank.errors import RankError, RuleError
 from polyrank.model import LoadedModel
-from polyrank.planning import Fleet, LoRAType, Split
+from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.run import preflight
 from polyrank.training import Job, LocalTraining, Trained
 from polyrank.training.batches import step_groups
 from polyrank.training.split import (
     Returned,
+    ServerPart,
+    ServerParts,
     SplitJob,
     SplitSettings,
-    Tail,
-    Tails,
     train_split,
 )
 from polyrank.transport import InProcessLinks
@@ -54,11 +54,11 @@ BLOCK = {site.name: site.block for site in MODEL.spec.sites}
 def split(
     model: LoadedModel,
     jobs: Sequence[Job],
-    cuts: Sequence[Split],
+    cuts: Sequence[CutPoint],
     settings: SplitSettings = SHARED,
     cohort: int = 8,
 ) -> list[Trained]:
-    def connect(tail: Tail):
+    def connect(tail: ServerPart):
         return InProcessLinks(tail, settings.wire, model.spec.hidden, 4096).link
 
     asked = [SplitJob(one, cut, 1) for one, cut in zip(jobs, cuts, strict=True)]
@@ -127,7 +127,7 @@ class Learned:
         )
 
 
-def oracle(jobs: Sequence[Job], cuts: Sequence[Split]) -> list[Adapter]:
+def oracle(jobs: Sequence[Job], cuts: Sequence[CutPoint]) -> list[Adapter]:
     """Train as is said: heads descend their own mean loss, the shared set that of the union."""
     local = jobs[0].local
     servers = [cut.at_server(4) for cut in cuts]
@@ -168,7 +168,7 @@ def oracle(jobs: Sequence[Job], cuts: Sequence[Split]) -> list[Adapter]:
     ]
 
 
-def assert_as_by_hand(jobs: Sequence[Job], cuts: Sequence[Split]) -> None:
+def assert_as_by_hand(jobs: Sequence[Job], cuts: Sequence[CutPoint]) -> None:
     # Sums in another order, and AdamW's division by small second moments: 1e-10, not 1e-14.
     for trained, expected in zip(split(MODEL, jobs, cuts), oracle(jobs, cuts), strict=True):
         assert trained.failure is None
@@ -179,14 +179,14 @@ def assert_as_by_hand(jobs: Sequence[Job], cuts: Sequence[Split]) -> None:
 
 EQUAL = {"a": 4, "b": 3, "c": 4}
 UNEQUAL = {"a": 9, "b": 2, "c": 6}
-MIXED = [Split(1), Split(2), Split(3)]
+MIXED = [CutPoint(1), CutPoint(2), CutPoint(3)]
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("counts", [EQUAL, UNEQUAL], ids=["one step", "unequal steps"])
 @pytest.mark.parametrize(
     "cuts",
-    [[Split(2)] * 3, MIXED, [Split(1, 3)] * 3, [Split(1, 2), Split(2), Split(3)]],
+    [[CutPoint(2)] * 3, MIXED, [CutPoint(1, 3)] * 3, [CutPoint(1, 2), CutPoint(2), CutPoint(3)]],
     ids=["equal", "mixed", "u-shapes", "both"],
 )
 def test_a_shared_set_descends_the_mean_loss_of_the_union(cuts, counts, clip) -> None:
@@ -199,8 +199,8 @@ def test_the_schedule_of_a_shared_set_is_as_long_as_its_longest_client() -> None
 
 def test_u_shapes_whose_blocks_do_not_touch_share_one_set() -> None:
     """No client has the block between theirs at the server."""
-    assert_as_by_hand(fleet({"a": 4, "b": 3}), [Split(1, 2), Split(2, 3)])
-    jobs, cuts = fleet({"a": 4, "b": 3}), [Split(1, 2), Split(3)]
+    assert_as_by_hand(fleet({"a": 4, "b": 3}), [CutPoint(1, 2), CutPoint(2, 3)])
+    jobs, cuts = fleet({"a": 4, "b": 3}), [CutPoint(1, 2), CutPoint(3)]
     assert_as_by_hand(jobs, cuts)
 
 
@@ -237,21 +237,21 @@ def test_a_penalty_and_a_fixed_a_act_on_the_shared_set_once() -> None:
     penalised = [replace(one, assignment=strict) for one in jobs]
     alike = [replace(one, examples=jobs[0].examples, seed=1) for one in penalised]
     # Two clients with the same rows: the union's mean loss is that of one.
-    (single,) = split(MODEL, alike[:1], [Split(2)])
-    for trained in split(MODEL, alike, [Split(2)] * 2):
+    (single,) = split(MODEL, alike[:1], [CutPoint(2)])
+    for trained in split(MODEL, alike, [CutPoint(2)] * 2):
         assert_equal(trained.adapter, single.adapter, 1e-10)
-    (own,) = split(MODEL, alike[:1], [Split(2)], OWN)
+    (own,) = split(MODEL, alike[:1], [CutPoint(2)], OWN)
     assert_equal(single.adapter, own.adapter)
-    (without,) = split(MODEL, [replace(alike[0], assignment=jobs[0].assignment)], [Split(2)])
+    (without,) = split(MODEL, [replace(alike[0], assignment=jobs[0].assignment)], [CutPoint(2)])
     with pytest.raises(AssertionError):
         assert_equal(single.adapter, without.adapter, 1e-4)
     fixed = replace(jobs[0].assignment, train="b")
-    for trained in split(MODEL, [replace(o, assignment=fixed) for o in jobs], [Split(2)] * 2):
+    for trained in split(MODEL, [replace(o, assignment=fixed) for o in jobs], [CutPoint(2)] * 2):
         assert all(torch.equal(d.a, fixed.start[s].a) for s, d in trained.adapter.items())
 
 
-@pytest.mark.parametrize("cut", [Split(1), Split(3), Split(1, 3)], ids=str)
-def test_with_one_client_shared_is_own_but_for_the_clip(cut: Split) -> None:
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(3), CutPoint(1, 3)], ids=str)
+def test_with_one_client_shared_is_own_but_for_the_clip(cut: CutPoint) -> None:
     def both(local: LocalTraining) -> list[Adapter]:
         jobs = fleet({"a": 9}, local)
         return [split(MODEL, jobs, [cut], how)[0].adapter for how in (SHARED, OWN)]
@@ -271,8 +271,8 @@ def test_shared_sites_are_the_same_for_all_and_heads_are_not() -> None:
         assert_equal(a.restrict(bottom), b.restrict(bottom), 1e-6)
 
 
-@pytest.mark.parametrize("cuts", [[Split(2)] * 4, [*MIXED, Split(2)]], ids=["equal", "mixed"])
-def test_the_cohort_does_not_matter(cuts: Sequence[Split]) -> None:
+@pytest.mark.parametrize("cuts", [[CutPoint(2)] * 4, [*MIXED, CutPoint(2)]], ids=["equal", "mixed"])
+def test_the_cohort_does_not_matter(cuts: Sequence[CutPoint]) -> None:
     jobs = fleet({"a": 5, "b": 2, "c": 7, "d": 4}, replace(LOCAL, clip=0.05, dropout=0.3))
     together = split(MODEL, jobs, cuts, cohort=8)
     for cohort in (1, 3):
@@ -287,7 +287,7 @@ def test_what_the_shared_set_has_not_is_refused() -> None:
     other = random_adapter(MODEL, ranks, seed=3)
     jobs[1] = replace(jobs[1], assignment=replace(jobs[1].assignment, start=other))
     with pytest.raises(RankError, match=r"client 'b': at .*it was dealt rank 3, another.*rank 2"):
-        split(MODEL, jobs, [Split(2)] * 2)
+        split(MODEL, jobs, [CutPoint(2)] * 2)
     # The same ranks and other factors, another scale, another frozen term: none is one adapter.
     one = fleet({"a": 3, "b": 3})
     dealt = one[0].assignment
@@ -297,7 +297,7 @@ def test_what_the_shared_set_has_not_is_refused() -> None:
         replace(dealt, frozen=random_adapter(MODEL, 1, seed=4)),
     ):
         with pytest.raises(RankError, match="client 'b'"):
-            split(MODEL, [one[0], replace(one[1], assignment=changed)], [Split(2)] * 2)
+            split(MODEL, [one[0], replace(one[1], assignment=changed)], [CutPoint(2)] * 2)
 
 
 def test_heads_of_a_shared_set_may_have_unequal_ranks() -> None:
@@ -307,14 +307,14 @@ def test_heads_of_a_shared_set_may_have_unequal_ranks() -> None:
     higher = random_adapter(MODEL, 4, seed=8)
     mixed = Adapter({s: higher[s] if BLOCK[s] == 0 else same[s] for s in BLOCK})
     jobs[1] = replace(jobs[1], assignment=replace(jobs[1].assignment, start=mixed))
-    trained = split(MODEL, jobs, [Split(1)] * 2)
+    trained = split(MODEL, jobs, [CutPoint(1)] * 2)
     assert [set(one.adapter.ranks.values()) for one in trained] == [{2}, {2, 4}]
 
 
 @pytest.mark.parametrize("rule", ["hetlora", "flora:keep"])
 def test_rules_that_deal_each_client_its_own_are_refused_before_any_training(rule: str) -> None:
     rules = {"hetlora": HetLoRA(), "flora:keep": FLoRA(reinitialise=False)}
-    fleet = Fleet.table({"a": "T1", "b": "T1"}, types=types(2, 2), cuts={"T1": Split(1)})
+    fleet = Fleet.table({"a": "T1", "b": "T1"}, types=types(2, 2), cuts={"T1": CutPoint(1)})
     with pytest.raises(RuleError, match=r"split\.adapters = 'shared' and the rule .* exclude"):
         preflight.check_cuts(MODEL, fleet, rules[rule], SHARED)
     preflight.check_cuts(MODEL, fleet, rules[rule], OWN)
@@ -325,7 +325,7 @@ def types(low: int, high: int) -> dict[str, LoRAType]:
 
 
 def test_unequal_ranks_behind_the_cut_are_refused_before_any_training() -> None:
-    cuts = {"T1": Split(1), "T2": Split(2)}
+    cuts = {"T1": CutPoint(1), "T2": CutPoint(2)}
     fleet = Fleet.table({"a": "T1", "b": "T2"}, types=types(2, 3), cuts=cuts)
     with pytest.raises(RankError, match="Give both the same ranks"):
         preflight.check_cuts(MODEL, fleet, FLoRA(), SHARED)
@@ -342,7 +342,10 @@ def test_who_diverges_leaves_and_the_shared_set_stays_whole() -> None:
     jobs = [replace(one, seed=i) for i, one in enumerate(jobs, start=1)]
     sent = {one.client: requests_of(model, one) for one in jobs}
     bad = replace(sent["a"][0], states=sent["a"][0].states * 1e300)
-    with Tails(model, jobs, shared=True) as tails, Tails(model, jobs[1:], shared=True) as others:
+    with (
+        ServerParts(model, jobs, shared=True) as tails,
+        ServerParts(model, jobs[1:], shared=True) as others,
+    ):
         refused, *good = tails.answer([bad, sent["b"][0], sent["c"][0]])
         assert "not finite; nothing of it was applied" in refusal(refused)
         assert all(isinstance(one, Returned) for one in good)
@@ -362,7 +365,10 @@ def test_in_a_u_shape_too() -> None:
         replace(sent["a"][0], states=sent["a"][0].states * 1e300),
         replace(sent["b"][2], states=sent["b"][2].states.clone().fill_(1e308)),
     ]
-    with Tails(model, jobs, shared=True) as tails, Tails(model, jobs[2:], shared=True) as others:
+    with (
+        ServerParts(model, jobs, shared=True) as tails,
+        ServerParts(model, jobs[2:], shared=True) as others,
+    ):
         refused, *_ = tails.answer([bad[0], sent["b"][0], sent["c"][0]])
         assert "not finite" in refusal(refused)
         served(tails, sent["b"][1], sent["c"][1])
@@ -379,7 +385,10 @@ def test_the_step_waits_for_all_who_are_at_work() -> None:
     model = model_of_three()
     jobs = [replace(tail_job(model, n), seed=i) for i, n in enumerate("ab", start=1)]
     mine, its = (requests_of(model, one) for one in jobs)
-    with Tails(model, jobs, shared=True) as tails, Tails(model, jobs, shared=True) as others:
+    with (
+        ServerParts(model, jobs, shared=True) as tails,
+        ServerParts(model, jobs, shared=True) as others,
+    ):
         for i in (0, 1):
             served(tails, mine[i], its[i])
             served(others, mine[i], its[i])
@@ -395,7 +404,10 @@ def test_who_leaves_is_not_waited_for_and_what_it_gave_stays() -> None:
     model = model_of_three()
     jobs = [replace(tail_job(model, n), seed=i) for i, n in enumerate("ab", start=1)]
     mine, its = (requests_of(model, one) for one in jobs)
-    with Tails(model, jobs, shared=True) as tails, Tails(model, jobs, shared=True) as others:
+    with (
+        ServerParts(model, jobs, shared=True) as tails,
+        ServerParts(model, jobs, shared=True) as others,
+    ):
         for each in (tails, others):
             for i in (0, 1):
                 served(each, mine[i], its[i])
@@ -410,7 +422,7 @@ def test_who_leaves_is_not_waited_for_and_what_it_gave_stays() -> None:
 
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
-def test_who_leaves_in_mid_step_counts_with_what_has_come(cut: Split) -> None:
+def test_who_leaves_in_mid_step_counts_with_what_has_come(cut: CutPoint) -> None:
     """As if the client's step had been that much shorter, whatever its weight had announced."""
     model = model_of_three()
     local = replace(BY_HAND, steps=1)
@@ -420,7 +432,10 @@ def test_who_leaves_in_mid_step_counts_with_what_has_come(cut: Split) -> None:
     first[0] = replace(first[0], weight=1 / 20)
     tokens = len(first[0].states)  # Of a U-shape no more than these can count.
     assert tokens < 20
-    with Tails(model, jobs, shared=True) as tails, Tails(model, jobs, shared=True) as others:
+    with (
+        ServerParts(model, jobs, shared=True) as tails,
+        ServerParts(model, jobs, shared=True) as others,
+    ):
         for request in [*mine[:-1], *first]:
             served(tails, request)
         tails.leave("b")
@@ -443,7 +458,7 @@ def test_a_client_cannot_claim_a_weight_in_the_shared_set() -> None:
     mine, its = (requests_of(model, one) for one in jobs)
     found = []
     for factor in (1.0, 1e6):
-        with Tails(model, jobs, shared=True) as tails:
+        with ServerParts(model, jobs, shared=True) as tails:
             told = [replace(one, weight=one.weight * factor) for one in its[:-1]]
             for good, beside in zip(mine[:-1], told, strict=True):
                 reply, other = served(tails, good, beside)
@@ -465,7 +480,7 @@ def test_a_gradient_of_the_shared_set_that_overflows_spoils_nothing() -> None:
     jobs = [replace(j, assignment=replace(j.assignment, start=start, penalty=None)) for j in jobs]
     mine, its = (requests_of(model, one) for one in jobs)
     bad = replace(mine[2], states=mine[2].states * 1e250)
-    with Tails(model, jobs, shared=True) as tails:
+    with ServerParts(model, jobs, shared=True) as tails:
         for i in (0, 1):
             served(tails, mine[i], its[i])
         refused, good = tails.answer([bad, its[2]])
@@ -483,7 +498,7 @@ def test_clients_that_are_not_trained_alike_share_no_adapter() -> None:
         replace(other, assignment=replace(other.assignment, penalty=None)),
     ):
         with pytest.raises(RankError, match=r"client 'b': .*otherwise than of the clients"):
-            Tails(MODEL, [one, changed], shared=True)
+            ServerParts(MODEL, [one, changed], shared=True)
 
 
 @pytest.mark.parametrize(("b", "a"), [(float("inf"), 1.0), (0.0, 1e200)], ids=["sent", "back"])
@@ -496,7 +511,7 @@ def test_a_client_whose_head_diverges_ends_and_the_others_go_on(b: float, a: flo
             for s, d in jobs[1].assignment.start.items()
         }
     )
-    cut = [Split(1)] * 3
+    cut = [CutPoint(1)] * 3
     jobs[1] = replace(jobs[1], assignment=replace(jobs[1].assignment, start=infinite))
     first, failed, third = split(MODEL, jobs, cut)
     assert failed.failure is not None
@@ -509,9 +524,11 @@ def test_a_client_whose_head_diverges_ends_and_the_others_go_on(b: float, a: flo
 
 
 @pytest.mark.parametrize(
-    "cuts", [[Split(2), Split(1), Split(1)], [Split(1, 3), Split(1), Split(2)]]
+    "cuts", [[CutPoint(2), CutPoint(1), CutPoint(1)], [CutPoint(1, 3), CutPoint(1), CutPoint(2)]]
 )
-def test_a_head_that_fails_does_not_act_in_the_tails_of_other_cuts(cuts: Sequence[Split]) -> None:
+def test_a_head_that_fails_does_not_act_in_the_tails_of_other_cuts(
+    cuts: Sequence[CutPoint],
+) -> None:
     """Its blocks, with its factors attached, are run for those who are cut before them."""
     jobs = fleet({"a": 4, "b": 4, "c": 4})
     infinite = Adapter(

@@ -17,16 +17,16 @@ from models import tiny_loaded, write_tiny
 from polyrank.algebra import Adapter, distance
 from polyrank.errors import FrameError, ModelError
 from polyrank.model import LoadedModel, Span, load_model
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training import LocalTraining, train_cohort
 from polyrank.training.split import (
     At,
     Heads,
+    ServerPart,
+    ServerParts,
     SplitJob,
     SplitSettings,
     Step,
-    Tail,
-    Tails,
     train_head,
     train_split,
 )
@@ -34,17 +34,17 @@ from polyrank.transport import InProcessLinks, Limits, PipeLink, codec, serve_pi
 
 BLOCKS = 4
 LOCAL = LocalTraining(epochs=2, batch=2, accumulation=2, lr=1e-2, clip=0.05)
-SIDES: Mapping[Split, tuple[list[Span], list[Span]]] = {
-    Split(1): ([Span(0, 1)], [Span(1)]),
-    Split(3): ([Span(0, 3)], [Span(3)]),
-    Split(1, 3): ([Span(0, 1), Span(3)], [Span(1, 3)]),
+SIDES: Mapping[CutPoint, tuple[list[Span], list[Span]]] = {
+    CutPoint(1): ([Span(0, 1)], [Span(1)]),
+    CutPoint(3): ([Span(0, 3)], [Span(3)]),
+    CutPoint(1, 3): ([Span(0, 1), Span(3)], [Span(1, 3)]),
 }
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2", "opt", "phi3"])
 @pytest.mark.parametrize("cut", SIDES, ids=str)
 def test_ends_that_hold_their_blocks_alone_train_what_the_whole_model_does(
-    architecture: str, cut: Split, tmp_path: Path
+    architecture: str, cut: CutPoint, tmp_path: Path
 ) -> None:
     changes = {"n_layer": BLOCKS} if architecture == "gpt2" else {"num_hidden_layers": BLOCKS}
     if architecture == "gemma3":
@@ -62,7 +62,7 @@ def test_ends_that_hold_their_blocks_alone_train_what_the_whole_model_does(
     )
     assert (mine.hosted | theirs.hosted, mine.hosted & theirs.hosted) == (set(range(BLOCKS)), set())
     asked_for = [SplitJob(one, cut, 1) for one in jobs]
-    with Tails(theirs, [one.at_server(theirs) for one in asked_for]) as tails:
+    with ServerParts(theirs, [one.at_server(theirs) for one in asked_for]) as tails:
         links = InProcessLinks(tails, "float64", whole.spec.hidden, 4096)
         for one, asked in zip(expected, asked_for, strict=True):
             steps: list[None] = []
@@ -88,14 +88,14 @@ def test_an_end_refuses_to_begin_without_one_of_its_blocks(tmp_path: Path) -> No
     """Before the first message: a server that finds out later takes its other clients with it."""
     folder = write_tiny(tmp_path, "llama", num_hidden_layers=BLOCKS)
     whole = load_model(folder, device="cpu")
-    one, cut = job(whole, "a"), Split(2)
+    one, cut = job(whole, "a"), CutPoint(2)
     first = load_model(folder, device="cpu", spans=[Span(0, 1)])
     asked = SplitJob(one, cut, 1)
     with pytest.raises(ModelError, match=r"blocks \[1\] are needed, this model holds \[0\]"):
         Heads(first, [asked.at_client(first)], [], SplitSettings())
     last = load_model(folder, device="cpu", spans=[Span(3)])
     with pytest.raises(ModelError, match=r"blocks \[2\] are needed, this model holds \[3\]"):
-        Tails(last, [asked.at_server(last)])
+        ServerParts(last, [asked.at_server(last)])
 
 
 @pytest.mark.parametrize("adapters", ["own", "shared"])
@@ -111,7 +111,7 @@ def test_clients_on_machines_of_their_own_train_what_they_do_in_one_process(adap
 
     here, at_server = model(), model()
     how = SplitSettings(wire="float64", adapters=adapters, in_flight=3)
-    cuts = [Split(1), Split(2), Split(1, 3)] if adapters == "shared" else [Split(2)] * 3
+    cuts = [CutPoint(1), CutPoint(2), CutPoint(1, 3)] if adapters == "shared" else [CutPoint(2)] * 3
     local = replace(LOCAL, batch=1, dropout=0.2)
     dealt = job(here, "a").assignment
     jobs = [
@@ -120,14 +120,17 @@ def test_clients_on_machines_of_their_own_train_what_they_do_in_one_process(adap
     ]
     asked = [SplitJob(one, cut, 1) for one, cut in zip(jobs, cuts, strict=True)]
 
-    def together(tail: Tail):
+    def together(tail: ServerPart):
         return InProcessLinks(tail, "float64", here.spec.hidden, 4096).link
 
     expected = train_split(here, asked, how, together, cohort=8)
     limits = Limits(4096, here.spec.hidden, codec("float64"))
     pipes = {one.job.client: Pipe() for one in asked}
     tail_jobs = [one.at_server(at_server) for one in asked]
-    with Tails(at_server, tail_jobs, shared=adapters == "shared") as tails, ExitStack() as ends:
+    with (
+        ServerParts(at_server, tail_jobs, shared=adapters == "shared") as tails,
+        ExitStack() as ends,
+    ):
         theirs = {client: ends_of[1] for client, ends_of in pipes.items()}
         server = threading.Thread(target=serve_pipe, args=(tails, theirs, limits), daemon=True)
         server.start()

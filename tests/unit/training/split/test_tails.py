@@ -28,7 +28,7 @@ from by_hand import (
 from models import VOCABULARY
 from polyrank.algebra import Adapter, Dense, LowRank
 from polyrank.errors import FrameError, ModelError, RankError, SiteError
-from polyrank.planning import Split
+from polyrank.planning import CutPoint
 from polyrank.training.split import (
     Activations,
     Gradients,
@@ -36,9 +36,9 @@ from polyrank.training.split import (
     Reply,
     Request,
     Returned,
+    ServerParts,
     Step,
     Stepped,
-    Tails,
 )
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -46,7 +46,7 @@ MODEL = model_of_three()
 CONTEXT, WIDTH = MODEL.spec.context, MODEL.spec.hidden
 
 
-def job(client: str = "a", cut: Split = STRAIGHT, seed: int = 1, **options: object):
+def job(client: str = "a", cut: CutPoint = STRAIGHT, seed: int = 1, **options: object):
     return tail_job(MODEL, client, cut, seed=seed, **options)
 
 
@@ -214,10 +214,10 @@ def more(good: Step) -> Request:
 
 
 @functools.cache
-def undisturbed(cut: Split, name: str, seed: int) -> tuple[list[Reply], Adapter]:
+def undisturbed(cut: CutPoint, name: str, seed: int) -> tuple[list[Reply], Adapter]:
     """Return what a client is answered that is served alone, and its adapter."""
     one = job(name, cut, seed=seed)
-    with Tails(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as tails:
         return served_one_by_one(tails, requests_of(MODEL, one)), tails.adapter(name)
 
 
@@ -232,7 +232,7 @@ def test_a_bad_request_is_refused_and_changes_nothing(cut, index, case) -> None:
     mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
     bad = spoil(mine[index])
     expected_replies, expected_adapter = undisturbed(cut, "b", 2)
-    with Tails(MODEL, [one, other]) as tails:
+    with ServerParts(MODEL, [one, other]) as tails:
         for i, (good, beside) in enumerate(zip(mine, its, strict=True)):
             if i == index:
                 refused, reply = tails.answer([bad, beside])
@@ -257,11 +257,11 @@ def test_the_clients_of_these_tests_do_train() -> None:
 
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
-def test_a_repeated_request_is_answered_again_and_applied_once(cut: Split) -> None:
+def test_a_repeated_request_is_answered_again_and_applied_once(cut: CutPoint) -> None:
     """Each as soon as it was answered, and at every later moment of the step."""
     jobs = [job("a", cut, seed=1), job("b", cut, seed=2)]
     pairs = list(zip(*(requests_of(MODEL, one) for one in jobs), strict=True))
-    with Tails(MODEL, jobs) as tails, Tails(MODEL, jobs) as undisturbed:
+    with ServerParts(MODEL, jobs) as tails, ServerParts(MODEL, jobs) as undisturbed:
         before: list[tuple[Request, Reply]] = []
         for good, beside in pairs:
             served(undisturbed, good, beside)
@@ -297,7 +297,7 @@ def test_a_repeated_request_is_answered_again_and_applied_once(cut: Split) -> No
 def test_a_repetition_that_says_something_else_is_refused(cut, index, change) -> None:
     one = job("a", cut)
     requests = requests_of(MODEL, one)
-    with Tails(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as tails:
         for i, request in enumerate(requests):
             served(tails, request)
             if i == index:
@@ -311,16 +311,16 @@ def test_a_request_of_another_step_is_no_repetition(step: int) -> None:
     """Though one of that number was answered in this step."""
     one = job("a")
     requests = requests_of(MODEL, one)
-    with Tails(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as tails:
         served_one_by_one(tails, requests[:4])
         assert "request of step 1" in refusal(tails.answer([at(step=step)(requests[3])])[0])
 
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
-def test_after_the_last_step_nothing_more_is_served(cut: Split) -> None:
+def test_after_the_last_step_nothing_more_is_served(cut: CutPoint) -> None:
     one = job("a", cut)
     requests = requests_of(MODEL, one)
-    with Tails(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as tails:
         served_one_by_one(tails, requests)
         finished = tails.adapter("a")
         late = [*requests[:-1], *(at(step=2)(each) for each in requests[-5:])]
@@ -331,16 +331,16 @@ def test_after_the_last_step_nothing_more_is_served(cut: Split) -> None:
         assert_equal(tails.adapter("a"), finished, 0.0)
 
 
-def served_one_by_one(tails: Tails, requests: Sequence[Request]) -> list[Reply]:
+def served_one_by_one(tails: ServerParts, requests: Sequence[Request]) -> list[Reply]:
     return [served(tails, request)[0] for request in requests]
 
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
-def test_a_client_that_has_left_is_served_no_more(cut: Split, count: int) -> None:
+def test_a_client_that_has_left_is_served_no_more(cut: CutPoint, count: int) -> None:
     one, other = job("a", cut, seed=1), job("b", cut, seed=2)
     mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
-    with Tails(MODEL, [one, other]) as tails:
+    with ServerParts(MODEL, [one, other]) as tails:
         for good, beside in zip(mine[:count], its[:count], strict=True):
             served(tails, good, beside)
         tails.leave("a")
@@ -357,7 +357,7 @@ def test_a_client_that_has_left_is_served_no_more(cut: Split, count: int) -> Non
 
 def test_there_is_no_adapter_before_the_last_step() -> None:
     one = job("a")
-    with Tails(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as tails:
         served_one_by_one(tails, requests_of(MODEL, one)[:-1])
         with pytest.raises(FrameError, match="took 1 of 2 steps; there is no update"):
             tails.adapter("a")
@@ -367,7 +367,7 @@ def test_there_is_no_adapter_before_the_last_step() -> None:
 def test_two_requests_of_one_client_at_once_are_not_served_twice(index: int) -> None:
     one = job("a")
     requests = requests_of(MODEL, one)
-    with Tails(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as tails:
         served_one_by_one(tails, requests[:index])
         first, second = tails.answer([requests[index], requests[index]])
         assert not isinstance(first, Refused)
@@ -380,7 +380,7 @@ def test_answers_come_in_the_order_of_the_requests() -> None:
     """Of clients at different points, some refused, some repeating."""
     jobs = [job(name, seed=i) for i, name in enumerate("abcd")]
     sent = [requests_of(MODEL, one) for one in jobs]
-    with Tails(MODEL, jobs) as tails:
+    with ServerParts(MODEL, jobs) as tails:
         served_one_by_one(tails, [*sent[0][:2], *sent[1][:1], *sent[2][:2]])
         asked = [sent[3][1], sent[0][2], sent[1][0], sent[2][1], sent[3][0]]
         replies = tails.answer(asked[:4])
@@ -391,7 +391,7 @@ def test_answers_come_in_the_order_of_the_requests() -> None:
 def test_what_a_client_says_does_not_depend_on_who_is_served_with_it() -> None:
     jobs = [job(name, seed=i, rank=i) for i, name in enumerate("abc", start=1)]
     sent = [requests_of(MODEL, one) for one in jobs]
-    with Tails(MODEL, jobs) as tails:
+    with ServerParts(MODEL, jobs) as tails:
         for requests in zip(*sent, strict=True):
             served(tails, *requests)
         for one in jobs:
@@ -407,7 +407,7 @@ def test_gradients_may_come_one_by_one_though_activations_came_together(
     model = model_of_three(checkpointing=checkpointing)
     jobs = {name: job(name, BENT, seed=i, rank=i) for i, name in enumerate("abc", start=1)}
     sent = {name: requests_of(MODEL, one) for name, one in jobs.items()}
-    with Tails(model, list(jobs.values())) as tails:
+    with ServerParts(model, list(jobs.values())) as tails:
         for i in (0, 1):
             served(tails, *(sent[name][i] for name in jobs))
         for name in order:
@@ -419,7 +419,7 @@ def test_gradients_may_come_one_by_one_though_activations_came_together(
 def test_one_client_of_a_pass_may_leave_before_its_gradients() -> None:
     jobs = {name: job(name, BENT, seed=i) for i, name in enumerate("abc", start=1)}
     sent = {name: requests_of(MODEL, one) for name, one in jobs.items()}
-    with Tails(MODEL, list(jobs.values())) as tails:
+    with ServerParts(MODEL, list(jobs.values())) as tails:
         for i in (0, 1):
             served(tails, *(sent[name][i] for name in jobs))
         served(tails, sent["a"][2])
@@ -441,11 +441,11 @@ def spoiled(value: float, **options: object):
 @pytest.mark.parametrize("value", [INFINITY, 1e200])
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
 def test_a_client_whose_numbers_overflow_is_refused_and_the_others_go_on(
-    cut: Split, value: float
+    cut: CutPoint, value: float
 ) -> None:
     one, other = spoiled(value, cut=cut), job("b", cut, seed=2)
     mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
-    with Tails(MODEL, [one, other]) as tails:
+    with ServerParts(MODEL, [one, other]) as tails:
         reply, beside = tails.answer([mine[0], its[0]])
         assert "not finite; nothing of it was applied. Lower local.lr" in refusal(reply)
         assert str(mine[0].at) in refusal(reply)
@@ -462,7 +462,7 @@ def test_a_gradient_whose_norm_overflows_is_refused_in_time() -> None:
     one, other = (tail_job(model, name, seed=i) for i, name in enumerate("ab"))
     mine = [replace(r, weight=1e200) for r in requests_of(model, one)[:2]]
     its = requests_of(model, other)
-    with Tails(model, [one, other]) as tails:
+    with ServerParts(model, [one, other]) as tails:
         served(tails, mine[0], its[0])
         refused, _ = tails.answer([mine[1], its[1]])
         assert "squared norm inf of the gradient is not finite" in refusal(refused)
@@ -474,7 +474,7 @@ def test_a_rate_that_is_far_too_high_ends_in_a_refusal() -> None:
     local = replace(LOCAL, lr=1e160, steps=3)
     one, other = job("a", local=local), job("b", seed=2)
     mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
-    with Tails(MODEL, [one, other]) as tails:
+    with ServerParts(MODEL, [one, other]) as tails:
         for i in range(3):
             served(tails, mine[i], its[i])
         refused, _ = tails.answer([mine[3], its[3]])
@@ -491,12 +491,12 @@ def test_nothing_acts_on_the_model_between_calls_and_after() -> None:
     summed = replace(one, assignment=replace(one.assignment, merged=merged))
     ids = torch.arange(4, 12)[None]
     plain = MODEL.module(input_ids=ids).logits
-    with Tails(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as tails:
         assert torch.equal(MODEL.module(input_ids=ids).logits, plain)
         for request in requests_of(MODEL, one):
             served(tails, request)
             assert torch.equal(MODEL.module(input_ids=ids).logits, plain)
-    with Tails(MODEL, [summed]):
+    with ServerParts(MODEL, [summed]):
         assert not torch.equal(MODEL.module(input_ids=ids).logits, plain)
     assert torch.equal(MODEL.module(input_ids=ids).logits, plain)
 
@@ -505,7 +505,7 @@ def test_the_states_of_a_request_are_neither_kept_nor_changed() -> None:
     one = job("a", BENT)
     requests = requests_of(MODEL, one)
     kept = [getattr(request, "states", torch.zeros(0)).clone() for request in requests]
-    with Tails(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as tails:
         served_one_by_one(tails, requests)
     for request, before in zip(requests, kept, strict=True):
         states = getattr(request, "states", torch.zeros(0))
@@ -515,7 +515,7 @@ def test_the_states_of_a_request_are_neither_kept_nor_changed() -> None:
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
 @pytest.mark.parametrize("shared", [False, True])
-def test_no_graph_of_a_finished_step_is_kept(cut: Split, shared: bool) -> None:
+def test_no_graph_of_a_finished_step_is_kept(cut: CutPoint, shared: bool) -> None:
     """Nor one of a client that has left. Those of middles that wait are kept, and seen here."""
 
     def graphs() -> int:
@@ -526,7 +526,7 @@ def test_no_graph_of_a_finished_step_is_kept(cut: Split, shared: bool) -> None:
     one, other = job("a", cut), replace(job("b", cut), seed=2)
     mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
     before = graphs()
-    with Tails(MODEL, [one, other], shared=shared) as tails:
+    with ServerParts(MODEL, [one, other], shared=shared) as tails:
         step = next(i for i, each in enumerate(mine) if isinstance(each, Step))
         for good, beside in zip(mine[: step + 1], its, strict=False):
             served(tails, good, beside)
@@ -540,13 +540,13 @@ def test_no_graph_of_a_finished_step_is_kept(cut: Split, shared: bool) -> None:
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_memory_of_a_request_is_let_go_at_once(cut: Split, shared: bool) -> None:
+def test_the_memory_of_a_request_is_let_go_at_once(cut: CutPoint, shared: bool) -> None:
     one = job("a", cut)
     first = requests_of(MODEL, one)[0]
     array = first.states.numpy().copy()
     memory = weakref.ref(array)
     request = replace(first, states=torch.from_numpy(array))
-    with Tails(MODEL, [one], shared=shared) as tails:
+    with ServerParts(MODEL, [one], shared=shared) as tails:
         served(tails, request)
         del array, request
         gc.collect()
@@ -562,22 +562,22 @@ def test_states_that_carry_a_graph_are_taken_as_numbers() -> None:
         else r
         for r in requests
     ]
-    with Tails(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as tails:
         served_one_by_one(tails, attached)
         assert_equal(tails.adapter("a"), alone(MODEL, one), 0.0)
 
 
 def test_tails_that_cannot_be_are_refused() -> None:
     with pytest.raises(ModelError, match=r"expected clients of one cut, got \['1', '2'\]"):
-        Tails(MODEL, [job("a"), job("b", Split(2))])
+        ServerParts(MODEL, [job("a"), job("b", CutPoint(2))])
     with pytest.raises(ModelError, match=r"expected clients of one cut, got \[\]"):
-        Tails(MODEL, [])
+        ServerParts(MODEL, [])
     with pytest.raises(ModelError, match=r"one job of a client, got several of \['a'\]"):
-        Tails(MODEL, [job("a"), job("b"), job("a", seed=2)])
+        ServerParts(MODEL, [job("a"), job("b"), job("a", seed=2)])
     with pytest.raises(ModelError, match="cut"):
-        Tails(MODEL, [replace(job("a"), cut=Split(3))])
+        ServerParts(MODEL, [replace(job("a"), cut=CutPoint(3))])
     with pytest.raises(RankError, match="rank"):
-        Tails(MODEL, [job("a"), job("b", rank=3)], shared=True)
+        ServerParts(MODEL, [job("a"), job("b", rank=3)], shared=True)
 
 
 def test_one_server_holds_one_base() -> None:
@@ -590,12 +590,12 @@ def test_one_server_holds_one_base() -> None:
             other, assignment=replace(other.assignment, merged=Adapter({site: Dense(matrix * by)}))
         )
 
-    Tails(MODEL, [replace(merged(1.0), client="a"), merged(1.0)])
+    ServerParts(MODEL, [replace(merged(1.0), client="a"), merged(1.0)])
     with pytest.raises(SiteError, match="client 'b': other sums are merged into the base at"):
-        Tails(MODEL, [replace(merged(1.0), client="a"), merged(2.0)])
+        ServerParts(MODEL, [replace(merged(1.0), client="a"), merged(2.0)])
     for jobs in ([one, merged(1.0)], [merged(1.0), one]):
         with pytest.raises(SiteError, match="client 'a': other sums are merged into the base at"):
-            Tails(MODEL, jobs)
+            ServerParts(MODEL, jobs)
 
 
 # --- any order ---
@@ -614,12 +614,12 @@ JUNK: list[Callable[[Request], Request]] = [
 
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), cut=st.sampled_from([STRAIGHT, BENT]), names=st.sampled_from(["ab", "abc"]))
-def test_repetitions_and_junk_in_any_order_change_nothing(data, cut: Split, names: str) -> None:
+def test_repetitions_and_junk_in_any_order_change_nothing(data, cut: CutPoint, names: str) -> None:
     jobs = [job(name, cut, seed=i) for i, name in enumerate(names, start=1)]
     left = {one.client: requests_of(MODEL, one) for one in jobs}
     had: dict[str, list[tuple[Request, Reply]]] = {name: [] for name in names}
     action = st.sampled_from(["next", "next", "repeat", "junk", "nothing"])
-    with Tails(MODEL, jobs) as tails:
+    with ServerParts(MODEL, jobs) as tails:
         for _ in range(data.draw(st.integers(0, 25))):
             asked: list[tuple[str, str, Request, Reply | None]] = []
             for name in names:
@@ -651,13 +651,13 @@ def test_repetitions_and_junk_in_any_order_change_nothing(data, cut: Split, name
             assert_equal(tails.adapter(name), undisturbed(cut, name, seed)[1])
 
 
-@pytest.mark.parametrize("cut", [Split(1), Split(1, 2)])
+@pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)])
 def test_a_step_has_no_more_microbatches_than_were_agreed(cut):
     """What is kept of a client that never steps has a bound."""
     model = model_of_three()
     one = tail_job(model, "a", cut)
     first = replace(requests_of(model, one)[0], last=False)
-    with Tails(model, [one]) as tails:
+    with ServerParts(model, [one]) as tails:
         for micro in range(one.local.accumulation):
             (reply,) = tails.answer([replace(first, at=replace(first.at, micro=micro))])
             assert isinstance(reply, Returned)

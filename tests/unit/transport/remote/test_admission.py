@@ -11,8 +11,8 @@ from polyrank.training.split.messages import Activations, At, Returned
 from polyrank.transport.frames import encode
 from polyrank.transport.remote import ServeSettings, SplitServer
 from polyrank.transport.remote import split_pb2 as pb
-from polyrank.transport.remote.admission import Door
-from polyrank.transport.remote.server_stream import LINGER_SECONDS, Stream, Terms
+from polyrank.transport.remote.admission import AdmissionControl
+from polyrank.transport.remote.server_stream import LINGER_SECONDS, ServerStream, Terms
 from polyrank.transport.remote.sessions import Sessions
 from polyrank.transport.remote.wire import HELLO_SECONDS, METHOD
 from remote import ATTEMPT, IDENTITY, ROUND, SOON, Raw, job, limits, serving, undisturbed
@@ -30,8 +30,8 @@ class Clock:
 class Cut(list):
     """Streams of a clock's time, and which of them were cut."""
 
-    def stream(self, clock: Clock) -> Stream:
-        made = Stream(None, Sessions(clock), lambda: self.append(made), clock)
+    def stream(self, clock: Clock) -> ServerStream:
+        made = ServerStream(None, Sessions(clock), lambda: self.append(made), clock)
         return made
 
 
@@ -44,7 +44,7 @@ def eventually(true) -> None:
 
 def test_one_stranger_too_many_takes_the_place_of_the_oldest():
     clock, cut = Clock(), Cut()
-    door = Door(2, clock)
+    door = AdmissionControl(2, clock)
     first, known, second, third = (cut.stream(clock) for _ in range(4))
     for one in (first, known):
         door.enter(one)
@@ -62,7 +62,7 @@ def test_one_stranger_too_many_takes_the_place_of_the_oldest():
 
 def test_streams_are_broken_off_when_their_time_is_over():
     clock, cut = Clock(), Cut()
-    door = Door(9, clock)
+    door = AdmissionControl(9, clock)
     stranger, known, ended, gone = (cut.stream(clock) for _ in range(4))
     for one in (stranger, known, ended, gone):
         door.enter(one)

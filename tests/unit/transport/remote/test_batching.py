@@ -2,13 +2,13 @@
 
 import pytest
 
-from polyrank.transport.remote.batching import Gathering
+from polyrank.transport.remote.batching import Batcher
 
 ALL = ("a", "b", "c")
 
 
 def gathering(gather=2.0, connected=ALL):
-    made = Gathering(ALL, gather)
+    made = Batcher(ALL, gather)
     for client in connected:
         made.connect(client)
     made.take()
@@ -115,7 +115,7 @@ def test_frames_of_those_who_have_left_are_dropped():
 
 
 def test_in_turns_each_is_served_alone_until_the_tail_holds_a_request_of_it():
-    made = Gathering(("b", "a", "c"), None, turns=True)
+    made = Batcher(("b", "a", "c"), None, turns=True)
     for client in ALL:
         made.connect(client)
     made.take()
@@ -139,7 +139,7 @@ def test_in_turns_each_is_served_alone_until_the_tail_holds_a_request_of_it():
 
 
 def test_a_held_request_that_comes_again_on_a_new_stream_has_its_turn_again():
-    made = Gathering(ALL, None, turns=True)
+    made = Batcher(ALL, None, turns=True)
     for client in ALL:
         made.connect(client)
     made.take()

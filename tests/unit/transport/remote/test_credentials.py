@@ -13,17 +13,17 @@ from cryptography import x509
 from polyrank.errors import FrameError
 from polyrank.transport import Limits, codec
 from polyrank.transport import remote as package
-from polyrank.transport.remote import Access, Identity, new_identity
+from polyrank.transport.remote import Credentials, Identity, new_identity
 from remote import IDENTITY
 
-ACCESS = Access(
+ACCESS = Credentials(
     "server.example:4711", IDENTITY.certificate, "run", 2, 0, "a", b"t" * 32,
     Limits(64, 16, codec("bf16")), 30.0,
 )  # fmt: skip
 
 
 def test_an_access_is_written_as_json_and_read_back():
-    assert Access.from_dict(json.loads(json.dumps(ACCESS.to_dict()))) == ACCESS
+    assert Credentials.from_dict(json.loads(json.dumps(ACCESS.to_dict()))) == ACCESS
 
 
 def test_neither_token_nor_key_is_shown():
@@ -57,7 +57,7 @@ def test_an_access_that_cannot_be_is_refused_with_the_field(field, value):
 )  # fmt: skip
 def test_a_written_access_of_wrong_types_is_refused_with_the_field(field, value):
     with pytest.raises(FrameError, match=f"access, {field}: expected") as caught:
-        Access.from_dict({**ACCESS.to_dict(), field: value})
+        Credentials.from_dict({**ACCESS.to_dict(), field: value})
     assert "no base64!" not in str(caught.value)
 
 
@@ -65,9 +65,9 @@ def test_a_written_access_has_all_fields_and_no_others():
     fields = ACCESS.to_dict()
     for wrong in ({**fields, "more": 1}, {"run": "run"}, [fields]):
         with pytest.raises(FrameError, match="access: expected the fields"):
-            Access.from_dict(wrong)
+            Credentials.from_dict(wrong)
     with pytest.raises(FrameError, match="wire: expected one of"):
-        Access.from_dict({**fields, "wire": "float8"})
+        Credentials.from_dict({**fields, "wire": "float8"})
 
 
 def test_a_certificate_names_its_hosts_and_can_sign_no_other():

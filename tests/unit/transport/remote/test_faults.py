@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from polyrank.errors import FrameError, ModelError
-from polyrank.planning import Split
-from polyrank.training.split import Step, Tails, train_head
+from polyrank.planning import CutPoint
+from polyrank.training.split import ServerParts, Step, train_head
 from polyrank.transport.remote import GrpcLink, ServeSettings, SplitServer
-from polyrank.transport.remote.reconnecting_stream import Line
+from polyrank.transport.remote.reconnecting_stream import ReconnectingStream
 from proxy import Proxy
 from remote import (
     ATTEMPT,
@@ -138,7 +138,7 @@ def test_what_was_served_but_not_received_is_not_applied_again():
 
 def test_frames_that_come_twice_change_nothing(monkeypatch):
     """Everything is sent twice on one stream; the second answer is dropped by the client."""
-    send, receive = Line.send, Line.receive
+    send, receive = ReconnectingStream.send, ReconnectingStream.receive
 
     def sent_twice(line, frame):
         send(line, frame)
@@ -149,8 +149,8 @@ def test_frames_that_come_twice_change_nothing(monkeypatch):
         assert receive(line, since) == first
         return first
 
-    monkeypatch.setattr(Line, "send", sent_twice)
-    monkeypatch.setattr(Line, "receive", received_twice)
+    monkeypatch.setattr(ReconnectingStream, "send", sent_twice)
+    monkeypatch.setattr(ReconnectingStream, "receive", received_twice)
     with serving([job("a")], serve=ServeSettings(gather=0.0, credit=8)) as place:
         assert place.hashes("a", place.head("a")) == undisturbed()
 
@@ -249,8 +249,8 @@ def test_a_tail_that_raises_ends_its_clients_and_the_others_go_on():
     jobs, servers = {one: job(one) for one in "ab"}, {one: model() for one in "ab"}
     with SplitServer("127.0.0.1:0", IDENTITY, "run", ServeSettings(gather=0.0)) as server:
         with (
-            Tails(servers["a"], [jobs["a"].at_server(servers["a"])]) as one,
-            Tails(servers["b"], [jobs["b"].at_server(servers["b"])]) as other,
+            ServerParts(servers["a"], [jobs["a"].at_server(servers["a"])]) as one,
+            ServerParts(servers["b"], [jobs["b"].at_server(servers["b"])]) as other,
         ):
             served = [(Around(one, fail), ["a"]), (other, ["b"])]
             access = server.open(served, ROUND, ATTEMPT, dict.fromkeys("ab", limits()), SOON)
@@ -319,5 +319,5 @@ def test_a_link_is_closed_when_training_cannot_begin():
     with serving([job("a")]) as place:
         link = place.link("a")
         with pytest.raises(ModelError):
-            train_head(model(), replace(job("a"), cut=Split(99)), link, OWN)
+            train_head(model(), replace(job("a"), cut=CutPoint(99)), link, OWN)
         assert not link._line._thread.is_alive()

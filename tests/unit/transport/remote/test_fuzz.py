@@ -8,11 +8,11 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from polyrank.errors import FrameError
-from polyrank.training.split import Refused, Tails, train_head
+from polyrank.training.split import Refused, ServerParts, train_head
 from polyrank.transport import InProcessLinks, decode, encode
 from polyrank.transport.remote import ServeSettings
 from polyrank.transport.remote import split_pb2 as pb
-from polyrank.transport.remote.server_stream import Stream, Terms
+from polyrank.transport.remote.server_stream import ServerStream, Terms
 from polyrank.transport.remote.sessions import Sessions, Work, proof
 from polyrank.transport.remote.wire import PART_BYTES, Joined, parts
 from polyrank.transport.serving import Serving
@@ -70,7 +70,7 @@ def opened(floor=None):
     floor, sessions = floor or Recorder(), Sessions(lambda: 0.0)
     token = sessions.issue(WORK, 1.0)
     sessions.issue(Work("run", ROUND, ATTEMPT, "a"), 1.0)
-    return Stream(floor, sessions), floor, sessions, token
+    return ServerStream(floor, sessions), floor, sessions, token
 
 
 def hello(token, **changes):
@@ -140,7 +140,7 @@ def test_2400_changed_frames_are_refused_and_the_other_client_s_adapter_is_the_s
     """Half of them with a checksum that fits, so that more than it is put to the test."""
     draw, server = random.Random(4), model()
     made = [job("a"), job("b")]
-    with Tails(server, [one.at_server(server) for one in made]) as tails:
+    with ServerParts(server, [one.at_server(server) for one in made]) as tails:
         place = Serving(tails, limits())
         sent = frames_of("b")
         refused = accepted = 0
@@ -185,7 +185,7 @@ def test_2400_changed_frames_are_refused_and_the_other_client_s_adapter_is_the_s
 def frames_of(client):
     """Return the frames that a client sends in an undisturbed run."""
     server, one, found = model(), job(client), []
-    with Tails(server, [one.at_server(server)]) as tails:
+    with ServerParts(server, [one.at_server(server)]) as tails:
         link = InProcessLinks(tails, "float32", 16, 64).link(client)
         submit = link.submit
 

@@ -6,9 +6,9 @@ import pytest
 
 from polyrank.errors import FrameError
 from polyrank.training.split import Traffic
-from polyrank.transport.remote.batching import Gathering
-from polyrank.transport.remote.scheduler import Bench
-from polyrank.transport.remote.server_stream import Stream, Terms
+from polyrank.transport.remote.batching import Batcher
+from polyrank.transport.remote.scheduler import Scheduler
+from polyrank.transport.remote.server_stream import ServerStream, Terms
 from polyrank.transport.remote.sessions import Sessions, Work
 from remote import limits
 
@@ -21,15 +21,15 @@ class Idle:
 
 
 def seated(streams=3):
-    bench = Bench(lambda: 0.0, streams)
+    bench = Scheduler(lambda: 0.0, streams)
     terms = dict.fromkeys("abc", TERMS)
-    gathering = partial(Gathering, gather=1.0)
+    gathering = partial(Batcher, gather=1.0)
     bench.seat([(Idle(), "abc")], WORKS, dict.fromkeys("abc", limits()), gathering, terms, 60.0)
     return bench
 
 
 def stream(bench):
-    return Stream(bench, Sessions(lambda: 0.0))
+    return ServerStream(bench, Sessions(lambda: 0.0))
 
 
 def test_a_new_stream_takes_the_place_of_the_old_one():
