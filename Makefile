@@ -27,7 +27,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)  ## the benchmarks at a size that fits a coffee break; docs/benchmarks.md has the full ones
+bench: $(READY)  ## the benchmarks at a size that fits a coffee break; docs/explanation/benchmarks.md has the full ones
 	$(BIN)/python benchmarks/server_step.py --quick
 	$(BIN)/python benchmarks/local_training.py --quick
 	$(BIN)/python benchmarks/server_scale.py --quick

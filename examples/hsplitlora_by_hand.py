@@ -9,7 +9,7 @@ graph. After each round the factors are concatenated into one exact sum, without
 
 It is meant to be read from top to bottom, and it is the oracle that the library is tested against.
 Lin et al., arXiv 2505.02795; the shared server side: SplitLoRA, arXiv 2407.00952. What is ours is
-told in docs/methods.md.
+told in docs/explanation/methods.md.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The keys of a deployment, by the commands of docs/deployment.md: openssl and ssh-keygen."""
+"""The keys of a deployment, by the commands of docs/how-to/deployment.md (openssl, ssh-keygen)."""
 
 from __future__ import annotations
 

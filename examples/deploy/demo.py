@@ -2,8 +2,8 @@
 
 A SuperLink with TLS and SuperNode authentication, three SuperNodes of unequal budgets, one of them
 split, three rounds of FlexLoRA on the embedded miniature: real processes that talk over the
-loopback interface. docs/deployment.md tells how the same is done on machines of their own. Nothing
-is left running afterwards, nor after Ctrl-C; keys and the SuperLink's database are thrown away.
+loopback interface. docs/how-to/deployment.md does the same on several machines. Nothing is
+left running afterwards, nor after Ctrl-C; keys and the SuperLink's database are thrown away.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A SuperLink and SuperNodes on this machine, as docs/deployment.md sets them up on several.
+"""A SuperLink and SuperNodes on this machine, as docs/how-to/deployment.md sets them up on several.
 
 with Site(folder) as site:
     site.start_node("hospital-a", client_toml)

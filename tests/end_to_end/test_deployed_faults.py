@@ -1,7 +1,7 @@
 """Kills at every phase, broken and slow streams, machines that drop out: `make test-all`.
 
-docs/faults.md keeps what these tests print. Each run must end with the adapter that those who took
-part give by hand, or rather by a run in one process from which the others are left out.
+docs/explanation/faults.md keeps what these tests print. Each run must end with the adapter that a
+run in one process gives from which the clients that were lost are left out.
 """
 
 import json

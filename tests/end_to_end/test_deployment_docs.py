@@ -1,4 +1,4 @@
-"""What docs/deployment.md says is done, on one machine: every block of commands, in its order.
+"""Every block of commands in docs/how-to/deployment.md is run on this machine, in its order.
 
 Each machine is a folder with a shell of its own, in which its blocks are run. What stands in the
 place of the network is said at the beginning of the page, and is `Machines.here` and `TOOLS` below.
@@ -16,7 +16,7 @@ import pytest
 from deployment import BIN, FLOWER, Daemons, free_port
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how-to" / "deployment.md").read_text(encoding="utf-8")
 SERVER = "server.example"
 CLIENTS = ("hospital-a", "hospital-b", "clinic-c")
 BLOCK = re.compile(r"^```bash\n# on (.*?)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

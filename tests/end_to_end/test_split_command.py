@@ -13,7 +13,7 @@ from runs import Finished, polyrank, widest, write_recipe
 
 LEAK = (
     "split: the server that trains the tails sees activations, from which most tokens can be "
-    "recovered, and the labels; see docs/privacy.md"
+    "recovered, and the labels; see docs/explanation/privacy.md"
 )
 CUT = ("fleet.cuts.T1=1", "fleet.clients={task0='T1',task1='T2',task2='T1',task3='T2'}")
 

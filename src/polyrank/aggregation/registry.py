@@ -35,7 +35,7 @@ RULES: Mapping[str, Rule] = {
 
 DEFAULT = "flexlora:delta"
 """The rule where none is named: of those that send no more than FlexLoRA's own, the one that ended
-lowest in docs/results.md."""
+lowest in docs/explanation/results.md."""
 
 ALIASES: Mapping[str, str] = {"noise-free": "flora"}
 """Other names of rules: HSplitLoRA's noise-free aggregation is FLoRA's."""

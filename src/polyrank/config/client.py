@@ -1,6 +1,6 @@
 """What the owner of a client's machine says of it: client.toml, which never leaves the machine.
 
-The text below a key is its entry in docs/client.md, which is made from here.
+The text below a key is its entry in docs/reference/client.md, which is made from here.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class OwnDevice(Section):
     """What the machine offers, where the recipe plans ranks and cuts; the server is told."""
 
     profile: str | None = None
-    """A device of docs/devices.md, such as `jetson-orin-nano-8gb`; the other keys change it."""
+    """A device of [this list](devices.md), such as `jetson-orin-nano-8gb`; other keys change it."""
     memory: Bytes = None
     """What training may use."""
     flops: Rate = None

@@ -1,6 +1,6 @@
 """The section of a recipe that says which client is what: types, ranks, cuts, and their changes.
 
-The text below a key is its entry in docs/recipes.md, which is made from here.
+The text below a key is its entry in docs/reference/recipes.md, which is made from here.
 """
 
 from __future__ import annotations

@@ -208,4 +208,4 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(key, known, n=1) or [
         one for one in known if one.rpartition(".")[2] == key.rpartition(".")[2]
     ]
-    return f"; did you mean {near[0]}?" if near else "; docs/recipes.md has all"
+    return f"; did you mean {near[0]}?" if near else "; docs/reference/recipes.md has all"

@@ -1,6 +1,6 @@
 """The sections of a recipe that say what goes in: model and data.
 
-The text below a key is its entry in docs/recipes.md, which is made from here.
+The text below a key is its entry in docs/reference/recipes.md, which is made from here.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class DataSection(Section):
     pooled: bool = False
     """Centralised training: one client, of the fleet's strongest type and without a cut, has the
     training examples of all, and a round is as long as those of the clients together; see
-    [methods](methods.md#baselines)."""
+    [methods](../explanation/methods.md#baselines)."""
 
     @property
     def at_clients(self) -> bool:

@@ -1,6 +1,6 @@
 """What a recipe says of devices, and of what is planned for them.
 
-The text below a key is its entry in docs/recipes.md, which is made from here.
+The text below a key is its entry in docs/reference/recipes.md, which is made from here.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class PlanSection(Section):
     u_shape: bool = False
     """Split clients also run the last block, and keep labels and loss."""
     server: str | None = None
-    """The device that trains the tails: a name of `[devices]` or of docs/devices.md; left out, a
-    server without limits."""
+    """The device that trains the tails: a name of `[devices]` or of [this list](devices.md); left
+    out, a server without limits."""
     seconds: float | None = None
     """The longest that a round may take a client, by the cost model; left out, any time."""
     importance: Literal["channel", "paper", "none"] = "channel"

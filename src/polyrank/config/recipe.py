@@ -55,7 +55,7 @@ class Recipe(Section):
     baseline: Name | None = None
     """A method by the name under which papers compare with it, which sets some keys below:
     `splitlora`, `cenlora`, `ft`, `hetlora`, `fedlora`, and with `[plan]` `hsplitlora` and its
-    ablations; see [methods](methods.md#baselines)."""
+    ablations; see [methods](../explanation/methods.md#baselines)."""
     target_loss: float | None = None
     """A validation loss; the summary tells the rounds, bytes and seconds until it was reached."""
     target_perplexity: float | None = None

@@ -1,4 +1,4 @@
-"""The pages of all keys: ``python -m polyrank.config.reference [client] > docs/….md``."""
+"""The pages of all keys: ``python -m polyrank.config.reference [client] > docs/reference/….md``."""
 
 from __future__ import annotations
 

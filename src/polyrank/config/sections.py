@@ -1,6 +1,6 @@
 """The sections of a recipe that say how the run is conducted: from LoRA's scale to threads.
 
-The text below a key is its entry in docs/recipes.md, which is made from here.
+The text below a key is its entry in docs/reference/recipes.md, which is made from here.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class AggregationSection(Section):
 
     rule: str = DEFAULT
     """`flexlora` (the paper's), `flexlora:delta`, `flexlora:tail-in-base`, `fedit`, `hetlora`,
-    `segment`, `ffa`, `ffa:replace`, `flora` (also called `noise-free`), `flora:keep` or `full`:
-    docs/methods.md."""
+    `segment`, `ffa`, `ffa:replace`, `flora` (also called `noise-free`), `flora:keep` or `full`;
+    see [methods](../explanation/methods.md)."""
     split: str | None = None
     """Where FlexLoRA puts the singular values: `left` (B = UΣ) or `balanced`."""
     factorisation: str | None = None
@@ -130,7 +130,8 @@ class LocalSection(Section):
 
 
 class SplitSection(Section):
-    """How clients whose type is cut talk to the server, if any is; see [privacy](privacy.md)."""
+    """How clients whose type is cut talk to the server, if any is; see
+    [privacy](../explanation/privacy.md)."""
 
     wire: Literal["float32", "bf16", "int8", "float64"] = "bf16"
     """Format of the activations and gradients that travel: 4, 2, 1 or 8 bytes a number; `int8` has

@@ -44,7 +44,7 @@ serverapp = "polyrank.flower.server_app:app"
 clientapp = "polyrank.flower.client_app:app"
 
 # Below is the recipe, as a run config: flwr run . -c 'local.lr=1e-3 rounds=5' changes it for a run.
-# "" means left out. Lists and tables are texts in TOML. polyrank's docs/recipes.md has all keys.
+# "" means left out. Lists and tables are texts in TOML. docs/reference/recipes.md has all keys.
 """
 
 _README = """\
@@ -70,7 +70,7 @@ With a SuperLink named `NAME` in Flower's configuration, and a SuperNode on ever
 flwr run . NAME --stream
 ```
 
-polyrank's `docs/deployment.md` goes from nothing to there, with TLS and keys.
+polyrank's `docs/how-to/deployment.md` goes from nothing to there, with TLS and keys.
 {client}
 ## Change it
 
@@ -132,7 +132,7 @@ flower-supernode … --node-config 'client="/path/to/client.toml"'
 """
 
 _EXAMPLE = """\
-# A client's machine; polyrank's docs/client.md has all keys. It stays there, as does the data.
+# A client's machine; docs/reference/client.md has all keys. It stays there, as does the data.
 name = "client-1"               # its split of the data and its place in the fleet go by it
 
 [data]

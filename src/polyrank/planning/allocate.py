@@ -44,7 +44,8 @@ def allocate(
     - The same ranks for the same arguments; gains within `importance.TIE` of each other are ties
       and count as equal, and of equal sites the earlier ones get the larger ranks.
 
-    On random cases the value is far nearer to OPT than promised: docs/devices.md has the figures.
+    On random cases the value is far nearer to OPT than promised; docs/reference/devices.md has
+    the figures.
 
     Raises RankError for a negative budget, a unit below 1, and a gain that is negative or not
     finite, naming the site; RecipeError for levels that `checked_levels` refuses.

@@ -5,7 +5,7 @@
 
 Memory is what is held at the peak of an optimizer step. Not counted are the short-lived results of
 single operations, what an allocator loses to fragmentation, and the program itself: leave a margin
-(docs/cost-model.md says how large it was found to be).
+(docs/explanation/cost-model.md says how large it was found to be).
 """
 
 from __future__ import annotations

@@ -179,8 +179,8 @@ PUBLISHED: Mapping[str, Published] = {
         "without",
     ),
 }
-"""Real devices by name, with their source; docs/devices.md says more. The rates are peaks: training
-reaches a part of them, so that times planned with them are lower bounds. `polyrank profile`
+"""Real devices by name, with their source; docs/reference/devices.md says more. The rates are peaks:
+training reaches a part of them, so that times planned with them are lower bounds. `polyrank profile`
 measures what a machine reaches."""
 
 DEVICES: Mapping[str, DeviceProfile] = {

@@ -33,5 +33,5 @@ def leaks(cuts: Iterable[CutPoint], settings: SplitSettings) -> str | None:
     noise = f" (with Gaussian noise σ={settings.noise:g}, which is no guarantee)"
     return (
         f"split: the server that trains {what} sees activations{noise if settings.noise else ''}, "
-        f"from which most tokens can be recovered, {labels}; see docs/privacy.md"
+        f"from which most tokens can be recovered, {labels}; see docs/explanation/privacy.md"
     )

@@ -59,7 +59,7 @@ def planning_of(
         raise RecipeError(
             "this recipe gives its clients LoRA types, so that there is nothing to plan; describe "
             "devices instead: a section [plan], and [devices.NAME] tables or names of "
-            "docs/devices.md in fleet.distribution"
+            "docs/reference/devices.md in fleet.distribution"
         )
     profiles = recipe.profiles()
     planner = planner_of(

@@ -223,8 +223,8 @@ def test_every_key_of_data_is_the_recipes_or_the_clients() -> None:
 
 
 def test_the_page_of_all_keys_is_up_to_date() -> None:
-    """Made by ``python -m polyrank.config.reference client > docs/client.md``."""
-    assert (ROOT / "docs" / "client.md").read_text(encoding="utf-8") == client_page()
+    """Made by ``python -m polyrank.config.reference client > docs/reference/client.md``."""
+    assert (ROOT / "docs" / "reference" / "client.md").read_text(encoding="utf-8") == client_page()
 
 
 def test_the_example_on_the_page_can_be_read(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_a_recipe_of_ours_begins_with_what_it_is(path: Path) -> None:
 
 
 def test_every_recipe_is_named_in_the_docs() -> None:
-    pages = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+    pages = [ROOT / "README.md", ROOT / "docs" / "explanation" / "results.md"]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     assert RECIPES
     assert [path.stem for path in RECIPES if f"recipes/{path.name}" not in text] == []
@@ -34,5 +34,5 @@ def test_the_page_marks_values_as_code_and_leaves_apostrophes() -> None:
 
 
 def test_the_page_of_all_keys_is_up_to_date() -> None:
-    """Made by ``python -m polyrank.config.reference > docs/recipes.md``."""
-    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page()
+    """Made by ``python -m polyrank.config.reference > docs/reference/recipes.md``."""
+    assert (ROOT / "docs" / "reference" / "recipes.md").read_text(encoding="utf-8") == page()

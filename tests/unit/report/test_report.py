@@ -104,7 +104,7 @@ def test_a_split_run_says_what_leaks(cuts: list[CutPoint], who: str, labels: str
     assert text is not None
     assert text.startswith(f"split: the server that trains {who} sees activations, from which most")
     assert labels in text
-    assert text.endswith("see docs/privacy.md")
+    assert text.endswith("see docs/explanation/privacy.md")
     noisy = report.leaks(cuts, SplitSettings(noise=0.25))
     assert noisy is not None
     assert "activations (with Gaussian noise σ=0.25, which is no guarantee), from which" in noisy

@@ -1,7 +1,7 @@
 """What a client may do to its activations before they leave: a bound per token, and noise.
 
 Neither is a guarantee: no differential privacy is claimed, and at levels at which a model still
-learns, noise has been found to help little (docs/privacy.md).
+learns, noise has been found to help little (docs/explanation/privacy.md).
 """
 
 from __future__ import annotations
