@@ -179,9 +179,9 @@ PUBLISHED: Mapping[str, Published] = {
         "without",
     ),
 }
-"""Real devices by name, with their source; docs/reference/devices.md says more. The rates are peaks:
-training reaches a part of them, so that times planned with them are lower bounds. `polyrank profile`
-measures what a machine reaches."""
+"""Real devices by name, with their source; docs/reference/devices.md says more. The rates are
+peaks: training reaches a part of them, so that times planned with them are lower bounds.
+`polyrank profile` measures what a machine reaches."""
 
 DEVICES: Mapping[str, DeviceProfile] = {
     name: published.profile(name) for name, published in PUBLISHED.items()
