@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart deploy-demo test test-all check format bench clean
+.PHONY: quickstart deploy-demo test test-all check format docs reference bench clean
 
 quickstart: $(READY)  ## an unequal fleet learns together, in about two minutes
 	$(BIN)/polyrank run recipes/quickstart.toml
@@ -27,6 +27,14 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(READY)  ## the site, in site/; a broken link or anchor is an error
+	$(BIN)/zensical build --strict --clean
+
+reference: $(READY)  ## the pages of docs/reference that are made from the code
+	$(BIN)/python -m polyrank.config.reference > docs/reference/recipes.md
+	$(BIN)/python -m polyrank.config.reference client > docs/reference/client.md
+	$(BIN)/typer polyrank.cli utils docs --name polyrank --title "The command line" > docs/reference/command-line.md
+
 bench: $(READY)  ## the benchmarks at a size that fits a coffee break; docs/explanation/benchmarks.md has the full ones
 	$(BIN)/python benchmarks/server_step.py --quick
 	$(BIN)/python benchmarks/local_training.py --quick
@@ -46,4 +54,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

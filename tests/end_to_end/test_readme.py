@@ -61,10 +61,3 @@ def test_the_tree_of_the_readme_names_every_package_and_module() -> None:
     parts |= {f"{path.name}/" for path in source.iterdir() if (path / "__init__.py").exists()}
     for part in sorted(parts - {"__init__.py"}):
         assert part in tree, part
-
-
-def test_links_of_the_readme_and_the_docs_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if not link.startswith(("http", "mailto")):
-                assert (page.parent / link).exists(), f"{page.name}: {link}"

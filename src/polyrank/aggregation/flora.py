@@ -28,12 +28,13 @@ from polyrank.errors import RuleError, SiteError
 class FLoRA(Rule):
     """Stack the clients' factors, which is their exact sum, and merge it into the base.
 
-    D⁺ = D + [w_1 s_1 B_1 … w_N s_N B_N][A_1; …; A_N] = D + Σ w_i s_i B_i A_i, whatever the ranks.
-    Every round every client begins with D active at all sites, also at those that it does not
-    train (`merged`), B = 0 and a fresh A, the same for all clients of the round. Nothing is
-    truncated, and nothing of a round's factors survives but their product; re-initialisation costs
-    the first steps of every round. HSplitLoRA's noise-free aggregation is this rule [S], and
-    ``noise-free`` another name for it.
+        D⁺ = D + [w_1 s_1 B_1 … w_N s_N B_N][A_1; …; A_N] = D + Σ w_i s_i B_i A_i,
+
+    whatever the ranks. Every round every client begins with D active at all sites, also at those
+    that it does not train (`merged`), B = 0 and a fresh A, the same for all clients of the round.
+    Nothing is truncated, and nothing of a round's factors survives but their product;
+    re-initialisation costs the first steps of every round. HSplitLoRA's noise-free aggregation is
+    this rule [S], and ``noise-free`` another name for it.
 
     Without `reinitialise` a client goes on with the factors that it returned last, which the state
     keeps for it (ours). Their product is part of D already, so the client also holds its negative,
