@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import driven
 from transformers import LlamaConfig
 
 import models
+from kill_runs import driven
 from measured import kept_by_training
 from polyrank import config
 from polyrank.model import LoadedModel

@@ -1,30 +1,10 @@
 """A run that is killed, or finds the disk full, and is resumed ends with the same bytes."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from kill_runs import driven
+
 KILLS, FULL = 30, 12
-
-
-def driven(how: str, moments: int, root: Path, setting: str = "whole") -> dict:
-    """Return what the driver tells of its runs; see there."""
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(tests), "OMP_NUM_THREADS": "1"}
-    driver = [sys.executable, str(Path(__file__).with_name("kill_driver.py"))]
-    done = subprocess.run(
-        [*driver, how, str(root), str(moments), "0", setting],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1]) | {"said": done.stderr}
 
 
 @pytest.fixture(scope="module")

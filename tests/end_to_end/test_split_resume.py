@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-from kill_driver import ROUNDS, content, setting
-from test_resume import driven
 
 import federations
+from kill_driver import ROUNDS, content, setting
+from kill_runs import driven
 from polyrank.errors import InterruptedRunError
 
 SETTINGS = ("own", "shared")

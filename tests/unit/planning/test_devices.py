@@ -7,7 +7,7 @@ import torch
 from polyrank.errors import RecipeError
 from polyrank.planning.devices import DEVICES, PUBLISHED, DeviceProfile, device
 from polyrank.planning.units import parse_bytes, parse_flops, parse_link, parse_seconds
-from polyrank.runner.runner import measure_device as profile
+from polyrank.runner import measure_device as profile
 from runs import polyrank
 
 

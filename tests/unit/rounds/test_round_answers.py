@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_round import RANKS, SHAPES, WIRED, answer, begin, bytes_at, divided, settings, spoiled
 
 from polyrank.aggregation import FFA, FleetSpec, FlexLoRA, HetLoRA
 from polyrank.algebra import Adapter, LowRank
@@ -12,6 +11,7 @@ from polyrank.errors import UpdateError
 from polyrank.rounds.clipping import clipped, moved
 from polyrank.rounds.messages import Failure
 from polyrank.rounds.round import Round
+from round_samples import RANKS, SHAPES, WIRED, answer, begin, bytes_at, divided, settings, spoiled
 
 NAN = spoiled(float("nan"))
 
