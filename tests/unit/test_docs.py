@@ -91,3 +91,13 @@ def test_pages_that_code_and_recipes_mention_exist() -> None:
     mentioned = {page for path in read for page in re.findall(r"\bdocs/[\w/-]+\.md", text_of(path))}
     assert mentioned
     assert sorted(page for page in mentioned if not (ROOT / page).is_file()) == []
+
+
+def test_the_rooms_and_their_order_are_those_of_the_import_contract() -> None:
+    contracts = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = next(contract for contract in contracts if contract["type"] == "layers")["layers"]
+    page = text_of(DOCS / "explanation" / "architecture.md")
+    (order,) = re.findall(r"^```\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert order.splitlines() == layers
+    rooms = [room for layer in layers for room in layer.split(" | ")]
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == rooms
