@@ -16,6 +16,7 @@ from polyrank.aggregation import (
     Rule,
     SiteReport,
     State,
+    fixed,
     normalised,
 )
 from polyrank.algebra import Delta, Dense, LowRank, Sparse
@@ -140,8 +141,9 @@ def noisy_training(seed: int, size: float = 1.0, dtype: torch.dtype = torch.floa
             return Sparse(values, dealt.start.positions, dealt.start.shape)
         if isinstance(dealt.start, Dense):
             return Dense(noisy(dealt.start.matrix))
-        b, a = noisy(dealt.start.b), dealt.start.a
-        return LowRank(b, a.to(dtype) if dealt.train == "b" else noisy(a))
+        still = fixed(dealt.start, dealt.train)
+        factors = dealt.start.tensors().items()
+        return LowRank(**{n: x.to(dtype) if n in still else noisy(x) for n, x in factors})
 
     return training
 

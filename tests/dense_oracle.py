@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from models import PAD
-from polyrank.aggregation.types import Penalty
+from polyrank.aggregation.types import TRAINED, Penalty
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.model import LoadedModel
 from polyrank.training import Job
@@ -32,10 +32,10 @@ def train_densely(model: LoadedModel, one: Job) -> tuple[Adapter, float]:
         elif isinstance(delta, Dense):
             leaves[site] = {"matrix": delta.matrix.clone().requires_grad_()}
         else:
-            moves = one.assignment.train == "both"
+            moves = TRAINED[one.assignment.train]
             leaves[site] = {
-                "a": delta.a.clone().requires_grad_(moves),
-                "b": (delta.b / scale[site]).requires_grad_(),
+                "a": delta.a.clone().requires_grad_("a" in moves),
+                "b": (delta.b / scale[site]).requires_grad_("b" in moves),
             }
         trained += [leaf for leaf in leaves[site].values() if leaf.requires_grad]
     begun = [leaf.detach().clone() for leaf in trained]

@@ -11,6 +11,7 @@ from polyrank.aggregation.rule import Rule, deal
 from polyrank.aggregation.segment import Segment
 from polyrank.aggregation.slora import SLoRA
 from polyrank.aggregation.types import (
+    TRAINED,
     Assignment,
     Contribution,
     Dealt,
@@ -21,6 +22,7 @@ from polyrank.aggregation.types import (
     State,
     Train,
     Update,
+    fixed,
 )
 from polyrank.aggregation.weights import normalised
 
@@ -29,6 +31,7 @@ __all__ = [
     "FFA",
     "OPTIONS",
     "RULES",
+    "TRAINED",
     "Assignment",
     "Contribution",
     "Dealt",
@@ -48,6 +51,7 @@ __all__ = [
     "Train",
     "Update",
     "deal",
+    "fixed",
     "normalised",
     "rule",
 ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+from polyrank.aggregation.choose import choose
 from polyrank.aggregation.types import (
+    TRAINED,
     Assignment,
     Contribution,
     Dealt,
@@ -166,9 +168,11 @@ def deal(
             if client is None
             else rule.deal_own(state, client, *asked)
         )
-    ways = {one.train for one in dealt.values()}
+    ways = {one.train for one in dealt.values()} or {"both"}
     if len(ways) > 1:
         raise RuleError(f"{rule.name}: expected one way of training at all sites, got {ways}")
+    train = ways.pop()
+    choose(f"way of training in {rule.name}", train, TRAINED)
     return Assignment(
         start=Adapter({site: one.start for site, one in dealt.items()}),
         scale={site: scale[site] for site in sorted(ranks)},
@@ -177,7 +181,7 @@ def deal(
             | dict(rule.elsewhere(state, ranks))
         ),
         merged=rule.merged(state) if merged is None else merged,
-        train=ways.pop() if ways else "both",
+        train=train,
         penalty=_penalty(dealt),
     )
 

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from polyrank.algebra import Adapter, Delta, Dense, LowRank
+from polyrank.algebra import Adapter, Delta, Dense, LowRank, Sparse
 
 D = TypeVar("D", bound=Delta)
 
@@ -52,8 +52,21 @@ class FleetSpec:
     seed: int
 
 
-Train = Literal["both", "b"]
-"""What a client trains of a low-rank start: both factors, or B alone with A fixed."""
+Train = str
+"""Which factors of a low-rank start a client trains: a key of `TRAINED`."""
+
+TRAINED: Mapping[Train, tuple[str, ...]] = {"both": ("b", "a"), "b": ("b",)}
+"""The factors that are trained, by the name that assignments and messages carry. The others are
+fixed: training, updates and their checks leave them alone."""
+
+
+def fixed(start: Delta, train: Train) -> tuple[str, ...]:
+    """Return the names of those tensors of a start that training leaves as they were sent."""
+    if isinstance(start, Sparse):
+        return ("positions", "shape")
+    if isinstance(start, LowRank):
+        return tuple(name for name in start.tensors() if name not in TRAINED[train])
+    return ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class Assignment:
     `merged` a dense one that are active in the forward pass and not trained (empty if none);
     `merged` is float32 or wider and is the same for all clients of a round, also at sites that a
     client does not train.
-    `train` ``b`` fixes A. `penalty` is a term of the loss.
+    `train` says which factors are trained (`TRAINED`). `penalty` is a term of the loss.
     """
 
     start: Adapter[Delta]
@@ -117,13 +130,18 @@ class Assignment:
         `Rule.catch_up`.
         """
         sent = (d.nbytes for s, d in self.frozen.items() if not _opposite(d, self.start.get(s)))
-        return self.travelling(self.start) + sum(sent)
+        trained = self.start.values()
+        drawn = (d.tensors()["a"].nbytes for d in trained if "a" in fixed(d, self.train))
+        return self.start.nbytes - sum(drawn) + sum(sent)
 
     def travelling(self, trained: Adapter[Delta]) -> int:
         """Return the bytes of an update to this assignment: what was trained, and no more."""
-        if self.train == "b":
-            return sum(d.b.nbytes for d in trained.values() if isinstance(d, LowRank))
-        return trained.nbytes
+        return sum(
+            tensor.nbytes
+            for delta in trained.values()
+            for name, tensor in delta.tensors().items()
+            if name not in fixed(delta, self.train)
+        )
 
     def only(self, sites: Collection[str]) -> Assignment:
         """Return what it says of these sites: the part of one side of a cut."""

@@ -9,7 +9,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from polyrank.algebra import Adapter, Delta, Dense, LowRank
+from polyrank.aggregation.types import TRAINED, fixed
+from polyrank.algebra import Adapter, Delta, Dense, LowRank, from_tensors
 from polyrank.errors import SiteError
 from polyrank.model.factors import Factors
 from polyrank.model.importance import Meter, check_metric
@@ -115,16 +116,16 @@ class Cohort:
         split = sum(rank * shapes[site][1] for site, rank in ranks.items())
         size = split + sum(rank * shapes[site][0] for site, rank in ranks.items())
         self._storage = SlotStorage(len(self.slots), size, self.dtype, self.model.device)
-        self._columns = [slice(0, split), slice(split, None)]
-        trains_a = any(slot.train == "both" for slot in self.slots)
+        self._columns = {"a": slice(0, split), "b": slice(split, None)}
+        trained = {name for slot in self.slots for name in TRAINED[slot.train]}
         found: dict[str, Trained] = {}
         a_from, b_from = 0, split
         for site, rank in ranks.items():
             m, n = shapes[site]
             found[site] = Factors(
                 site,
-                self._storage.leaf(a_from, rank, n, trained=trains_a),
-                self._storage.leaf(b_from, rank, m),
+                self._storage.leaf(a_from, rank, n, trained="a" in trained),
+                self._storage.leaf(b_from, rank, m, trained="b" in trained),
                 (
                     self._storage.gradient(a_from, rank, n),
                     self._storage.gradient(b_from, rank, m),
@@ -143,7 +144,7 @@ class Cohort:
         }
         total = sum(counts.values())
         self._storage = SlotStorage(len(self.slots), total, self.dtype, self.model.device)
-        self._columns = [slice(0, None)]
+        self._columns = {"values": slice(0, None)}
         found: dict[str, Trained] = {}
         first = 0
         for site, count in counts.items():
@@ -162,7 +163,7 @@ class Cohort:
         ]
         total = sum(shapes[site][0] * shapes[site][1] for site in present)
         self._storage = SlotStorage(len(self.slots), total, self.dtype, self.model.device)
-        self._columns = [slice(0, None)]
+        self._columns = {"matrix": slice(0, None)}
         found: dict[str, Trained] = {}
         first = 0
         for site in sorted(shapes):
@@ -251,13 +252,14 @@ class Cohort:
     def parameters(self, k: int) -> list[nn.Parameter]:
         """Return what slot k trains: all its A and all its B, each as one flat vector.
 
-        Where A is fixed it is not among them, and a sparse or dense slot has one vector of values.
+        A fixed factor is not among them, and a sparse or dense slot has one vector of values.
         They are views of what the layers compute with, and so are their gradients: an optimizer
         made of them trains slot k and no other. The padding of shorter slots lies among them as
         zeros with zero gradients, which change no norm and which no optimizer moves.
         """
-        columns = self._columns[-1:] if self.slots[k].train == "b" else self._columns
-        return [self._storage.parameter(k, chosen) for chosen in columns]
+        left = {"a", "b"} - set(TRAINED[self.slots[k].train])
+        columns = [where for name, where in self._columns.items() if name not in left]
+        return [self._storage.parameter(k, where) for where in columns]
 
     def zero_gradients(self, slots: Sequence[int] | None = None) -> None:
         """Set the gradients and sums of these slots to zero, in place; None: of all."""
@@ -296,10 +298,16 @@ class Cohort:
     def adapter(self, k: int) -> Adapter[Delta]:
         """Return a copy of slot k's factors at their true ranks, with s folded into B again.
 
-        A sparse slot gives its values at the positions of its start, a dense one its matrices.
+        A sparse slot gives its values at the positions of its start, a dense one its matrices. A
+        fixed factor is that of the start, bit by bit: dividing s out and multiplying rounds.
         """
-        start = self.slots[k].start
-        return Adapter({s: layer.trained.read(k, start[s]) for s, layer in self._layers.items()})
+        slot = self.slots[k]
+        return Adapter(
+            {
+                site: _with_fixed(layer.trained.read(k, slot.start[site]), slot.start[site], slot)
+                for site, layer in self._layers.items()
+            }
+        )
 
 
 def applied(model: LoadedModel, adapter: Adapter | None) -> Cohort:
@@ -316,6 +324,17 @@ def applied(model: LoadedModel, adapter: Adapter | None) -> Cohort:
     whole = {s: Dense(delta.dense()) for s, delta in deltas.items() if s not in factors}
     slot = Slot(Adapter(zero), dict.fromkeys(zero, 1.0), Adapter(factors))
     return Cohort(model, [slot], Adapter(whole))
+
+
+def _with_fixed(trained: Delta, start: Delta, slot: Slot) -> Delta:
+    """Return what was trained, with copies of the start's fixed factors."""
+    names = fixed(start, slot.train) if isinstance(start, LowRank) else ()
+    if not names:
+        return trained
+    tensors, given = trained.tensors(), start.tensors()
+    return from_tensors(
+        tensors | {name: given[name].to(tensors[name], copy=True) for name in names}
+    )
 
 
 def _values(start: Delta) -> int:

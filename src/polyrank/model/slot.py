@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from polyrank.aggregation.types import Penalty, Train
+from polyrank.aggregation.types import TRAINED, Penalty, Train
 from polyrank.algebra import Adapter, Delta, Dense, LowRank, Sparse
 from polyrank.errors import RankError, SiteError
 
@@ -18,9 +18,9 @@ class Slot:
 
     `start` has every scale s folded into B, `scale` gives s per site, `frozen` is active and not
     trained. A `Sparse` start is trained at its positions and a `Dense` one at all entries, without
-    a scale. `train` ``b`` fixes A, and `penalty` is a term of the loss, on factors with s divided
-    out. `dropout` is the probability of LoRA's input dropout and `seed` the seed of its masks; only
-    factors have dropout.
+    a scale. `train` says which factors are trained, and `penalty` is a term of the loss, on factors
+    with s divided out. `dropout` is the probability of LoRA's input dropout and `seed` the seed of
+    its masks; only factors have dropout.
     """
 
     start: Adapter[Delta]
@@ -117,7 +117,8 @@ def _check_start(place: str, slot: Slot, delta: Delta) -> None:
         )
     if not isinstance(delta, LowRank) and slot.train != "both":
         kind = type(delta).__name__.lower()
-        raise SiteError(f"{place}: a {kind} start has no B to train alone; use train='both'")
+        alone = " and ".join(TRAINED[slot.train]).upper()
+        raise SiteError(f"{place}: a {kind} start has no {alone} to train alone; use train='both'")
     if isinstance(delta, Sparse):
         m, n = delta.shape
         inside = not delta.positions.numel() or 0 <= delta.positions.min() <= delta.positions.max()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
-from polyrank.aggregation import Assignment
-from polyrank.algebra import Adapter, Delta, Dense, LowRank, Sparse
+from polyrank.aggregation import Assignment, fixed
+from polyrank.algebra import Adapter, Delta, Dense, LowRank, Sparse, from_tensors
 from polyrank.errors import FactorError
 from polyrank.protocol.json_fields import refusal
 from polyrank.protocol.packet import Packet
@@ -118,7 +118,7 @@ def write_trained(
             expected = f"{type(start).__name__} of {start.shape}, as was dealt"
             raise refusal(at, expected, f"{type(delta).__name__} of {delta.shape}")
         sent = delta.tensors()
-        for name in _fixed(start, dealt):
+        for name in fixed(start, dealt.train):
             before, after = start.tensors()[name], sent.pop(name)
             if not torch.equal(before.to(after), after):
                 raise refusal(at, f"{name} as it was dealt", "another")
@@ -133,28 +133,16 @@ def read_trained(packet: Packet, role: str, dealt: Assignment) -> Adapter[Delta]
     """
     found: dict[str, Delta] = {}
     for site, start in dealt.start.items():
-        place = f"{role}|{site}"
-        if isinstance(start, Sparse):
-            values = packet.tensor(f"{place}|values", tuple(start.values.shape), REAL)
-            found[site] = Sparse(values, start.positions, start.shape)
-            continue
-        if isinstance(start, Dense):
-            found[site] = Dense(packet.tensor(f"{place}|matrix", start.shape, REAL))
-            continue
-        b = packet.tensor(f"{place}|b", tuple(start.b.shape), REAL)
-        if dealt.train == "b":
-            found[site] = LowRank(b, start.a.to("cpu", b.dtype))
-        else:
-            a = packet.tensor(f"{place}|a", tuple(start.a.shape), [b.dtype])
-            found[site] = LowRank(b, a)
+        tensors, dtypes = start.tensors(), [*REAL]
+        untrained = fixed(start, dealt.train)
+        for name in [name for name in tensors if name not in untrained]:
+            tensor = packet.tensor(f"{role}|{site}|{name}", tuple(tensors[name].shape), dtypes)
+            tensors[name], dtypes = tensor, [tensor.dtype]
+        for name in untrained:
+            if tensors[name].is_floating_point():
+                tensors[name] = tensors[name].to("cpu", dtypes[0])
+        found[site] = from_tensors(tensors)
     return Adapter(found)
-
-
-def _fixed(start: Delta, dealt: Assignment) -> Iterable[str]:
-    """Name the tensors of a start that its training leaves alone."""
-    if isinstance(start, Sparse):
-        return ("positions", "shape")
-    return ("a",) if isinstance(start, LowRank) and dealt.train == "b" else ()
 
 
 def _check_sites(trained: Mapping[str, Delta], dealt: Assignment, place: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from polyrank.aggregation import Assignment, Penalty, Train
+from polyrank.aggregation import TRAINED, Assignment, Penalty
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
 from polyrank.errors import PacketError, PolyrankError
 from polyrank.model.importance import METRICS
@@ -140,7 +140,7 @@ def _assignment(packet: Packet) -> Assignment:
     if len(scales) != len(start):
         raise refusal(at, f"{len(start)} numbers, one of each site", len(scales))
     scale = {site: _real(value, at) for site, value in zip(start, scales, strict=True)}
-    train: Train = "b" if fields.choice("train", ("both", "b")) == "b" else "both"
+    train = fields.choice("train", TRAINED)
     return Assignment(start, scale, frozen, merged, train, _penalty(fields, start))
 
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from polyrank.aggregation import Assignment, Update
-from polyrank.algebra import Delta, Sparse
+from polyrank.aggregation import Assignment, Train, Update, fixed
+from polyrank.algebra import Delta
 from polyrank.errors import UpdateError
 from polyrank.rounds.clipping import moved
 
@@ -95,16 +95,15 @@ def _check_importance(update: Update, sites: Collection[str], place: str) -> Non
             )
 
 
-def _check_kind(place: str, start: Delta, result: Delta, train: str) -> None:
+def _check_kind(place: str, start: Delta, result: Delta, train: Train) -> None:
     if type(result) is not type(start):
         raise UpdateError(f"{place} expected {type(start).__name__}, got {type(result).__name__}")
     for one, other in zip(start.tensors().values(), result.tensors().values(), strict=True):
         if one.dtype.is_floating_point and not other.dtype.is_floating_point:
             raise UpdateError(f"{place} expected real numbers, got {other.dtype}")
-    if train == "b" and not _same(start, result, "a"):
-        raise UpdateError(f"{place} A was not to be trained, and it is not as dealt")
-    if isinstance(start, Sparse) and not _same(start, result, "positions"):
-        raise UpdateError(f"{place} expected values at the positions that were dealt")
+    for name in fixed(start, train):
+        if not _same(start, result, name):
+            raise UpdateError(f"{place} expected {name} as it was dealt, since it is not trained")
 
 
 def _check_increment(update: Update, assignment: Assignment, place: str, bound: float) -> None:

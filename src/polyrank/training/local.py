@@ -31,8 +31,8 @@ def train_cohort(
     changes nothing of what is trained.
 
     What is descended is the mean loss of the step's target tokens, with the assignment's penalty
-    and FedProx's term added, all before clipping. Where A is fixed, neither clipping nor optimizer
-    nor FedProx see it.
+    and FedProx's term added, all before clipping. Neither clipping nor optimizer nor FedProx see a
+    fixed factor.
 
     Raises DataError if a client has no examples, SiteError or RankError if an assignment does not
     fit the model, SiteError also if jobs differ in what is merged or in the kind of their starts.

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load
 
 import packet_samples as samples
-from polyrank.aggregation import FFA, FedIT, FlexLoRA, FLoRA, Full, HetLoRA, Segment, SLoRA
+from polyrank.aggregation import FFA, TRAINED, FedIT, FlexLoRA, FLoRA, Full, HetLoRA, Segment, SLoRA
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import PacketError
 from polyrank.evaluation.evaluator import EvaluateQuery
@@ -92,6 +92,18 @@ def test_orders_and_answers_of_every_rule_are_exact_on_either_side_of_a_cut(rule
             again = Round(round.settings, round.state, round.number, 0, round.clients)
             again.accept(read_answer(data, SizeLimits.of(dealt), dealt))
             assert again.rejected == {}
+
+
+def test_a_fixed_factor_does_not_travel_back_whichever_it_is(monkeypatch):
+    monkeypatch.setitem(TRAINED, "a", ("a",))
+    for train in TRAINED:
+        dealt = replace(samples.assignment(), train=train, penalty=None)
+        order = TrainRequest(TrainTask("c", 1, 0, 2, dealt), dealt.hash(), 0, "channel", 1.0)
+        came = read_order(write_order(order)).task.assignment
+        assert came.hash() == dealt.hash()
+        data = write_answer(update := samples.update_to(came, whole=dealt.hash()), came)
+        same(update, read_answer(data, SizeLimits.of(dealt), dealt))
+        assert travelled(data) == dealt.travelling(update.adapter)
 
 
 def test_a_frozen_term_that_is_the_negative_of_the_start_does_not_travel():

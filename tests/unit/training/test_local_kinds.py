@@ -15,7 +15,7 @@ from dense_oracle import (
 )
 from jobs import by_group, job
 from models import tiny_loaded
-from polyrank.aggregation import Penalty
+from polyrank.aggregation import TRAINED, Penalty
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import RankError, SiteError
 from polyrank.training import Job, LocalTraining, train_cohort
@@ -58,8 +58,18 @@ def three(model, **settings) -> list[Job]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def a_alone(monkeypatch):
+    """Another way of training, as RoLoRA's (arXiv 2502.01755), is one entry of the table."""
+    monkeypatch.setitem(TRAINED, "a", ("a",))
+
+
 def b_only(model):
     return [assigned(one, train="b") for one in three(model)]
+
+
+def a_only(model):
+    return [assigned(one, train="a") for one in three(model)]
 
 
 def penalised(model):
@@ -135,6 +145,7 @@ def mixed_ways(model):
 
 KINDS = {
     "b": b_only,
+    "a": a_only,
     "penalty": penalised,
     "sparse": sparse,
     "fedprox": proximal,
@@ -181,18 +192,19 @@ def test_every_kind_is_the_same_alone_under_checkpointing_and_in_another_order(k
 # --- B alone ---
 
 
+@pytest.mark.parametrize(("trained", "still"), ["ba", "ab"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fixed_a_comes_back_bit_by_bit_also_under_weight_decay(dtype):
+def test_a_fixed_factor_comes_back_bit_by_bit_also_under_weight_decay(dtype, trained, still):
     model = tiny_loaded("gpt2", dtype=dtype)
     local = LocalTraining(lr=1e-2, weight_decay=0.5, batch=2, proximal=0.1)
-    jobs = [job(model, "a", ranks=3, local=local), job(model, "b", ranks=2, local=local)]
+    jobs = [job(model, name, ranks=r, scale=0.7, local=local) for name, r in (("a", 3), ("b", 2))]
     jobs = [_float32(one) for one in jobs]
-    jobs[0] = assigned(jobs[0], train="b")  # beside a client that trains both
-    for one, trained in zip(jobs, train_cohort(model, jobs), strict=True):
-        start = one.assignment.start
-        moved = [not torch.equal(trained.adapter[s].a, start[s].a) for s in start]
-        assert all(moved) if one.client == "b" else not any(moved)
-        assert all(not torch.equal(trained.adapter[s].b, start[s].b) for s in start)
+    jobs[0] = assigned(jobs[0], train=trained)  # beside a client that trains both
+    for one, result in zip(jobs, train_cohort(model, jobs), strict=True):
+        for site, start in one.assignment.start.items():
+            before, after = start.tensors(), result.adapter[site].tensors()
+            assert not torch.equal(before[trained], after[trained])
+            assert torch.equal(before[still], after[still]) == (one.client == "a")
 
 
 def test_the_norm_that_is_clipped_is_that_of_b_alone():
