@@ -174,7 +174,7 @@ class Watched:
         return found
 
     def run(self, out: Path, **changes: bool | int | float | str) -> str:
-        """Submit the run with a folder, which may hold one that goes on; return its id."""
+        """Submit the run with a folder, a new one unless `app__resume` is true; return its id."""
         written = {key.replace("__", "."): value for key, value in changes.items()}
         own = {"app.out": str(out), "app.wait": LONG, **PATIENT}
         return self.site.run(self.folder / "app", {**own, **written})

@@ -63,6 +63,8 @@ class Letters:
         self._working: dict[str, tuple[Message, Future[bytes | Lost]]] = {}
         self._arriving: dict[str, tuple[float, Reply]] = {}
 
+    simulated = False
+
     def nodes(self) -> Sequence[int]:
         return sorted(self.machines)
 

@@ -59,6 +59,8 @@ class Machines:
         self._here: dict[str, Reply] = {}
         self._held: dict[int, dict[str, Reply]] = {}
 
+    simulated = False
+
     def nodes(self) -> Sequence[int]:
         return sorted(self._sides)
 

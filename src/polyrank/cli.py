@@ -72,11 +72,12 @@ def run(
     """Carry out a recipe: train, evaluate, and write a PEFT adapter."""
     with attending() as attendance:
         from polyrank import config
+        from polyrank.run.folder import unused
         from polyrank.runner import runner
 
         forced = [] if control is None else [f"control={json.dumps(control)}"]
         read = config.read(recipe, [*(overrides or []), *forced])
-        outcome = runner.start(read, out or _free(Path("runs") / read.name), attendance)
+        outcome = runner.start(read, out or unused(Path("runs") / read.name), attendance)
     show(outcome, as_json)
 
 
@@ -272,12 +273,6 @@ def profile(
         if as_json
         else measured.toml.rstrip()
     )
-
-
-def _free(path: Path) -> Path:
-    """Return the path, or the first path-2, path-3, … that does not exist."""
-    candidates = (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in range(1, 10**6))
-    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _listed(text: str) -> list[str]:

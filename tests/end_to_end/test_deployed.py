@@ -172,7 +172,7 @@ def test_a_kill_of_each_kind_of_process_is_survived_and_the_adapter_is_that_of_w
     (server,) = site.pids("serverapp")
     watched.kill(server)
     watched.release()
-    second = watched.run(out)
+    second = watched.run(out, app__resume=True)
     watched.hold("training", "a", 2)  # Others may have had their updates saved.
 
     watched.event("training", "a", 2, skip=1)
@@ -182,7 +182,7 @@ def test_a_kill_of_each_kind_of_process_is_survived_and_the_adapter_is_that_of_w
     watched.hold("training", "a", 3)
     watched.hold("training", "b", 3)
     site.start_superlink()
-    third = watched.run(out)
+    third = watched.run(out, app__resume=True)
 
     watched.kill(watched.event("training", "a", 3).pid)
     watched.event("training", "b", 3)

@@ -200,7 +200,7 @@ def test_the_server_dies_mid_round_and_goes_on_at_a_superlink_that_knows_nothing
         watched.kill(server)
         watched.release()
         watched.hold("training", "a", 3)
-        watched.run(out)
+        watched.run(out, app__resume=True)
         watched.event("training", "a", 3)
         assert site.superlink is not None
         site.kill(site.superlink)
@@ -211,7 +211,7 @@ def test_the_server_dies_mid_round_and_goes_on_at_a_superlink_that_knows_nothing
         for client in CLIENTS:
             site.register(client)
             watched.start_node(client)
-        watched.completed(watched.run(out), out)
+        watched.completed(watched.run(out, app__resume=True), out)
     assert lost_in(out) == {(round, 0): set() for round in range(1, ROUNDS + 1)}
     together = recipe_of(tmp_path, apart=False)
     assert adapter(out) == replayed(together, out, tmp_path / "again")

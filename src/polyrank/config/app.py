@@ -42,19 +42,22 @@ class AppSettings(Section):
     """What the server's part of a Flower app is told beside the recipe."""
 
     out: str = ""
-    """The run's folder on the server, seen from where its SuperLink was started; one with a run in
-    it is resumed. Left out, `runs/NAME`."""
+    """The run's folder on the server, seen from where its SuperLink was started. Left out, a new
+    one: `runs/NAME`, or `runs/NAME-2` and so on."""
+    resume: bool = False
+    """Go on with the run in `app.out`, which was begun with the same settings. Otherwise `app.out`
+    must not exist."""
     clients: int = Field(default=0, ge=0)
     """How many clients to wait for; 0: those that the fleet names, or all that answer."""
     wait: float = Field(default=300.0, ge=0)
     """Seconds to wait for them."""
+    client_files: str = ""
+    """In a simulation where every client brings its own data: the client.toml files of the
+    simulated machines, an absolute pattern such as `/data/clients/*.toml`; as many files as
+    machines."""
     allow_inexact: bool = False
     """Resume in other surroundings; bytes may differ."""
     split: SplitServer = SplitServer()
-
-    def folder(self, name: str) -> Path:
-        """Return the folder of a run of that name."""
-        return Path(self.out).expanduser() if self.out else Path("runs") / name
 
 
 class _Config(Section):
@@ -101,13 +104,22 @@ def app_settings(flat: Mapping[str, Scalar]) -> AppSettings:
         found = mistakes(_Config, content, error, "the app")
         raise RecipeError(_told(found)) from error
     found = [*_impossible(settings.split)]
+    if settings.client_files and not Path(settings.client_files).is_absolute():
+        found.append(
+            f"app.client-files: expected an absolute pattern, got {settings.client_files!r}"
+        )
+    if settings.resume and not settings.out:
+        found.append("app.resume: give app.out too, the folder of the run to go on with")
     if found:
         raise RecipeError(_told(found))
     return settings
 
 
 def _told(found: list[str]) -> str:
-    return listed(PLACE, [line.replace("allow_inexact", "allow-inexact") for line in found])
+    """One message of all mistakes, the keys written as in a run config."""
+    for key in APP_KEYS:
+        found = [line.replace(key.replace("-", "_"), key) for line in found]
+    return listed(PLACE, found)
 
 
 def _impossible(split: SplitServer) -> list[str]:

@@ -14,7 +14,7 @@ def differences(before: Recipe, now: Recipe) -> list[tuple[str, Any, Any]]:
 
     Defaults count as written out; None stands for a key or a section that a recipe leaves out.
     """
-    return [*_differing(*(tomllib.loads(recipe.to_toml()) for recipe in (before, now)))]
+    return [*_differing(tomllib.loads(before.to_toml()), tomllib.loads(now.to_toml()))]
 
 
 def _differing(

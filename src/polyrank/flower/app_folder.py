@@ -15,11 +15,14 @@ import tomli_w
 from polyrank.config import Recipe
 from polyrank.config.app import APP_KEYS, OWN, AppSettings, Scalar
 from polyrank.config.flower import nested, to_run_config
+from polyrank.config.model_and_data import SAMPLE
 from polyrank.config.validation_errors import keys
 from polyrank.errors import FolderExistsError, RecipeError
 
 LONGEST_NAME = 32
 """Characters of a name that Flower takes."""
+
+CLIENT_FILES = "app.client-files"
 
 SIMULATED = 4
 """Simulated machines where a recipe does not tell how many clients there are."""
@@ -99,12 +102,14 @@ flwr stop RUN_ID
 ```
 
 (with the SuperLink's `NAME` behind them if it is not the default). The adapter, the records and
-`summary.json` lie on the server, in the run's folder. A run that was stopped or killed goes on from
-its last checkpoint when it is started again with the same folder, on the same SuperLink or another
-one; a new run needs a folder of its own:
+`summary.json` lie on the server, in the run's folder, which the log names first. Every run takes a
+new folder: `runs/{run}`, then `runs/{run}-2`, and so on, or `app.out`, which must not exist.
+
+A run that was stopped or killed goes on from its last checkpoint, on the same SuperLink or another
+one, when it is started again with its folder and the same settings:
 
 ```
-flwr run . --stream -c 'app.out="runs/{run}-2"'
+flwr run . --stream -c 'app.resume=true app.out="runs/{run}"'
 ```
 """
 
@@ -112,15 +117,24 @@ _SIMULATE = """\
 ## Simulate it
 
 ```
-flwr run . --stream --federation-config 'num-supernodes={nodes} client-resources-num-cpus=1'
+{command}
 ```
 
 Clients are shared out among the simulated machines, so that any number up to that of the clients
 does; each takes a process with a model of its own. Flower starts a SuperLink for it, which stays.
 """
 
-_ALONE = """\
-There is nothing to simulate: `data.source = "client"`, so that every client brings its own data.
+_SIMULATE_CLIENTS = """\
+## Simulate it
+
+Every client brings its own data (`data.source = "client"`), so a simulation needs each client's
+`client.toml` and data on this machine:
+
+```
+{command}
+```
+
+`num-supernodes` is the number of files.
 """
 
 _CLIENT = """
@@ -174,7 +188,8 @@ def write_app(recipe: Recipe, folder: Path, *, own: Mapping[str, Scalar] = APP_K
     Local sources stand in it as absolute paths, a fleet's trace by what it holds. A homogeneous
     control, which is a run of its own, is left out.
 
-    Raises FolderExistsError if the folder exists, RecipeError for what cannot run over Flower.
+    Raises FolderExistsError if the folder exists, RecipeError for what cannot run over Flower, and
+    DataError or RecipeError if the recipe's data is on this machine and cannot be dealt to clients.
     """
     if folder.exists() or folder.is_symlink():
         raise FolderExistsError(f"{folder}: exists already; choose another folder")
@@ -183,11 +198,13 @@ def write_app(recipe: Recipe, folder: Path, *, own: Mapping[str, Scalar] = APP_K
             "data.pooled: clients over Flower keep their data, so there is no centralised run; use "
             "polyrank run"
         )
+    if recipe.data.source == SAMPLE or Path(recipe.data.source).exists():
+        recipe.fleet_of(recipe.clients())  # What is wrong with them shows here, not on machines.
     fleet = recipe.fleet.resolved()
     written = recipe.model_copy(update={"control": None, "fleet": fleet})
     files = {
         "pyproject.toml": _pyproject(written, folder, own),
-        "README.md": _readme(written, folder),
+        "README.md": _readme(written, folder, own),
     }
     if recipe.data.at_clients:
         files["client.example.toml"] = _EXAMPLE
@@ -199,7 +216,7 @@ def write_app(recipe: Recipe, folder: Path, *, own: Mapping[str, Scalar] = APP_K
         shutil.rmtree(folder)
         raise
     notes = () if recipe.control is None else (_control(recipe.control),)
-    return AppFolder(folder, notes, _next(written, folder))
+    return AppFolder(folder, notes, _next(written, folder, own))
 
 
 def project_name(folder: Path) -> str:
@@ -217,13 +234,14 @@ def _pyproject(recipe: Recipe, folder: Path, own: Mapping[str, Scalar]) -> str:
     return head + tomli_w.dumps({"tool": {"flwr": {"app": {"config": config}}}})
 
 
-def _readme(recipe: Recipe, folder: Path) -> str:
+def _readme(recipe: Recipe, folder: Path, own: Mapping[str, Scalar]) -> str:
     away = recipe.data.at_clients
+    simulate = _SIMULATE_CLIENTS if away else _SIMULATE
     return _README.format(
         name=project_name(folder),
         recipe=recipe.name,
         run=recipe.name,
-        simulate=_ALONE if away else _SIMULATE.format(nodes=_nodes(recipe)),
+        simulate=simulate.format(command=_simulation(recipe, ".", own)),
         client=_CLIENT if away else "",
         keys="\n".join(_keys()),
     )
@@ -235,10 +253,18 @@ def _keys() -> Iterator[str]:
         yield f"| `{key.replace('_', '-')}` | `{default}` | {told} |"
 
 
-def _nodes(recipe: Recipe) -> int:
-    """How many machines to simulate: one for each client where that is known, but few."""
-    known = recipe.data.clients or len(recipe.fleet.clients or ())
-    return min(known or SIMULATED, SIMULATED)
+def _simulation(recipe: Recipe, app: str | Path, own: Mapping[str, Scalar]) -> str:
+    """The command that simulates the app, with few machines where they may share the clients."""
+    machines: int | str = recipe.data.clients or len(recipe.fleet.clients or ())
+    files = ""
+    if recipe.data.at_clients:
+        machines = machines or "N"
+        if not own.get(CLIENT_FILES):
+            files = f""" -c '{CLIENT_FILES}="/path/to/clients/*.toml"'"""
+    else:
+        machines = min(machines or SIMULATED, SIMULATED)
+    size = f"num-supernodes={machines} client-resources-num-cpus=1"
+    return f"flwr run {app} --stream --federation-config '{size}'{files}"
 
 
 def _text(name: str) -> str:
@@ -253,17 +279,16 @@ def _control(control: str) -> str:
     )
 
 
-def _next(recipe: Recipe, folder: Path) -> tuple[str, ...]:
-    start = f"flwr run {folder}"
-    if recipe.data.at_clients:
-        return (
-            f"on each client's machine: a client.toml, like {folder / 'client.example.toml'}",
-            f"run it on a SuperLink:    {start} NAME --stream",
-            f"more:                     {folder / 'README.md'}",
-        )
-    simulated = f"--federation-config 'num-supernodes={_nodes(recipe)} client-resources-num-cpus=1'"
+def _next(recipe: Recipe, folder: Path, own: Mapping[str, Scalar]) -> tuple[str, ...]:
+    simulation = _simulation(recipe, folder, own)
+    superlink = f"run it on a SuperLink:  flwr run {folder} NAME --stream"
+    more = f"more:                   {folder / 'README.md'}"
+    if not recipe.data.at_clients:
+        return f"simulate it:            {simulation}", superlink, more
     return (
-        f"simulate it:            {start} --stream {simulated}",
-        f"run it on a SuperLink:  {start} NAME --stream",
-        f"more:                   {folder / 'README.md'}",
+        f"each client's machine:  a client.toml, like {folder / 'client.example.toml'}",
+        superlink,
+        f"simulate it:            {simulation}",
+        "                        with all clients' files and data on this machine",
+        more,
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from flwr.app import Array, ArrayRecord, MessageType, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
 
 from polyrank.errors import PacketError
 from polyrank.remote.message_channel import Kind, Message, Reply
@@ -33,6 +34,11 @@ class GridChannel:
 
     def __init__(self, grid: Grid):
         self._grid = grid
+
+    @property
+    def simulated(self) -> bool:
+        """Whether it is the grid of Flower's simulation."""
+        return isinstance(self._grid, InMemoryGrid)
 
     def nodes(self) -> Sequence[int]:
         """Return the nodes that Flower holds to be alive."""

@@ -11,7 +11,7 @@ import torch
 
 from polyrank.config import Recipe
 from polyrank.config.client import ClientSettings, read_client
-from polyrank.config.flower import Scalar, from_run_config
+from polyrank.config.flower import AppSettings, Scalar, app_settings, from_run_config
 from polyrank.config.model_and_data import ModelSection
 from polyrank.data import Clients
 from polyrank.errors import RecipeError
@@ -22,6 +22,12 @@ from polyrank.training import ClientWork, prepare
 
 PARTITION, PARTITIONS, CLIENT = "partition-id", "num-partitions", "client"
 """Keys of Flower's node config: the first two in simulation, the third names a client.toml."""
+
+NO_CLIENT_FILES = (
+    "data.source = 'client': a simulated machine has no data of its own; give the client.toml "
+    "files of the machines to simulate, -c 'app.client-files=\"/data/clients/*.toml\"', or run "
+    "the app on the clients' own machines"
+)
 
 
 def side_of(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scalar]) -> ClientSide:
@@ -38,12 +44,31 @@ def _side(run_config: str, node_config: str) -> ClientSide:
     if CLIENT in node:
         return _deployed(recipe, read_client(Path(str(node[CLIENT])).expanduser()))
     if PARTITION in node and PARTITIONS in node:
-        place = int(node[PARTITION]), int(node[PARTITIONS])
-        return _simulated(recipe, _everyone(run_config), *place)
+        partition, partitions = int(node[PARTITION]), int(node[PARTITIONS])
+        if recipe.data.at_clients:
+            files = client_files(app_settings(json.loads(run_config)), partitions)
+            return _deployed(recipe, read_client(files[partition]))
+        return _simulated(recipe, _everyone(run_config), partition, partitions)
     raise RecipeError(
         'node config: expected client = "/path/to/client.toml" (flower-supernode --node-config '
         f"'client=\"…\"'), got {sorted(node) or 'nothing'}"
     )
+
+
+def client_files(settings: AppSettings, machines: int) -> list[Path]:
+    """Return the client.toml of each simulated machine; RecipeError if their number differs."""
+    if not settings.client_files:
+        raise RecipeError(NO_CLIENT_FILES)
+    pattern = Path(settings.client_files)
+    files = sorted(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    if len(files) != machines:
+        raise RecipeError(
+            f"app.client-files: {settings.client_files!r} matches {len(files)} files, and "
+            f"{machines} machines are simulated; give num-supernodes={len(files)}"
+            if files
+            else f"app.client-files: {settings.client_files!r} matches no file"
+        )
+    return files
 
 
 class Models:

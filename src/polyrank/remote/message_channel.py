@@ -31,6 +31,11 @@ class Reply:
 class MessageChannel(Protocol):
     """Carries letters to machines, and brings back one answer to each, or says that it is lost."""
 
+    @property
+    def simulated(self) -> bool:
+        """Whether the machines are simulated: all are there from the start."""
+        ...
+
     def nodes(self) -> Sequence[int]:
         """Return the machines that can be reached now."""
         ...

@@ -72,7 +72,7 @@ def call(
     fits: Callable[[Profile], str | None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
     *,
-    alike: bool = False,
+    complete: bool = False,
 ) -> ClientRegistry:
     """Ask machines as they come who they host, until those that are wanted are there.
 
@@ -80,7 +80,8 @@ def call(
     machines that come before none has come for a moment. Where `names` are given, others of these
     machines that would train take no part. `fits` says why a machine cannot take part. Machines
     that were asked are waited for; after `seconds` the run begins without those that are silent.
-    If machines are `alike`, as in a simulation, and all refuse, no others are waited for.
+    With `complete`, as in a simulation, all machines are there from the start: once they have
+    answered, no others are waited for.
     Raises RecipeError if clients that are wanted are not there then.
     """
     roll, begun = ClientRegistry(names), clock()
@@ -106,25 +107,31 @@ def call(
         if not missing and not asked:
             return roll
         settled = clock() - last > SETTLED
-        hopeless = alike and settled and not asked and not roll.homes and bool(roll.profiles)
+        hopeless = complete and settled and not asked and bool(roll.profiles)
         if clock() <= until and not hopeless:
             continue
         if missing:
-            raise RecipeError(
-                _too_few(roll, missing, asked.values(), min(clock() - begun, seconds))
-            )
+            waited = None if hopeless else min(clock() - begun, seconds)
+            raise RecipeError(_too_few(roll, missing, asked.values(), waited))
         tell(f"machines {sorted(asked.values())} take no part: they have not answered")
         return roll
 
 
-def _too_few(roll: ClientRegistry, missing: str, silent: Collection[int], seconds: float) -> str:
-    """Say who is missing, who is there, and what may be the reason."""
+def _too_few(
+    roll: ClientRegistry, missing: str, silent: Collection[int], seconds: float | None
+) -> str:
+    """Say who is missing, who is there, and what may be the reason.
+
+    `seconds` were waited; None: all machines have answered, and there will be no others.
+    """
     refusals = sorted({p.refusal for p in roll.profiles.values() if p.refusal is not None})
     there = f"; there are {sorted(roll.homes)}" if roll.homes else ""
     reasons = [f"a machine takes no part: {why}" for why in refusals[:10]]
     if silent:
         reasons.append(f"machines {sorted(silent)[:10]} were asked and have not answered yet")
     told = "".join(f"\n  {line}" for line in reasons)
+    if seconds is None:
+        return f"simulation: {missing}{there}; all its machines have answered{told}"
     todo = "put these right, or start others" if refusals else "start the others"
     return f"app.wait: after {seconds:.0f} s {missing}{there}; {todo}, or raise app.wait{told}"
 

@@ -7,14 +7,17 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from polyrank.config import Recipe
+from polyrank.config.differences import differences
 from polyrank.config.flower import AppSettings
+from polyrank.config.reading import listed
 from polyrank.data import Clients, Skipped
-from polyrank.errors import FolderInUseError, RecipeError
+from polyrank.errors import FolderExistsError, FolderInUseError, RecipeError
 from polyrank.evaluation import Evaluator
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet
@@ -22,6 +25,7 @@ from polyrank.protocol import Profile
 from polyrank.remote.admission import Admission, enrol
 from polyrank.remote.engine import LONGEST, RemoteEngine
 from polyrank.remote.evaluator import RemoteEvaluator
+from polyrank.remote.hosting import NO_CLIENT_FILES
 from polyrank.remote.message_channel import MessageChannel
 from polyrank.remote.registration import ClientRegistry, call, clients_of, work_of
 from polyrank.report.console import show
@@ -29,43 +33,94 @@ from polyrank.report.progress import Terminal
 from polyrank.rounds import Engine
 from polyrank.run import Planning, RunFolder
 from polyrank.run.environment import config_fingerprint
-from polyrank.run.folder import RUN
-from polyrank.runner.inspect import RECIPE
-from polyrank.runner.runner import Attendance, Outcome, Parts, carry_out, resumable
+from polyrank.run.folder import RUN, unused
+from polyrank.runner.inspect import RECIPE, recipe_of
+from polyrank.runner.runner import (
+    Attendance,
+    Outcome,
+    Parts,
+    carry_out,
+    flower_resumes,
+    resumable,
+)
 from polyrank.split_server.interface import SplitServerHandle
 from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training import ClientWork
 
 WIDTH = 120
 """Columns of what is shown, which Flower keeps as its log."""
+WHERE_THE_MODEL_IS = ("model.source", "model.revision", "model.device")
+"""Keys that may differ when a run goes on: run.json tells whether it is the same model."""
 
 
 def serve(recipe: Recipe, settings: AppSettings, post: MessageChannel, run: str) -> Outcome:
-    """Carry out a recipe with the clients that `post` reaches; a begun one goes on.
+    """Carry out a recipe with the clients that `post` reaches: a new run, or one that was begun.
 
-    The run folder is ``app.out``, seen from where the server was started. What happens is shown on
-    stderr as it happens, and the result at the end.
+    A new run takes a new folder, ``app.out`` or one in ``runs``, seen from where the server was
+    started; with ``app.resume`` the run in ``app.out`` goes on. What happens is shown on stderr as
+    it happens, and the result at the end.
 
-    Raises RecipeError for what cannot be done with clients elsewhere, or if too few come.
+    Raises FolderExistsError if a new run's folder exists, and RecipeError for what cannot be done
+    with clients elsewhere, for settings that are not those of the run that is to go on, or if too
+    few clients come.
     """
-    check(recipe)
-    folder = settings.folder(recipe.name).resolve()
-    torch.set_num_threads(recipe.resolved().engine.threads)
+    check(recipe, settings, simulated=post.simulated)
+    folder = folder_of(recipe, settings)
+    recipe = recipe_to_resume(recipe, folder) if settings.resume else recipe.resolved()
+    torch.set_num_threads(recipe.engine.threads)
     console = Console(file=sys.stderr, width=WIDTH)
     with Terminal(console) as terminal:
         # Flower ends this process, whenever it is told to; the folder is whole at any moment.
         attendance = Attendance(terminal, lambda: False, settings.allow_inexact)
         console.print(f"run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
-        with resumable(folder, folder / RECIPE, f"flwr run, with app.out = {str(folder)!r}"):
-            parts = RemoteParts(recipe.resolved(), settings, post, run, attendance, console)
+        with resumable(folder, folder / RECIPE, flower_resumes(folder)):
+            parts = RemoteParts(recipe, settings, post, run, attendance, console)
+            if settings.resume:
+                wait_for(folder, parts.tell)
             parts.tell_deadline()
-            wait_for(folder, parts.tell)
-            summary = carry_out(
-                recipe.resolved(), folder, attendance, parts, resume=folder.exists()
-            )
-    outcome = Outcome(folder, summary)
+            result = carry_out(recipe, folder, attendance, parts, resume=settings.resume)
+    outcome = Outcome(folder, result)
     show(outcome, as_json=False)
     return outcome
+
+
+def folder_of(recipe: Recipe, settings: AppSettings) -> Path:
+    """Return the run's folder; FolderExistsError if it exists and is not to be resumed."""
+    if not settings.out:
+        return unused(Path("runs") / recipe.name).resolve()
+    folder = Path(settings.out).expanduser().resolve()
+    if folder.exists() and not settings.resume:
+        raise FolderExistsError(
+            f"app.out: {folder} exists already, and a run never overwrites one; give another "
+            "folder, or go on with the run in it: app.resume = true"
+        )
+    return folder
+
+
+def recipe_to_resume(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe of the run in a folder, with the model where `recipe` says it lies now.
+
+    Raises RunError for a folder without a run, and RecipeError, naming every key with both values,
+    if `recipe` says anything else than the folder's.
+    """
+    begun = recipe_of(folder)
+    own = {*WHERE_THE_MODEL_IS, *(() if recipe.engine.threads else ("engine.threads",))}
+    differing = [
+        f"{key}: {_written(before)} there, {_written(now)} here"
+        for key, before, now in differences(begun, recipe.resolved())
+        if key not in own
+    ]
+    if differing:
+        place = f"app.resume: the run in {folder} was begun with other settings"
+        raise RecipeError(
+            f"{listed(place, differing)}\ngive the same settings, or begin a new run: leave "
+            "app.resume out, and give another app.out"
+        )
+    return begun.model_copy(update={"model": recipe.model})
+
+
+def _written(value: Any) -> str:
+    return "left out" if value is None else repr(value)
 
 
 def wait_for(
@@ -93,8 +148,8 @@ def wait_for(
             time.sleep(pause)
 
 
-def check(recipe: Recipe) -> None:
-    """Raise RecipeError for what needs all data in one process."""
+def check(recipe: Recipe, settings: AppSettings, *, simulated: bool) -> None:
+    """Raise RecipeError for what needs all data in one process, or data that nobody has."""
     if recipe.data.pooled:
         raise RecipeError("data.pooled: clients elsewhere keep their data; use polyrank run")
     if recipe.control is not None:
@@ -102,6 +157,8 @@ def check(recipe: Recipe) -> None:
             "control: a run over Flower has none; make a second app, with fleet.force = "
             f"{recipe.control!r}"
         )
+    if simulated and recipe.data.at_clients and not settings.client_files:
+        raise RecipeError(NO_CLIENT_FILES)
 
 
 class RemoteParts(Parts):
@@ -145,7 +202,7 @@ class RemoteParts(Parts):
             self.tell,
             self._attendance.check_stop,
             self._fits,
-            alike=not recipe.data.at_clients,
+            complete=self._post.simulated,
         )
         enrolled = enrol(recipe, found, self.model)
         for client, why in enrolled.left_out.items():

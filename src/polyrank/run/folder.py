@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -229,6 +230,12 @@ class RunFolder:
         for path in (self.path / "updates").glob("*.safetensors"):
             if int(path.name.partition("-")[0]) <= last:
                 path.unlink()
+
+
+def unused(path: Path) -> Path:
+    """Return the path, or the first path-2, path-3, … that does not exist."""
+    candidates = (path if i == 1 else path.with_name(f"{path.name}-{i}") for i in count(1))
+    return next(candidate for candidate in candidates if not os.path.lexists(candidate))
 
 
 def _require_nothing(path: Path) -> None:

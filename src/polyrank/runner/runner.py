@@ -161,10 +161,18 @@ def resume(folder: Path, attendance: Attendance) -> Outcome:
     recipe = recipe_of(folder)
     if recipe.data.at_clients and _finished(recipe, folder) is None:
         raise RunError(
-            f"{folder}: the data of this run lies with its clients, so that Flower goes on with "
-            f"it: flwr run, with the same app, and app.out = {str(folder.resolve())!r}"
+            f"{folder}: the data of this run lies with its clients, so Flower goes on with it: "
+            f"{flower_resumes(folder)}"
         )
     return _carry_out(recipe, folder, attendance, resume=True)
+
+
+def flower_resumes(folder: Path) -> str:
+    """Say how a run over Flower goes on."""
+    return (
+        "flwr run, with the same app and settings, and with app.resume = true and "
+        f"app.out = {str(folder.resolve())!r}"
+    )
 
 
 def _carry_out(recipe: Recipe, folder: Path, attendance: Attendance, *, resume: bool) -> Outcome:

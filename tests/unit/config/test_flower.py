@@ -292,7 +292,6 @@ def test_a_benchmark_is_read_as_data_says_even_with_data_at_clients() -> None:
 def test_the_apps_own_keys_have_defaults() -> None:
     settings = app_settings(APP_KEYS)
     assert settings == app_settings({})
-    assert settings.folder("name") == Path("runs/name")
     assert settings.wait == 300
     assert "app.allow-inexact" in APP_KEYS
 
@@ -308,7 +307,7 @@ def test_the_apps_own_keys_are_read() -> None:
             "app.split.address": "[::1]",
         }
     )
-    assert settings.folder("name") == Path("there")
+    assert settings.out == "there"
     assert settings.allow_inexact
     assert settings.wait == 300
     assert settings.split.address == "[::1]"
@@ -320,6 +319,7 @@ def test_the_apps_own_keys_are_read() -> None:
         ("app.wiat", 1, "app.wiat: unknown key; did you mean app.wait?"),
         ("app.wait", -1.0, "app.wait: expected at least 0.0, got -1.0"),
         ("app.clients", 1.5, "app.clients: expected a whole number, got 1.5"),
+        ("app.resume", True, "app.resume: give app.out too"),
         ("app.allow-inexact", 1, "app.allow-inexact: expected true or false, got 1"),
         ("app.split.silence", 0.0, "app.split.silence: expected seconds above 0, got 0.0"),
         ("app.split.listen", "localhost", "app.split.listen: expected host:port"),

@@ -7,13 +7,17 @@ from typer.testing import CliRunner
 
 from polyrank import config
 from polyrank.cli import app
+from polyrank.config.app import own_keys
 from polyrank.config.client import read_client
 from polyrank.config.flower import APP_KEYS, from_run_config, nested, to_run_config
-from polyrank.errors import FolderExistsError, RecipeError
-from polyrank.flower.app_folder import project_name, write_app
+from polyrank.errors import FolderExistsError, PolyrankError, RecipeError
+from polyrank.flower.app_folder import CLIENT_FILES, project_name, write_app
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
 SPLIT = Path(__file__).parents[3] / "recipes" / "split.toml"
+FOUR_TASKS = "".join(
+    f'{{"task": "{task}", "instruction": "say", "input": "x", "output": "y"}}\n' for task in "abcd"
+)
 
 
 def tables(folder: Path) -> dict[str, dict]:
@@ -105,7 +109,7 @@ def test_local_sources_are_absolute_and_a_trace_is_taken_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text("", encoding="utf-8")
+    Path("rows.jsonl").write_text(FOUR_TASKS, encoding="utf-8")
     Path("trace.csv").write_text("round,client,type\n2,*,T1\n", encoding="utf-8")
     recipe = config.read(SPLIT, ["data.source=rows.jsonl", "fleet.trace=trace.csv"])
     write_app(recipe, Path("app"))
@@ -131,16 +135,42 @@ def test_an_awkward_name_does_not_break_the_file(tmp_path: Path) -> None:
     assert name in tables(tmp_path / "app")["project"]["description"]
 
 
+def test_data_that_is_here_and_cannot_be_dealt_out_is_refused_before_a_folder_is_made(
+    tmp_path: Path,
+) -> None:
+    for wrong, reason in (
+        ("data.by=equal", "equal"),
+        ('fleet.clients={somebody = "T1"}', r"fleet\.clients: \['somebody'\]"),
+    ):
+        with pytest.raises(PolyrankError, match=reason):
+            write_app(config.read(SPLIT, [wrong]), tmp_path / "app")
+        assert not (tmp_path / "app").exists()
+    write_app(config.read(SPLIT, ["data.by=equal", "data.source=hub/set"]), tmp_path / "app")
+
+
+def test_a_simulation_of_clients_with_their_own_data_names_their_files(tmp_path: Path) -> None:
+    recipe = config.read(RECIPES[0].with_name("across-machines.toml"))
+    told = "\n".join(write_app(recipe, tmp_path / "one").next)
+    assert "num-supernodes=3 " in told
+    assert f"""-c '{CLIENT_FILES}="/path/to/clients/*.toml"'""" in told
+    own = own_keys([f"{CLIENT_FILES}=/data/*.toml"])
+    written = write_app(recipe, tmp_path / "other", own=own)
+    assert CLIENT_FILES not in "\n".join(written.next), "the app has it already"
+    assert tables(written.path)["tool"]["flwr"]["app"]["config"]["app"]["client-files"]
+
+
 def test_clients_with_their_own_data_get_an_example(tmp_path: Path) -> None:
     write_app(config.read(SPLIT), tmp_path / "one")
     write_app(config.read(SPLIT, ["data.source=client"]), tmp_path / "other")
     assert not (tmp_path / "one" / "client.example.toml").exists()
     client = read_client(tmp_path / "other" / "client.example.toml")
     assert client.name == "client-1"
-    assert "num-supernodes" in (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+    page = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+    assert "num-supernodes=4" in page
+    assert "client.toml" not in page.partition("| key |")[0]
     page = (tmp_path / "other" / "README.md").read_text(encoding="utf-8")
-    assert "num-supernodes" not in page
-    assert "client.toml" in page
+    assert "num-supernodes=N" in page
+    assert "client.toml" in page.partition("| key |")[0]
 
 
 def test_every_key_of_the_app_is_on_its_page(tmp_path: Path) -> None:
@@ -151,7 +181,9 @@ def test_every_key_of_the_app_is_on_its_page(tmp_path: Path) -> None:
 
 
 def test_as_few_machines_are_simulated_as_there_are_clients(tmp_path: Path) -> None:
-    recipe = config.read(SPLIT, ["data.by=iid", "data.clients=2"])
+    recipe = config.read(
+        SPLIT, ["data.by=iid", "data.clients=2", "fleet.distribution={T1 = 1.0}", "fleet.cuts="]
+    )
     (first, *_) = write_app(recipe, tmp_path / "app").next
     assert "num-supernodes=2 " in first
 
@@ -193,7 +225,10 @@ def test_keys_of_the_app_itself_are_written_where_they_are_given(tmp_path: Path)
     assert found["clients"] == 0
 
 
-@pytest.mark.parametrize("wrong", ["app.outt=x", "app.wait=soon", "app.split.listen=0.0.0.0:1"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["app.outt=x", "app.wait=soon", "app.split.listen=0.0.0.0:1", "app.client-files=here/*.toml"],
+)
 def test_wrong_keys_of_the_app_are_refused_before_a_folder_is_made(
     tmp_path: Path, wrong: str
 ) -> None:

@@ -4,6 +4,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import InMemoryGrid
 
 from polyrank.errors import PacketError
 from polyrank.flower import grid_channel as grid_post
@@ -81,6 +82,11 @@ def test_letters_are_messages_that_live_longer_than_their_answers_may_take():
         assert about.ttl > 2 * 30.0, "a late answer is seen"
     types = [message.metadata.message_type for message in grid.pushed.values()]
     assert types == ["query", "train", "evaluate"]
+
+
+def test_flowers_simulation_is_known_by_its_grid():
+    assert not GridChannel(Grid()).simulated
+    assert GridChannel(InMemoryGrid.__new__(InMemoryGrid)).simulated
 
 
 @pytest.mark.parametrize("empty", [[""], [], [None]])

@@ -59,12 +59,12 @@ def test_partitions_in_one_process_have_one_model_and_prepare_their_data_once():
     assert all(tokens[0][client] is tokens[2][client] for client in tokens[0])
 
 
-def deployed(folder: Path, **limits):
+def deployed(folder: Path, name: str = "ward", **limits):
     rows = [{"prompt": f"w{n}", "answer": "secretive words"} for n in range(20)]
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in limits.items())
     (folder / "client.toml").write_text(
-        'name = "ward"\n[data]\nsource = "own.jsonl"\nprompt = "prompt"\ncompletion = "answer"\n'
+        f'name = "{name}"\n[data]\nsource = "own.jsonl"\nprompt = "prompt"\ncompletion = "answer"\n'
         f'[device]\nmemory = "1 GiB"\n[limits]\n{lines}\n'
     )
     return {"client": str(folder / "client.toml")}
@@ -83,6 +83,24 @@ def test_a_client_toml_gives_one_client_its_device_and_its_limits(tmp_path):
     assert profile.terms == ClientPolicy(largest_rank=4, smallest_count=2)
     assert b"secretive" not in payload
     assert str(tmp_path).encode() not in payload
+
+
+def test_a_simulated_machine_is_the_one_of_its_client_toml(tmp_path):
+    """Where clients bring their own data, there is a file for each machine."""
+    own = {"data": {"source": "client"}}
+    config = run_config(**own) | {"app.client-files": str(tmp_path / "*" / "client.toml")}
+    machine = {"partition-id": 1, "num-partitions": 2}
+    with pytest.raises(RecipeError, match=r"app\.client-files: .* matches no file"):
+        side_of(config, machine)
+    for name in ("ward", "annex"):
+        (tmp_path / name).mkdir()
+        deployed(tmp_path / name, name=name)
+    names = [hosted(side_of(config, machine | {"partition-id": n})) for n in range(2)]
+    assert names == [["annex"], ["ward"]], "in the order of the files"
+    with pytest.raises(RecipeError, match="matches 2 files, and 3 machines are simulated"):
+        side_of(config, machine | {"num-partitions": 3})
+    with pytest.raises(RecipeError, match=r"a simulated machine has no data.*app\.client-files"):
+        side_of(run_config(**own), machine)
 
 
 @pytest.mark.parametrize("node", [{}, {"partition-id": 1}, {"site": "x"}])

@@ -11,10 +11,12 @@ from remotes import machine, machines
 WAIT = 60.0
 
 
-def called(between, names=None, count=0, fits=lambda _: None, stop=lambda: None, alike=False):
+def called(between, names=None, count=0, fits=lambda _: None, stop=lambda: None, complete=False):
     """Return the roll, and what was told meanwhile."""
     told = []
-    found = call(between, names, count, WAIT, told.append, stop, fits, between.clock, alike=alike)
+    found = call(
+        between, names, count, WAIT, told.append, stop, fits, between.clock, complete=complete
+    )
     return found, told
 
 
@@ -74,12 +76,13 @@ def test_who_refused_and_who_is_silent_is_said_where_too_few_came():
     assert "machines [2] were asked and have not answered yet" in str(raised.value)
 
 
-def test_where_machines_are_alike_and_all_refuse_no_others_are_waited_for():
-    for alike, in_time in ((True, True), (False, False)):
+@pytest.mark.parametrize("fits", [lambda _: None, lambda _: "another model"])
+def test_where_all_machines_are_there_from_the_start_no_others_are_waited_for(fits):
+    for complete, said in ((True, "simulation: . of 9 clients"), (False, r"app\.wait: after 60 s")):
         between = letters(machines())
-        with pytest.raises(RecipeError, match="takes no part: another model"):
-            called(between, count=4, fits=lambda _: "another model", alike=alike)
-        assert (between.clock.now < WAIT) == in_time
+        with pytest.raises(RecipeError, match=said):
+            called(between, count=9, fits=fits, complete=complete)
+        assert (between.clock.now < WAIT) == complete
 
 
 def test_a_machine_that_cannot_be_reached_is_tried_again_and_not_waited_for():

@@ -42,7 +42,7 @@ def test_an_unfinished_run_names_flower_and_its_folder(folder):
     with pytest.raises(RunError) as raised:
         resumed(folder)
     assert "flwr run" in str(raised.value)
-    assert f"app.out = {str(folder)!r}" in str(raised.value)
+    assert f"app.resume = true and app.out = {str(folder)!r}" in str(raised.value)
 
 
 def test_a_finished_run_is_shown(folder):

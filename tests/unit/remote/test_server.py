@@ -10,9 +10,15 @@ from letters import Letters, Lost
 from polyrank.aggregation import State
 from polyrank.config.flower import APP_KEYS, app_settings, from_run_config, to_run_config
 from polyrank.config.reading import checked
-from polyrank.errors import FolderInUseError, PolyrankError, RecipeError, RoundFailedError
+from polyrank.errors import (
+    FolderExistsError,
+    FolderInUseError,
+    RecipeError,
+    RoundFailedError,
+    RunError,
+)
 from polyrank.remote.hosting import side_of
-from polyrank.remote.server import check, serve, wait_for
+from polyrank.remote.server import check, folder_of, recipe_to_resume, serve, wait_for
 from polyrank.report.progress import Terminal
 from polyrank.run import Checkpoint, RunFolder
 from polyrank.run.folder import RUN
@@ -31,6 +37,7 @@ CONTENT = {
     "evaluation": {"every": 0, "examples": 1, "generate": 0},
     "engine": {"threads": 1, "deterministic": True},
 }
+RESUMED = {"app.resume": True}
 
 
 def run_config(out, **changes):
@@ -72,23 +79,77 @@ def test_a_run_over_letters_is_the_run_of_one_process_and_goes_on_after_a_failur
     assert "\x1b[31mcable" not in told, "what others wrote does not steer the terminal"
     assert "asked 3 clients" in told
 
-    again, run = served(config)
+    again, run = served(config | RESUMED)
     outcome = run()
     assert outcome.folder == tmp_path / "away"
     assert adapter(outcome.folder) == expected
     assert len(orders(again)) == 3, "of the second round alone"
     assert len((outcome.folder / "rounds.jsonl").read_text().splitlines()) == 2
 
-    finished, run = served(config)
-    assert run().summary == json.loads((outcome.folder / "summary.json").read_text())
-    assert finished.sent == [], "nobody is asked for what is finished"
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the recipe that has ended."""
+    return here(tmp_path_factory.mktemp("finished") / "run")
 
 
-def test_a_folder_of_another_run_is_not_gone_on_with(tmp_path):
+def test_a_finished_run_that_is_resumed_is_shown_as_one_of_before(finished):
+    channel, run = served(run_config(finished) | RESUMED)
+    outcome = run()
+    assert outcome.summary == json.loads((finished / "summary.json").read_text())
+    assert channel.sent == [], "nobody is asked for what is finished"
+
+
+def test_a_new_run_never_takes_a_folder_that_exists(finished, tmp_path):
     (tmp_path / "notes").mkdir()
-    _, run = served(run_config(tmp_path / "notes"))
-    with pytest.raises(PolyrankError, match="notes"):
+    for folder in (finished, tmp_path / "notes"):
+        channel, run = served(run_config(folder, rounds=1))
+        with pytest.raises(FolderExistsError, match=r"app\.out: .* exists already.*app\.resume"):
+            run()
+        assert channel.sent == []
+
+
+def test_without_a_folder_a_new_run_takes_the_next_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe, settings = from_run_config(run_config("")), app_settings(run_config(""))
+    assert folder_of(recipe, settings) == tmp_path / "runs" / "tiny"
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny-2").symlink_to("nowhere")
+    assert folder_of(recipe, settings) == tmp_path / "runs" / "tiny-3"
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    (tmp_path / "notes").mkdir()
+    for name in ("notes", "nothing"):
+        _, run = served(run_config(tmp_path / name) | RESUMED)
+        with pytest.raises(RunError, match=name):
+            run()
+
+
+def test_settings_that_differ_from_those_of_the_run_are_refused_with_both_values(finished):
+    """Of a finished run too, which would otherwise pass for one with the new settings."""
+    changed = {"rounds": 8, "local": {"steps": 1, "lr": 0.5}, "sampling": {}}
+    channel, run = served(run_config(finished, **changed) | RESUMED)
+    with pytest.raises(RecipeError) as caught:
         run()
+    told = str(caught.value)
+    assert f"the run in {finished} was begun with other settings" in told
+    assert "rounds: 2 there, 8 here" in told
+    assert "sampling.number: 3 there, left out here" in told
+    assert "local.lr: " in told
+    assert "there, 0.5 here" in told
+    assert "local.steps" not in told, "it is the same"
+    assert channel.sent == []
+
+
+def test_threads_that_are_not_given_are_those_of_the_run_and_the_model_may_have_moved(finished):
+    changed = {"engine": {"deterministic": True}, "model": {"source": "elsewhere"}}
+    asked = checked({**CONTENT, **changed}, "recipe")
+    found = recipe_to_resume(asked, finished)
+    assert (found.engine.threads, found.model.source) == (1, "elsewhere")
+    asked = checked({**CONTENT, "engine": {"deterministic": True, "threads": 2}}, "recipe")
+    with pytest.raises(RecipeError, match=r"engine\.threads: 1 there, 2 here"):
+        recipe_to_resume(asked, finished)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +161,15 @@ def test_a_folder_of_another_run_is_not_gone_on_with(tmp_path):
 )
 def test_what_needs_all_data_in_one_process_is_refused(changes, reason):
     with pytest.raises(RecipeError, match=reason):
-        check(checked({**CONTENT, **changes}, "recipe"))
+        check(checked({**CONTENT, **changes}, "recipe"), app_settings({}), simulated=False)
+
+
+def test_a_simulation_of_clients_with_their_own_data_needs_their_files():
+    recipe = checked({**CONTENT, "data": {"source": "client"}}, "recipe")
+    check(recipe, app_settings({}), simulated=False)
+    check(recipe, app_settings({"app.client-files": "/data/*.toml"}), simulated=True)
+    with pytest.raises(RecipeError, match=r"data\.source = 'client': .*app\.client-files"):
+        check(recipe, app_settings({}), simulated=True)
 
 
 def test_too_few_clients_is_an_error_that_says_who_is_there(tmp_path):
