@@ -1,8 +1,10 @@
 """Every random choice of a run comes from a seed derived here, never from a global generator."""
 
+from __future__ import annotations
+
 import hashlib
 
-import torch
+from polyrank.lazy_torch import torch
 
 
 def derive(*parts: int | str) -> int:

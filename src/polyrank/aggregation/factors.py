@@ -6,9 +6,7 @@ State: ``site/b`` m×k and ``site/a`` k×n at the server's rank k, every s folde
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.aggregation.fresh import fresh_rows
 from polyrank.aggregation.incoming import (
@@ -21,6 +19,10 @@ from polyrank.aggregation.incoming import (
 from polyrank.aggregation.types import Contribution, FleetSpec, State
 from polyrank.algebra import Adapter, Delta, Factorisation, LowRank, factorise
 from polyrank.errors import RankError, SiteError, UpdateError
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def beginning(rule: str, spec: FleetSpec) -> State:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from polyrank.aggregation import factors
 from polyrank.aggregation.incoming import checked_fleet, checked_rank, checked_scale, incoming
 from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Factorisation, LowRank
 from polyrank.errors import RuleError
+from polyrank.lazy_torch import torch
 
 
 @dataclass(frozen=True)

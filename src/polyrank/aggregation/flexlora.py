@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.aggregation.choose import choose
 from polyrank.aggregation.fresh import fresh_rows
@@ -22,6 +20,10 @@ from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
 from polyrank.algebra import METHODS, Adapter, Delta, Factorisation, LowRank, factorise
 from polyrank.errors import SiteError
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A direction with σ_j ≤ DEAD·σ₁ carries nothing worth sending and, split evenly, would never train.
 DEAD = 1e-6

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, cast
 
 from polyrank.aggregation.fresh import fresh_rows
 from polyrank.aggregation.incoming import (
@@ -22,6 +19,10 @@ from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, Json, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
 from polyrank.errors import RuleError, SiteError
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

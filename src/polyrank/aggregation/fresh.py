@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank import seeds
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fresh_rows(n: int, rank: int, *, seed: int, site: str) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from polyrank.aggregation.incoming import checked_finite, checked_fleet, weighed
 from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Dense
 from polyrank.errors import SiteError, UpdateError
+from polyrank.lazy_torch import torch
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-import torch
-
 from polyrank.aggregation import factors
 from polyrank.aggregation.fresh import fresh_rows
 from polyrank.aggregation.incoming import Change
@@ -16,6 +14,7 @@ from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, Json, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Factorisation, LowRank
 from polyrank.errors import RuleError
+from polyrank.lazy_torch import torch
 
 
 @dataclass(frozen=True)

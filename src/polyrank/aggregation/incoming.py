@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from polyrank.aggregation.types import Contribution, FleetSpec
 from polyrank.algebra import Delta, LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError
+from polyrank.lazy_torch import torch
 
 
 def checked_fleet(rule: str, spec: FleetSpec) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.aggregation.incoming import Change
 from polyrank.algebra import LowRank
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Dealt factors that fit no basis become a new one, up to this many; later ones go out singly, so
 # that memory does not grow with the number of clients.

@@ -7,12 +7,15 @@ may have any name.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.aggregation.fresh import fresh_rows
 from polyrank.aggregation.types import State
 from polyrank.algebra import LowRank
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def kept(state: State, site: str, client: str) -> LowRank | None:

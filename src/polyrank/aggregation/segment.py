@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-
-import torch
 
 from polyrank.aggregation import factors
 from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Factorisation, LowRank
+from polyrank.lazy_torch import torch
 
 
 @dataclass(frozen=True)
@@ -76,4 +76,4 @@ class Segment(Rule):
         return factors.ordered(self.name, state)
 
 
-_TINY = torch.finfo(torch.float64).tiny
+_TINY = sys.float_info.min

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, cast
 
 from polyrank import seeds
 from polyrank.aggregation.incoming import checked_finite, checked_rank, checked_scale, weighed
@@ -15,6 +12,10 @@ from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Dense, Factorisation, LowRank, Sparse, factor_dense
 from polyrank.errors import RuleError, SiteError, UpdateError
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

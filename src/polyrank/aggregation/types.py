@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeVar
 
 from polyrank.algebra import Adapter, Delta, Dense, LowRank, Sparse
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 D = TypeVar("D", bound=Delta)
 

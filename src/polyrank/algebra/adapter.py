@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-import torch
-
 from polyrank.algebra.delta import Delta, added
 from polyrank.errors import FactorError, SiteError
+from polyrank.lazy_torch import torch
 
 D = TypeVar("D", bound=Delta, covariant=True)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.algebra.dense import Dense
 from polyrank.algebra.lowrank import LowRank
 from polyrank.algebra.sparse import Sparse
 from polyrank.errors import FactorError
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Delta = LowRank | Dense | Sparse
 """An m×n update ΔW: as factors, whole, or at few entries. All share shape, rank, nbytes, tensors,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.algebra.factorisation import Factorisation
 from polyrank.algebra.factorisations import (
@@ -18,13 +16,17 @@ from polyrank.algebra.factorisations import (
 )
 from polyrank.algebra.lowrank import LowRank
 from polyrank.errors import FactorError, RankError
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    _Algorithm = Callable[[Iterator[LowRank], int, Tensor | None, int], Factorisation]
 
 # A stack is thin while its rank is below these shares of min(m, n). Measured on one CPU thread:
 # two eigenproblems of size R against one of size min(m, n) break even near 0.8.
 _THIN = 0.75
 _THIN_FOR_SKETCH = 0.25
-
-_Algorithm = Callable[[Iterator[LowRank], int, Tensor | None, int], Factorisation]
 
 
 def factorise(
@@ -68,7 +70,7 @@ def factorise(
 
 def _auto(terms: Iterator[LowRank], rank: int, _warm: Tensor | None, _seed: int) -> Factorisation:
     delta = _gather(terms, _THIN)
-    if isinstance(delta, Tensor):
+    if isinstance(delta, torch.Tensor):
         return factor_dense(delta, rank)
     strict = delta.b.dtype == torch.float64
     return factor_by_qr(delta, rank) if strict else factor_by_gram(delta, rank)
@@ -90,7 +92,7 @@ def _randomised(
     terms: Iterator[LowRank], rank: int, warm: Tensor | None, seed: int
 ) -> Factorisation:
     delta = _gather(terms, _THIN_FOR_SKETCH)
-    if isinstance(delta, Tensor):
+    if isinstance(delta, torch.Tensor):
         return factor_randomised(delta, rank, warm=warm, seed=seed)
     return factor_by_gram(delta, rank)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.errors import FactorError, RankError
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +43,10 @@ class LowRank:
 
     @staticmethod
     def zero(
-        m: int, n: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        m: int, n: int, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> LowRank:
-        """Return the m×n zero matrix: rank 0, no memory."""
+        """Return the m×n zero matrix: rank 0, no memory; float32 if no dtype is given."""
+        dtype = dtype or torch.float32
         return LowRank(
             torch.zeros(m, 0, dtype=dtype, device=device),
             torch.zeros(0, n, dtype=dtype, device=device),

@@ -1,18 +1,5 @@
 """Methods beside each other: the same clients, data and sampling for all, over several seeds."""
 
-from polyrank.compare.command import Compared, is_comparison, resume, start
-from polyrank.compare.progress import Following
-from polyrank.compare.request import Request
-from polyrank.compare.table import failure, markdown, sheets
+import lazy_loader
 
-__all__ = [
-    "Compared",
-    "Following",
-    "Request",
-    "failure",
-    "is_comparison",
-    "markdown",
-    "resume",
-    "sheets",
-    "start",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

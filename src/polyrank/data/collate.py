@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from polyrank.data.types import Batch, Encoded
 from polyrank.errors import DataError
+from polyrank.lazy_torch import torch
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 

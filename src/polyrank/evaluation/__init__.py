@@ -1,7 +1,5 @@
 """Scores of an adapter: loss, exact match, ROUGE-L, perplexity; on clients, on a benchmark."""
 
-from polyrank.evaluation.benchmark import Benchmark, BenchmarkSettings
-from polyrank.evaluation.evaluator import Evaluator
-from polyrank.evaluation.settings import Evaluation
+import lazy_loader
 
-__all__ = ["Benchmark", "BenchmarkSettings", "Evaluation", "Evaluator"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,9 +7,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from polyrank.errors import RankError
+from polyrank.lazy_torch import torch
 from polyrank.planning.importance import tied
 from polyrank.planning.levels import checked_levels
 from polyrank.planning.local_search import ROUNDING, Site, repair, worth

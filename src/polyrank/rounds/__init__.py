@@ -1,6 +1,5 @@
 """One round without I/O: who takes part, what they are sent, which updates count."""
 
-from polyrank.rounds.engine import Engine
-from polyrank.rounds.settings import Faults, Sampling, Weighting
+import lazy_loader
 
-__all__ = ["Engine", "Faults", "Sampling", "Weighting"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.aggregation import Assignment, Update
 from polyrank.algebra import Adapter, Delta, Dense, LowRank, Sparse, distance
 from polyrank.errors import UpdateError
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TRIES = 60
 

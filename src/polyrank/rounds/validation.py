@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
-import torch
-
 from polyrank.aggregation import Assignment, Train, Update, fixed
 from polyrank.algebra import Delta
 from polyrank.errors import UpdateError
+from polyrank.lazy_torch import torch
 from polyrank.rounds.clipping import moved
 
 METRICS = ("loss", "tokens", "target_tokens")

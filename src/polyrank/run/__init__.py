@@ -1,21 +1,5 @@
 """A run on disk: its folder, its rounds, its checkpoints and records."""
 
-from polyrank.run.adapter import GlobalAdapter
-from polyrank.run.checkpoint import Checkpoint
-from polyrank.run.federation import Federation
-from polyrank.run.folder import RunFolder
-from polyrank.run.planning import Planning, planner_of
-from polyrank.run.records import RoundRecord
-from polyrank.run.settings import EarlyStopping, RunSettings
+import lazy_loader
 
-__all__ = [
-    "Checkpoint",
-    "EarlyStopping",
-    "Federation",
-    "GlobalAdapter",
-    "Planning",
-    "RoundRecord",
-    "RunFolder",
-    "RunSettings",
-    "planner_of",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,8 +7,8 @@ from transformers import LlamaConfig, T5Config
 
 from models import CONFIGS, tiny, tiny_loaded, write_tiny
 from polyrank.errors import ModelError
-from polyrank.model import describe
 from polyrank.model.anatomy import anatomy_of, meta_model
+from polyrank.model.describe import describe
 
 
 def test_a_config_alone_is_enough(tmp_path):

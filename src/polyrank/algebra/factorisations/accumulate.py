@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING
 
 from polyrank.algebra.lowrank import LowRank
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Columns of B that go into one product: with few, reading and writing the sum takes the time; from
 # about 200 on nothing more is gained.
@@ -52,10 +53,10 @@ def _added(total: Tensor | None, term: LowRank) -> Tensor:
     total, b, a = total.to(widest), term.b.to(widest), term.a.to(widest)
     if term.rank > 0 and total.numel() >= _WORTHWHILE and _has_onednn(total):
         more = -term.rank % _MULTIPLE
-        right = functional.pad(a.T, (0, more)).contiguous().to_mkldnn()
-        b = functional.pad(b, (0, more))
+        right = torch.nn.functional.pad(a.T, (0, more)).contiguous().to_mkldnn()
+        b = torch.nn.functional.pad(b, (0, more))
         for rows, left in zip(torch.split(total, _ROWS), torch.split(b, _ROWS), strict=True):
-            rows += functional.linear(left.contiguous().to_mkldnn(), right).to_dense()
+            rows += torch.nn.functional.linear(left.contiguous().to_mkldnn(), right).to_dense()
         return total
     return total.addmm_(b, a)
 

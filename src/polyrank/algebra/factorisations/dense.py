@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.algebra.factorisation import Factorisation, finished
 from polyrank.algebra.factorisations.project import project
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ROWS, _COLUMNS = 512, 256
 

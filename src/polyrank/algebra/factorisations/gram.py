@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.algebra.factorisation import Factorisation
 from polyrank.algebra.factorisations.project import project
 from polyrank.algebra.factorisations.qr import factor_by_qr
 from polyrank.algebra.lowrank import LowRank
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The subspace comes from eigenvectors of a matrix like DDᵀ whose rounding is about
 # 1e-16·‖BᵀB‖‖AAᵀ‖. Up to this much cancellation, adversarial stacks were seen to end within

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ROWS = 64  # converted to float64 at a time
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from polyrank.algebra.factorisation import Factorisation, finished
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Matrix(Protocol):

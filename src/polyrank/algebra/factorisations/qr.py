@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from polyrank.algebra.factorisation import Factorisation, finished
 from polyrank.algebra.lowrank import LowRank
+from polyrank.lazy_torch import torch
 
 
 def factor_by_qr(delta: LowRank, rank: int) -> Factorisation:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polyrank.algebra.factorisation import Factorisation
 from polyrank.algebra.factorisations.dense import factor_dense
 from polyrank.algebra.factorisations.krylov import KrylovSpace
 from polyrank.algebra.factorisations.project import project
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The most by which ‖D − X‖ may exceed its smallest possible value, relative to ‖D‖.
 MOST_EXCESS = 1e-3

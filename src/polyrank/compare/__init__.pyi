@@ -1,0 +1,9 @@
+from .command import Compared as Compared
+from .command import is_comparison as is_comparison
+from .command import resume as resume
+from .command import start as start
+from .progress import Following as Following
+from .request import Request as Request
+from .table import failure as failure
+from .table import markdown as markdown
+from .table import sheets as sheets

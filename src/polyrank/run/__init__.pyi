@@ -1,0 +1,9 @@
+from .adapter import GlobalAdapter as GlobalAdapter
+from .checkpoint import Checkpoint as Checkpoint
+from .federation import Federation as Federation
+from .folder import RunFolder as RunFolder
+from .planning import Planning as Planning
+from .planning import planner_of as planner_of
+from .records import RoundRecord as RoundRecord
+from .settings import EarlyStopping as EarlyStopping
+from .settings import RunSettings as RunSettings

@@ -1,0 +1,17 @@
+from .capacity import cohort_size as cohort_size
+from .capacity import slot_bytes as slot_bytes
+from .client_data import ClientWork as ClientWork
+from .client_data import prepare as prepare
+from .encoding import Encoding as Encoding
+from .evaluation import token_losses as token_losses
+from .interval import scoring_cost as scoring_cost
+from .interval import scoring_interval as scoring_interval
+from .job import Job as Job
+from .job import Trained as Trained
+from .local import train_cohort as train_cohort
+from .methods import METHODS as METHODS
+from .methods import LocalMethod as LocalMethod
+from .methods import LocalSettings as LocalSettings
+from .methods import local_method as local_method
+from .scoring import Scoring as Scoring
+from .settings import LocalTraining as LocalTraining
