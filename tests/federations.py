@@ -49,10 +49,11 @@ def clients(seen: int = 4, unseen: int = 1, examples: int = 5) -> dict[str, Clie
     return {one.id: one for one in made}
 
 
-def fleet(data: Mapping[str, ClientData]) -> Fleet:
-    """Return small, middle, large, small, … for the clients that train, in order."""
+def fleet(data: Mapping[str, ClientData], *, equal: bool = False) -> Fleet:
+    """Return small, middle, large, small, … for the clients that train, in order; or all middle."""
     seen = sorted(id for id, client in data.items() if client.seen)
-    return Fleet.table({id: [*TYPES][i % 3] for i, id in enumerate(seen)}, types=TYPES)
+    names = ["middle"] if equal else [*TYPES]
+    return Fleet.table({id: names[i % len(names)] for i, id in enumerate(seen)}, types=TYPES)
 
 
 def federation(

@@ -13,8 +13,8 @@ import torch
 from cut_fleets import CUTS, SPLIT_DATA, SPLIT_FLEET, TYPES, WHO, four_blocks
 from federations import LOCAL, clients, fleet, one_block
 from letters import Letters
-from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
-from polyrank.algebra import Adapter, LowRank, Sparse
+from polyrank.aggregation import RULES, FlexLoRA, HetLoRA, SLoRA
+from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import ModelError, ResourceError
 from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.rounds.messages import Failure
@@ -29,6 +29,7 @@ from polyrank.training.encoding import Encoding
 from polyrank.training.split import ServerParts, SplitJob, SplitSettings, train_head
 from polyrank.transport import InProcessLinks, Limits, PipeLink, codec, serve_pipe
 from remotes import Reached, machines
+from rules import ROWS
 
 DATA = clients(seen=5)
 
@@ -76,13 +77,8 @@ def round(model, work):
     return Round(settings, settings.rule.init(spec), 1, 0, sorted(settings.ranks))
 
 
-RULES = [  # with what their assignments are like in some of three rounds
-    (FlexLoRA(), {"factors"}),
-    (FlexLoRA("tail-in-base"), {"factors", "frozen"}),
-    (FFA(), {"factors", "B alone"}),
-    (HetLoRA(), {"factors", "penalty"}),
-    (FLoRA(), {"factors", "merged"}),
-    (FLoRA(reinitialise=False), {"factors", "merged", "frozen"}),
+ASKED = [  # with what their assignments ask of training in some of three rounds
+    *((RULES[name], row.asks) for name, row in ROWS.items()),
     (SLoRA(FlexLoRA(), 2), {"sparse", "factors"}),
     (SLoRA(HetLoRA(), 1), {"sparse", "factors", "penalty"}),
 ]
@@ -93,6 +89,7 @@ def kinds(assignment):
     marks = {
         "factors": any(isinstance(d, LowRank) for d in assignment.start.values()),
         "sparse": any(isinstance(d, Sparse) for d in assignment.start.values()),
+        "dense": any(isinstance(d, Dense) for d in assignment.start.values()),
         "frozen": bool(assignment.frozen),
         "merged": bool(assignment.merged),
         "B alone": assignment.train == "b",
@@ -124,12 +121,13 @@ def test_every_task_is_answered_once_and_acceptably(engine, round):
     assert round.rejected == {}
 
 
-@pytest.mark.parametrize(("rule", "expected"), RULES, ids=[rule.name for rule, _ in RULES])
+@pytest.mark.parametrize(("rule", "expected"), ASKED, ids=[rule.name for rule, _ in ASKED])
 def test_assignments_of_every_kind_are_answered_acceptably_round_after_round(
     model, engine, work, rule, expected
 ):
-    settings = setup.round_settings(rule, fleet(DATA), model.spec, work, RunSettings())
-    spec = setup.fleet_spec(settings, fleet(DATA), model.spec, None)
+    types = fleet(DATA, equal=not rule.mixed_ranks)
+    settings = setup.round_settings(rule, types, model.spec, work, RunSettings())
+    spec = setup.fleet_spec(settings, types, model.spec, None)
     state, met = settings.rule.init(spec), set()
     for number in (1, 2, 3):
         round = Round(settings, state, number, 0, sorted(settings.ranks))

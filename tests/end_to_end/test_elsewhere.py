@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from cut_fleets import BLOCKS, SPLIT_DATA, SPLIT_FLEET, TYPES, WHO
-from federations import MEASURED, QUIET, SITES, federation, one_block
+from federations import MEASURED, QUIET, SITES, clients, federation, fleet, one_block
 from letters import Letters
 from models import write_tiny
-from polyrank.aggregation import FFA, FlexLoRA, FLoRA, HetLoRA, SLoRA
+from polyrank.aggregation import RULES, FlexLoRA, FLoRA, SLoRA
 from polyrank.model import load_model
 from polyrank.planning import LoRAType
 from polyrank.protocol import read_order
@@ -26,26 +26,18 @@ from polyrank.split_server.host import ServerPartHost
 from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training.split import SplitSettings
 from remotes import OnDisk, away, machines, orders, post
-
-RULES = [
-    FlexLoRA(),
-    FlexLoRA("tail-in-base"),
-    FFA(),
-    HetLoRA(),
-    FLoRA(),
-    FLoRA(reinitialise=False),
-    SLoRA(FlexLoRA(), 2),
-]
+from rules import named
 
 
-@pytest.mark.parametrize("rule", RULES, ids=[f"{n} {rule.name}" for n, rule in enumerate(RULES)])
+@pytest.mark.parametrize("rule", [*RULES.values(), SLoRA(FlexLoRA(), 2)], ids=named)
 def test_three_rounds_elsewhere_are_those_of_one_process(rule):
     """Client by client the very same bits; in passes of three the order of sums differs."""
     model, conduct = one_block(torch.float64), RunSettings(evaluation=MEASURED, cohort=1)
-    with federation(model=model, rule=rule, conduct=conduct) as here:
+    types = fleet(clients(), equal=not rule.mixed_ranks)
+    with federation(model=model, rule=rule, conduct=conduct, fleet=types) as here:
         ours, our_result = list(here.rounds(3)), here.finish()
         expected = here.adapter.factors
-    with away(post(model=model), model=model, rule=rule, conduct=conduct) as there:
+    with away(post(model=model), model=model, rule=rule, conduct=conduct, fleet=types) as there:
         theirs, their_result = list(there.rounds(3)), there.finish()
         found = there.adapter.factors
     assert found.hash() == expected.hash()
@@ -58,7 +50,7 @@ def test_three_rounds_elsewhere_are_those_of_one_process(rule):
     assert our_result["clients"] == their_result["clients"]
 
     together = RunSettings(evaluation=QUIET, cohort=3)
-    with federation(model=model, rule=rule, conduct=together) as here:
+    with federation(model=model, rule=rule, conduct=together, fleet=types) as here:
         list(here.rounds(3))
         for site, delta in here.adapter.factors.items():
             torch.testing.assert_close(found[site].dense(), delta.dense(), rtol=1e-8, atol=1e-8)

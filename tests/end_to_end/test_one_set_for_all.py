@@ -12,6 +12,7 @@ from polyrank.errors import RankError, RuleError
 from polyrank.planning import CutPoint, LoRAType
 from polyrank.rounds.messages import TrainTask
 from polyrank.run import RunSettings
+from rules import ROWS
 from splits import (
     BLOCKS,
     CUTS,
@@ -28,7 +29,7 @@ from splits import (
     size,
 )
 
-REFUSED = {"hetlora", "flora:keep"}
+REFUSED = {name for name, row in ROWS.items() if "shared" in row.excludes}
 """The rules that cannot have one adapter for all clients behind the cut."""
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load
 
 import packet_samples as samples
-from polyrank.aggregation import FFA, TRAINED, FedIT, FlexLoRA, FLoRA, Full, HetLoRA, Segment, SLoRA
+from polyrank.aggregation import FFA, RULES, TRAINED, FlexLoRA, FLoRA, HetLoRA, SLoRA
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import PacketError
 from polyrank.evaluation.evaluator import EvaluateQuery
@@ -30,20 +30,9 @@ from polyrank.protocol import (
 from polyrank.protocol.train_request import TrainRequest
 from polyrank.rounds.messages import Failure, TrainTask
 from polyrank.rounds.round import Round
+from rules import named
 
-RULES = [
-    FlexLoRA(),
-    FlexLoRA("tail-in-base"),
-    FFA(),
-    HetLoRA(),
-    FLoRA(),
-    FLoRA(reinitialise=False),
-    SLoRA(FlexLoRA(), 2),
-    SLoRA(HetLoRA(), 1),
-    Segment(),
-    Full(),
-    FedIT(),
-]
+EVERY = [*RULES.values(), SLoRA(FlexLoRA(), 2), SLoRA(HetLoRA(), 1)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -72,7 +61,7 @@ def travelled(data):
 
 
 @pytest.mark.parametrize("held", [None, {"block.0.q", "block.0.down"}, set()])
-@pytest.mark.parametrize("rule", RULES, ids=[rule.name for rule in RULES])
+@pytest.mark.parametrize("rule", EVERY, ids=named)
 def test_orders_and_answers_of_every_rule_are_exact_on_either_side_of_a_cut(rule, held):
     for round, client in samples.assignments(rule, equal=not rule.mixed_ranks):
         task, cut = round.task(client), None
