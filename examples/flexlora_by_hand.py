@@ -7,7 +7,7 @@ returns its factors; the server adds the full-size updates and takes one SVD per
     python examples/flexlora_by_hand.py
 
 It is meant to be read from top to bottom, and it is the oracle that the library is tested against.
-Bai et al., arXiv 2402.11505; mode "delta" is polyrank's own (docs/explanation/methods.md).
+Bai et al., arXiv 2402.11505; mode "delta" and whom to credit: docs/explanation/methods.md.
 """
 
 import math

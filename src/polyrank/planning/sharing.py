@@ -100,7 +100,7 @@ def even(
 
 @dataclass(frozen=True)
 class BySpectrum:
-    """Ours: the energy of the aggregate that is kept, by `spectrum`, with a floor.
+    """The energy of the aggregate that is kept, by `spectrum`, with a floor.
 
     `sigma` are the singular values that the aggregate has at each site, falling.
     """

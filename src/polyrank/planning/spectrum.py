@@ -15,7 +15,7 @@ def spectrum(
     floor: int = 0,
     limit: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Return ranks that keep much of an aggregate's energy Σ_s Σ_{j<r_s} σ_{s,j}² (ours [D]).
+    """Return ranks that keep much of an aggregate's energy Σ_s Σ_{j<r_s} σ_{s,j}² [D].
 
     `sigma` are each site's singular values, falling; `unit` the bytes of one rank there, in
     proportion to m + n; Σ_s unit_s·r_s ≤ `budget`. Directions are taken by energy per byte,
@@ -30,6 +30,8 @@ def spectrum(
     The energy kept is the largest possible at every budget that this order fills exactly, and
     otherwise less than it by at most the energy of one direction: the first that did not fit.
     Both hold among the ranks that respect the floors, where the budget affords these.
+
+    Ranks by σ²/cost were found independently by FedHera (ICML 2026).
 
     Raises RankError for a negative budget or floor, a unit below 1, and singular values that rise,
     are negative or not finite, naming the site.
