@@ -33,6 +33,7 @@ ROWS = {
     "flexlora": _row(idle_is_still=False),
     "flexlora:delta": _row(),
     "flexlora:tail-in-base": _row("frozen"),
+    "raflora": _row(),
     "fedit": _row(),
     "hetlora": _row("penalty", idle_is_still=False, excludes="shared"),
     "segment": _row(),

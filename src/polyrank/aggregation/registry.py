@@ -12,6 +12,7 @@ from polyrank.aggregation.flexlora import FlexLoRA
 from polyrank.aggregation.flora import FLoRA
 from polyrank.aggregation.full import Full
 from polyrank.aggregation.hetlora import HetLoRA
+from polyrank.aggregation.raflora import RaFLoRA
 from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.segment import Segment
 from polyrank.errors import RuleError
@@ -22,6 +23,7 @@ RULES: Mapping[str, Rule] = {
         FlexLoRA(),
         FlexLoRA("delta"),
         FlexLoRA("tail-in-base"),
+        RaFLoRA(),
         FedIT(),
         HetLoRA(),
         Segment(),
