@@ -14,6 +14,6 @@ def need(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise DataError(
-            f"this source or partition needs {module.partition('.')[0].replace('_', '-')}, which "
+            f"this source needs {module.partition('.')[0].replace('_', '-')}, which "
             f"cannot be imported ({error}); install it with: pip install 'polyrank[data]'"
         ) from error

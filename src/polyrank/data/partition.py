@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from polyrank.data.clients import Clients
-from polyrank.data.extras import need
+from polyrank.data.partitioners import by_value, contiguous, dirichlet
 from polyrank.data.sequences import select
 from polyrank.data.split import check_fractions, split
 from polyrank.data.table import Table
@@ -25,10 +21,10 @@ Unseen = str | Sequence[str] | int | float | None
 
 @dataclass(frozen=True)
 class Scheme:
-    """The settings of a partition that the partitioners read; see `partition`."""
+    """The settings of a partition; see `partition`. `clients` is 0 where a column names them."""
 
     by: str
-    clients: int | None
+    clients: int
     alpha: float
     on: str
     seed: int
@@ -53,7 +49,7 @@ def partition(
     `by` names a column, each of whose values becomes a client (one task, one client); or it is
     ``iid`` (shuffled, equal), ``contiguous`` (equal, in the source's order) or ``dirichlet`` (the
     share of each value of column `on` among clients is drawn from Dirichlet(`alpha`); arXiv
-    1905.12022), each with a number of `clients`. The partitioners are those of flwr-datasets.
+    1905.12022), each with a number of `clients`; see `polyrank.data.partitioners`.
 
     `unseen` says who is held out entirely: a column of true and false, a list of client ids, a
     number of clients or a fraction of them (chosen by `seed`); left out, the column ``unseen`` if
@@ -69,8 +65,8 @@ def partition(
     a partition that cannot be made; RecipeError for settings.
     """
     shares = check_fractions(fractions)
-    scheme = Scheme(by, clients, alpha, on, seed, min_examples)
-    _check(scheme, limit)
+    _check(by, clients, alpha, limit, min_examples)
+    scheme = Scheme(by, clients or 0, float(alpha), on, seed, min_examples)
     if isinstance(unseen, bool):
         raise RecipeError("unseen: expected a column, clients, a number or a fraction, got a bool")
     examples = tasks.examples
@@ -93,7 +89,7 @@ def partition(
     flagged = _flagged(table, places, unseen)
     if by in EVEN:
         dealt = [place for place in places if place not in flagged]
-        if clients is not None and clients > len(dealt):
+        if scheme.clients > len(dealt):
             raise DataError(
                 f"{tasks.source}: {len(dealt)} examples are too few for {clients} clients; lower "
                 "clients"
@@ -129,21 +125,22 @@ def partition(
     )
 
 
-def _check(scheme: Scheme, limit: int | None) -> None:
-    if scheme.by in EVEN:
-        if scheme.clients is None or scheme.clients < 1:
+def _check(
+    by: str, clients: int | None, alpha: float, limit: int | None, min_examples: int
+) -> None:
+    if by in EVEN:
+        if clients is None or clients < 1:
             raise RecipeError(
-                f"partition by {scheme.by}: expected a number of clients of at least 1, got "
-                f"{scheme.clients}"
+                f"partition by {by}: expected a number of clients of at least 1, got {clients}"
             )
-        if not 0 < scheme.alpha < float("inf"):
-            raise RecipeError(f"partition: expected an alpha above 0, got {scheme.alpha}")
-    elif scheme.clients is not None:
+        if not 0 < alpha < float("inf"):
+            raise RecipeError(f"partition: expected an alpha above 0, got {alpha}")
+    elif clients is not None:
         raise RecipeError(
-            f"partition by the column {scheme.by!r}: its values are the clients, so clients = "
-            f"{scheme.clients} has no meaning; leave it out, or partition by {', '.join(EVEN)}"
+            f"partition by the column {by!r}: its values are the clients, so clients = "
+            f"{clients} has no meaning; leave it out, or partition by {', '.join(EVEN)}"
         )
-    for name, value in (("limit", limit), ("min_examples", scheme.min_examples)):
+    for name, value in (("limit", limit), ("min_examples", min_examples)):
         if value is not None and value < 1:
             raise RecipeError(f"partition: expected {name} of at least 1, got {value}")
 
@@ -229,34 +226,30 @@ def trim(
 
 
 def _natural(scheme: Scheme, table: Table, places: Sequence[int]) -> Groups:
-    partitioner = need("flwr_datasets.partitioner").NaturalIdPartitioner("key")
-    codes, names = table.codes[scheme.by], table.names[scheme.by]
-    groups = _run(partitioner, places, [codes[place] for place in places])
-    ids: Mapping[int, int] = partitioner.partition_id_to_natural_id
-    return {names[ids[index]]: group for index, group in enumerate(groups)}
+    names = table.names[scheme.by]
+    return {names[v]: own for v, own in by_value(places, table.codes[scheme.by]).items()}
 
 
 def _iid(scheme: Scheme, table: Table, places: Sequence[int]) -> Groups:
     order = sorted(places, key=lambda place: derive(scheme.seed, "iid", table.rows[place]))
-    return _contiguous(scheme, table, order)  # the partitioner itself takes rows as they lie
+    return _contiguous(scheme, table, order)
 
 
 def _contiguous(scheme: Scheme, _table: Table, places: Sequence[int]) -> Groups:
-    partitioner = need("flwr_datasets.partitioner").IidPartitioner(scheme.clients)
-    return _numbered(_run(partitioner, places, [0] * len(places)))
+    return _numbered(contiguous(places, scheme.clients))
 
 
 def _dirichlet(scheme: Scheme, table: Table, places: Sequence[int]) -> Groups:
-    partitioner = need("flwr_datasets.partitioner").DirichletPartitioner(
-        num_partitions=scheme.clients,
-        partition_by="key",
-        alpha=float(scheme.alpha),
-        min_partition_size=scheme.min_examples,
-        shuffle=False,
-        seed=derive(scheme.seed, "dirichlet"),
+    return _numbered(
+        dirichlet(
+            places,
+            table.codes[scheme.on],
+            scheme.clients,
+            alpha=scheme.alpha,
+            smallest=scheme.min_examples,
+            seed=derive(scheme.seed, "dirichlet"),
+        )
     )
-    codes = table.codes[scheme.on]
-    return _numbered(_run(partitioner, places, [codes[place] for place in places]))
 
 
 EVEN: dict[str, Callable[[Scheme, Table, Sequence[int]], Groups]] = {
@@ -269,37 +262,3 @@ EVEN: dict[str, Callable[[Scheme, Table, Sequence[int]], Groups]] = {
 def _numbered(groups: Sequence[Sequence[int]]) -> Groups:
     digits = max(3, len(str(len(groups) - 1)))
     return {f"client-{index:0{digits}}": sorted(group) for index, group in enumerate(groups)}
-
-
-def _run(partitioner: Any, places: Sequence[int], keys: Sequence[int]) -> list[list[int]]:
-    """Return the places of each partition, without the partitioner's progress bar."""
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            partitioner.dataset = _keys(keys)
-            parts = [
-                partitioner.load_partition(number) for number in range(partitioner.num_partitions)
-            ]
-        except (ValueError, IndexError) as error:
-            raise DataError(
-                f"partition: {len(places)} examples cannot be dealt out as asked ({error}); "
-                "change clients, alpha or min_examples"
-            ) from error
-    return [[places[index] for index in part] for part in parts]
-
-
-def _keys(keys: Sequence[int]) -> Any:
-    """Return a data set of keys whose selections are the indices alone.
-
-    A selection of `datasets` itself is a data set again, and takes milliseconds for each client.
-    """
-    dataset: Any = need("datasets").Dataset
-
-    class Keys(dataset):
-        def __getitem__(self, _column: str) -> Sequence[int]:
-            return keys
-
-        def select(self, indices: Iterable[int], **_: Any) -> Sequence[int]:
-            return list(indices)
-
-    return Keys(dataset.from_dict({"key": keys}).data)

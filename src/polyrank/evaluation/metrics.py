@@ -30,16 +30,11 @@ def rouge_l(text: str, references: Sequence[str]) -> float:
 
     The F-measure of the longest common subsequence of words (Lin, 2004), as the rouge-score library
     computes it with the Porter stemmer, which is how Natural Instructions v2 (arXiv 2204.07705)
-    uses it. Raises PolyrankError if there is no reference or the library is missing.
+    uses it. Raises PolyrankError if there is no reference.
     """
     _require(references)
     scorer = _scorer()
     return max(float(scorer.score(reference, text)["rougeL"].fmeasure) for reference in references)
-
-
-def check_metrics() -> None:
-    """Raise PolyrankError if a library that the text metrics need is missing."""
-    _scorer()
 
 
 def _normalise(text: str) -> str:
@@ -55,12 +50,8 @@ def _require(references: Sequence[str]) -> None:
 
 @cache
 def _scorer() -> Any:
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise PolyrankError(
-            "ROUGE-L needs the rouge-score library: pip install 'polyrank[metrics]'"
-        ) from error
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
@@ -105,10 +96,6 @@ def corpus_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 def check_corpus_metrics() -> None:
     """Raise RecipeError if a library that `corpus_scores` needs is missing."""
-    try:
-        check_metrics()
-    except PolyrankError as error:
-        raise RecipeError(str(error)) from error
     _libraries()
 
 

@@ -14,7 +14,6 @@ from polyrank.aggregation import Assignment, FleetSpec, Rule, State
 from polyrank.data import sizes
 from polyrank.errors import DataError, RankError, RecipeError, ResourceError, RuleError
 from polyrank.evaluation.benchmark import Benchmark
-from polyrank.evaluation.metrics import check_metrics
 from polyrank.model import Cut, LoadedModel
 from polyrank.model.span import sites_within
 from polyrank.planning import Fleet
@@ -73,8 +72,6 @@ def check_measures(
 ) -> None:
     """Raise RecipeError or DataError if something is asked for that could never be measured."""
     measured, context = conduct.evaluation, model.spec.context
-    if measured.generate:
-        check_metrics()
     if (measured.generate or measured.generate_every) and measured.max_new_tokens >= context:
         raise RecipeError(
             f"evaluation.max_new_tokens: {measured.max_new_tokens} leave no room for a prompt in "

@@ -1,9 +1,6 @@
-import sys
-
 import pytest
 
 from polyrank.errors import PolyrankError
-from polyrank.evaluation import metrics
 from polyrank.evaluation.metrics import exact_match, rouge_l
 
 
@@ -31,11 +28,3 @@ def test_rouge_l_stems_and_takes_the_best_reference():
 def test_references_must_be_a_list_of_some(metric, references):
     with pytest.raises(PolyrankError, match="at least one reference"):
         metric("text", references)
-
-
-def test_missing_rouge_library_names_the_extra(monkeypatch):
-    metrics._scorer.cache_clear()
-    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(PolyrankError, match=r"polyrank\[metrics\]"):
-        rouge_l("a", ["a"])
-    metrics._scorer.cache_clear()
