@@ -6,7 +6,7 @@ READY := .venv/.ready
 .PHONY: quickstart deploy-demo test test-all check format docs reference bench clean
 
 quickstart: $(READY)  ## an unequal fleet learns together, in about two minutes
-	$(BIN)/polyrank run recipes/quickstart.toml
+	$(BIN)/polyrank run quickstart
 
 deploy-demo: $(READY)  ## server and clients as processes that talk over TLS, one split; three minutes
 	$(BIN)/python examples/deploy/demo.py

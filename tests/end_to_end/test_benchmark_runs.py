@@ -11,7 +11,6 @@ import runs
 from kit import kit_path
 from runs import RECIPE, lines_with, polyrank, write_recipe
 
-ROOT = Path(__file__).parents[2]
 HELD_OUT = """
 [benchmark]
 validation = "held-out.jsonl"
@@ -150,7 +149,7 @@ def test_the_official_test_part_of_e2e_has_630_inputs_with_all_their_references(
     from polyrank import config
 
     kit_path("e2e_nlg", "test.txt.gz")
-    recipe = config.read(ROOT / "recipes" / "e2e.toml", ["benchmark.generate=0"])
+    recipe = config.read("e2e", ["benchmark.generate=0"])
     assert recipe.benchmark is not None
     # Words are unknown to this tokenizer: it is the grouping of rows that is looked at.
     made = recipe.benchmark_of(tiny_loaded("llama", max_position_embeddings=512))

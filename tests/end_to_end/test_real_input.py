@@ -11,8 +11,6 @@ from peft import AutoPeftModelForCausalLM
 from kit import kit_path
 from runs import adapter_bytes, polyrank, process
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-
 # The whole recipe takes minutes; this is the same on fewer clients, steps and examples.
 SMALL = ("rounds=2", "sampling.number=3", "local.steps=2", "data.limit=10")
 SCORED = ("evaluation.every=0", "evaluation.examples=1", "evaluation.generate=0")
@@ -21,7 +19,7 @@ SCORED = ("evaluation.every=0", "evaluation.examples=1", "evaluation.generate=0"
 @pytest.mark.kit
 def test_natural_instructions_learns_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     kit_path("natural_instructions", "tasks.jsonl.gz")
-    run = ("run", RECIPES / "natural-instructions.toml", *SMALL, *SCORED, "--out")
+    run = ("run", "natural-instructions", *SMALL, *SCORED, "--out")
     done = polyrank(*run, tmp_path / "whole")
     assert done.code == 0, done.err
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
@@ -54,7 +52,7 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
 def test_the_quickstart_teaches_seen_and_unseen_clients(tmp_path: Path) -> None:
     out = tmp_path / "run"
     settings = ("rounds=5", "control=", "evaluation.every=0", "evaluation.generate=4")
-    done = polyrank("run", RECIPES / "quickstart.toml", *settings, "--out", out)
+    done = polyrank("run", "quickstart", *settings, "--out", out)
     assert done.code == 0, done.err
     summary = json.loads((out / "summary.json").read_text())
     for who in ("seen", "unseen"):

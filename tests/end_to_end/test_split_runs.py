@@ -12,6 +12,7 @@ from federations import QUIET, SITES, clients, federation
 from models import tiny_loaded
 from polyrank.aggregation import RULES, SLoRA
 from polyrank.algebra import Adapter, Delta, LowRank, distance
+from polyrank.config.reading import SHIPPED
 from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.planning.schedule import Trace
 from polyrank.run import RoundRecord, RunSettings
@@ -208,7 +209,7 @@ def test_the_bytes_of_a_split_run_are_those_of_its_tokens_and_its_own_factors(
 
 # --- from the command line ---
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "split.toml"
+RECIPE = SHIPPED["split"]
 FAST = ("rounds=2", "local.steps=2", "evaluation.every=0", "evaluation.generate=0")
 
 

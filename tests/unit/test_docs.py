@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BESIDE = sorted(ROOT.glob("*.md"))  # README.md and others outside the site
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-SOURCES = ("src", "tests", "examples", "benchmarks", "recipes")
+SOURCES = ("src", "tests", "examples", "benchmarks")
 
 
 def text_of(path: Path) -> str:

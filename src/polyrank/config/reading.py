@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,12 +35,18 @@ SOURCES = (
 _RESERVED = {("model", "source"): (SAMPLE,), ("data", "source"): (SAMPLE, CLIENT)}
 """What is no path there."""
 
+SHIPPED: Mapping[str, Path] = {
+    path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+}
+"""The recipes that come with polyrank, by name."""
+
 _OTHER = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply ``key=value`` overrides.
+    """Read a recipe, a file or the name of one of `SHIPPED`, and apply ``key=value`` overrides.
 
+    A file of that name comes before a shipped recipe.
     Values are TOML (``local.lr=1e-3``, ``fleet.types={T1 = 4}``); what is not valid TOML is taken
     as a string (``control=weakest``), and nothing (``control=``) takes a key back to its default.
     Folders and files are looked for beside the recipe, then here; those of overrides only here.
@@ -47,8 +54,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError for a missing or malformed file, unknown keys (with the nearest known one),
     wrong types and impossible values, all that are found at once.
     """
-    file = Path(path)
-    place = f"recipe {file}"
+    file = _file(Path(path))
+    place = f"recipe {path}"
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -60,6 +67,22 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(content, override)
     resolve_sources(content, Path())
     return checked(content, place)
+
+
+def _file(path: Path) -> Path:
+    """Return the file of a recipe; RecipeError with the shipped names if there is none."""
+    if path.is_file():
+        return path
+    if str(path) in SHIPPED:
+        return SHIPPED[str(path)]
+    if path.is_dir():
+        raise RecipeError(f"recipe {path}: expected a TOML file, got a folder")
+    near = difflib.get_close_matches(path.stem, SHIPPED, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise RecipeError(
+        f"recipe {path}: no such file, and no recipe of polyrank has this name{hint}\n"
+        f"Give the path of a TOML file, or one of {', '.join(SHIPPED)}"
+    )
 
 
 def checked(content: Mapping[str, Any], place: str) -> Recipe:

@@ -30,7 +30,8 @@ and `sampling.number`, `fleet.distribution` and `fleet.clients`, a recipe gives 
 one takes the other back. The recipe as it was carried out, defaults written out, lies in the run's
 folder as `recipe.toml`.
 
-The recipes in `recipes/` are worked examples. This page is made from the code by
+Recipes that come with polyrank are worked examples, and are called by name: `polyrank run
+quickstart`. They lie in `src/polyrank/recipes/`. This page is made from the code by
 `python -m polyrank.config.reference`.
 """
 

@@ -65,7 +65,7 @@ class Source:
         path = Path(self.name).expanduser()
         if kind != "hub":
             if not path.exists():
-                raise DataError(f"{self.name}: there is no such file or folder")
+                raise _missing(self.name)
             if path.is_dir() != (kind == "folder"):
                 raise DataError(
                     f"{self.name}: expected a {'folder' if kind == 'folder' else f'{kind} file'}, "
@@ -112,8 +112,15 @@ def _kind(source: Source) -> str:
         )
     local = path.is_absolute() or source.name.startswith((".", "~"))
     if local or path.suffix == ".gz" or source.name.count("/") > 1:
-        raise DataError(f"{source.name}: there is no such file or folder")
+        raise _missing(source.name)
     return "hub"
+
+
+def _missing(name: str) -> DataError:
+    return DataError(
+        f"{name}: there is no such file or folder; give the path of your own data, on the command "
+        "line as data.source=PATH"
+    )
 
 
 def _json(source: Source, path: Path) -> Read:

@@ -35,7 +35,7 @@ version = "{version}"
 description = "The recipe {recipe} as a Flower app"
 license = "Apache-2.0"
 # polyrank is installed on the machines beforehand, with the build of torch that each needs:
-# pip install 'polyrank[data,flower]'. So there is nothing that Flower would have to install.
+# pip install 'polyrank[flower]'. So there is nothing that Flower would have to install.
 dependencies = []
 
 [tool.flwr.app]
@@ -57,7 +57,7 @@ polyrank's recipe `{recipe}` over [Flower](https://flower.ai). `pyproject.toml` 
 the code is polyrank's, which must be installed wherever the app runs:
 
 ```
-pip install 'polyrank[data,flower]'
+pip install 'polyrank[flower]'
 ```
 
 Nothing but `pyproject.toml` and this page is sent to the machines. Flower's installing of

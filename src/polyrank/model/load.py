@@ -130,7 +130,10 @@ def read_config(source: str | Path, revision: str | None = None) -> tuple[str, P
     """
     name = str(Path(source).expanduser()) if _is_path(source) else str(source)
     if _is_path(source) and not Path(name).is_dir():
-        raise ModelError(f"model: expected a folder with a model in it, {name} is not one")
+        raise ModelError(
+            f"model: expected a folder with a model in it, {name} is not one; give a folder or a "
+            "hub id, on the command line as model.source=NAME"
+        )
     config = fetch(
         "configuration",
         name,

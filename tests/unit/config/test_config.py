@@ -6,7 +6,7 @@ import pytest
 
 from polyrank import config
 from polyrank.config import Recipe
-from polyrank.config.reading import PAIRS
+from polyrank.config.reading import PAIRS, SHIPPED
 from polyrank.config.validation_errors import keys
 from polyrank.errors import RecipeError
 from polyrank.evaluation import Evaluation
@@ -293,3 +293,22 @@ def test_a_recipe_reaches_every_setting_of_a_run() -> None:
 
 def test_toml_of_a_recipe_is_toml(minimal: Path) -> None:
     assert tomllib.loads(config.read(minimal).to_toml())["fleet"]["distribution"] == "uniform"
+
+
+def test_a_name_is_a_file_or_else_a_recipe_that_comes_with_polyrank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config.read("quickstart", ["rounds=2"]).name == "quickstart"
+    (tmp_path / "quickstart").write_text(f'name = "mine"\n{MINIMAL}', encoding="utf-8")
+    assert config.read("quickstart").name == "mine"
+
+
+@pytest.mark.parametrize("name", ["quickstrat", "recipes/quickstart.toml", "mine.toml"])
+def test_an_unknown_recipe_is_told_which_there_are(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no such file.*") as told:
+        config.read(name)
+    assert ", ".join(SHIPPED) in str(told.value)
+    assert ("did you mean quickstart?" in str(told.value)) == ("quick" in name)
+    with pytest.raises(RecipeError, match="expected a TOML file, got a folder"):
+        config.read(tmp_path)

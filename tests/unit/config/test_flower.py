@@ -18,10 +18,11 @@ from polyrank.config.flower import (
     nested,
     to_run_config,
 )
+from polyrank.config.reading import SHIPPED
 from polyrank.config.validation_errors import keys
 from polyrank.errors import RecipeError
 
-RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
+RECIPES = list(SHIPPED.values())
 MINIMAL: dict[str, Any] = {
     "model": {"source": "sample"},
     "data": {"source": "sample"},

@@ -1,13 +1,15 @@
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from polyrank import config
+from polyrank.config.reading import SHIPPED
 from polyrank.config.reference import page
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+RECIPES = list(SHIPPED.values())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -24,8 +26,8 @@ def test_a_recipe_of_ours_begins_with_what_it_is(path: Path) -> None:
 def test_every_recipe_is_named_in_the_docs() -> None:
     pages = [ROOT / "README.md", ROOT / "docs" / "explanation" / "results.md"]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
-    assert RECIPES
-    assert [path.stem for path in RECIPES if f"recipes/{path.name}" not in text] == []
+    called = r"`{0}`|polyrank (run|plan|compare|app) {0}\b"
+    assert [name for name in SHIPPED if not re.search(called.format(name), text)] == []
 
 
 def test_the_page_marks_values_as_code_and_leaves_apostrophes() -> None:

@@ -10,11 +10,12 @@ from polyrank.cli import app
 from polyrank.config.app import own_keys
 from polyrank.config.client import read_client
 from polyrank.config.flower import APP_KEYS, from_run_config, nested, to_run_config
+from polyrank.config.reading import SHIPPED
 from polyrank.errors import FolderExistsError, PolyrankError, RecipeError
 from polyrank.flower.app_folder import CLIENT_FILES, project_name, write_app
 
-RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
-SPLIT = Path(__file__).parents[3] / "recipes" / "split.toml"
+RECIPES = list(SHIPPED.values())
+SPLIT = SHIPPED["split"]
 FOUR_TASKS = "".join(
     f'{{"task": "{task}", "instruction": "say", "input": "x", "output": "y"}}\n' for task in "abcd"
 )
