@@ -145,8 +145,8 @@ def test_a_broken_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_a_missing_or_unreadable_file_is_refused(tmp_path: Path) -> None:
-    assert "No such file" in mistake(tmp_path / "none.toml")
-    assert "cannot be read" in mistake(tmp_path)
+    assert "no such file" in mistake(tmp_path / "none.toml")
+    assert "expected a TOML file, got a folder" in mistake(tmp_path)
     (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
     assert "not valid TOML" in mistake(tmp_path / "latin.toml")
 
@@ -305,10 +305,8 @@ def test_a_name_is_a_file_or_else_a_recipe_that_comes_with_polyrank(
 
 
 @pytest.mark.parametrize("name", ["quickstrat", "recipes/quickstart.toml", "mine.toml"])
-def test_an_unknown_recipe_is_told_which_there_are(name: str, tmp_path: Path) -> None:
+def test_an_unknown_recipe_is_told_which_there_are(name: str) -> None:
     with pytest.raises(RecipeError, match=r"no such file.*") as told:
         config.read(name)
     assert ", ".join(SHIPPED) in str(told.value)
     assert ("did you mean quickstart?" in str(told.value)) == ("quick" in name)
-    with pytest.raises(RecipeError, match="expected a TOML file, got a folder"):
-        config.read(tmp_path)
