@@ -145,7 +145,7 @@ def measured(path: Path, clients: int, given: argparse.Namespace, out: Path) -> 
     dealt = pr.partition(tasks, by="task", unseen=0.05, seed=0)
     now = lap("partition", now)
     fleet = pr.Fleet.sample(dealt.seen, "heavy-tail-light", types="scaled", seed=0)
-    conduct = pr.RunSettings(
+    run_settings = pr.RunSettings(
         sampling=pr.Sampling(number=given.sampled),
         encoding=pr.Encoding(max_length=128, too_long="cut-prompt"),
         evaluation=pr.Evaluation(
@@ -153,24 +153,22 @@ def measured(path: Path, clients: int, given: argparse.Namespace, out: Path) -> 
         ),
     )
     local = pr.LocalTraining(epochs=None, steps=1, batch=2, lr=1e-3)
-    federation = pr.Federation(model, dealt, fleet, local=local, conduct=conduct, out=out)
+    run = pr.Federation(model, dealt, fleet, local=local, settings=run_settings).open(out)
     now = lap("prepare", now)
-    with federation:
-        federation.base()
+    with run:
+        run.base()
         now = lap("base", now)
-        rows = sum(
-            len(part) for client in federation.work.values() for part in client.rows.values()
-        )
+        rows = sum(len(part) for client in run.work.values() for part in client.rows.values())
         seconds: list[dict[str, float]] = []
         after = {}
-        for record in federation.rounds(given.rounds):
+        for record in run.rounds(given.rounds):
             wall = time.perf_counter() - now
             now = time.perf_counter()
             spent = {**record.seconds, "total": wall, "write": wall - record.seconds["total"]}
             seconds.append({**spent, "evaluated": record.evaluation is not None})
             if record.round == 1 or record.round % 10 == 0:
                 after[record.round] = (resident(), resident() - kept_free())
-        federation.finish()
+        run.finish()
     return {
         "clients": clients,
         "rows": rows,

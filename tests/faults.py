@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -36,7 +37,8 @@ from polyrank.report.progress import Terminal
 from polyrank.rounds import Engine
 from polyrank.rounds.messages import Failure, TrainTask
 from polyrank.run.engine import InProcessEngine
-from polyrank.runner.runner import Attendance, Parts, carry_out
+from polyrank.runner.parts import Invocation, LocalParts
+from polyrank.runner.runner import complete
 
 WATCHED = Path(__file__).parent / "watched"
 CLIENTS = {"a": "T4", "b": "T2", "c": "T1"}
@@ -288,23 +290,29 @@ class Recorded:
         pass
 
 
-class RecordedParts(Parts):
+class RecordedParts:
     """Data and model in this process, with the members of the rounds of another run."""
 
     lost: Mapping[tuple[int, int], Collection[str]] = {}
 
-    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Evaluator]:
+    def __init__(self, recipe: Recipe, invocation: Invocation):
+        self._recipe, self._parts = recipe, LocalParts(recipe, invocation)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parts, name)
+
+    def executors(self, fleet: Fleet) -> tuple[Engine, Evaluator]:
         recipe, work = self._recipe, self.prepared[0]
         inner = InProcessEngine(self.model, work, recipe.local.build(), 1, recipe.split.build())
-        examiner = LocalEvaluator(self.model, work, recipe.evaluation.build())
-        return Recorded(inner, self.lost), examiner
+        evaluator = LocalEvaluator(self.model, work, recipe.evaluation.build())
+        return Recorded(inner, self.lost), evaluator
 
 
-def parts_of(recipe: Recipe) -> tuple[RecordedParts, Attendance]:
+def parts_of(recipe: Recipe) -> tuple[RecordedParts, Invocation]:
     """Return what a run in this process is made of."""
     quiet = Terminal(Console(file=StringIO()))
-    attendance = Attendance(quiet, lambda: False)
-    return RecordedParts(recipe, attendance), attendance
+    invocation = Invocation(quiet, lambda: False)
+    return RecordedParts(recipe, invocation), invocation
 
 
 def records(run: Path) -> list[dict]:
@@ -323,9 +331,9 @@ def lost_in(run: Path) -> dict[tuple[int, int], set[str]]:
 
 def replayed(recipe: Recipe, run: Path, folder: Path) -> bytes:
     """Return the adapter of a run in this process in which the members of another one take part."""
-    parts, attendance = parts_of(recipe.resolved())
+    parts, invocation = parts_of(recipe.resolved())
     parts.lost = lost_in(run)
-    carry_out(recipe.resolved(), folder, attendance, parts, resume=False)
+    complete(recipe.resolved(), folder, invocation, parts, resume=False)
     return adapter(folder)
 
 

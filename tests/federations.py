@@ -1,6 +1,6 @@
 """Small federations: a random model of one block, and clients with a few random examples each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from polyrank.data.types import ClientData, Example
 from polyrank.evaluation import Evaluation
 from polyrank.model import LoadedModel
 from polyrank.planning import Fleet, LoRAType
-from polyrank.run import Federation, RunSettings
+from polyrank.run import Callbacks, Federation, Run, RunSettings
 from polyrank.training import LocalTraining
 
 TYPES = {
@@ -56,25 +56,37 @@ def fleet(data: Mapping[str, ClientData], *, equal: bool = False) -> Fleet:
     return Fleet.table({id: names[i % len(names)] for i, id in enumerate(seen)}, types=TYPES)
 
 
-def federation(
+def opened(
     out: Path | None = None,
     *,
     model: LoadedModel | None = None,
     data: Mapping[str, ClientData] | None = None,
     rule: Rule | None = None,
     local: LocalTraining = LOCAL,
-    conduct: RunSettings | None = None,
+    settings: RunSettings | None = None,
     **rest: Any,
-) -> Federation:
-    """Return a federation of small parts, each of which can be given."""
+) -> Run:
+    """Return a run of small parts, each of which can be given; see `run_of`."""
     data = clients() if data is None else data
     rest.setdefault("fleet", fleet(data))
-    return Federation(
-        model or one_block(),
-        data,
-        rule=rule,
-        local=local,
-        conduct=conduct or RunSettings(evaluation=MEASURED, cohort=2),
-        out=out,
-        **rest,
-    )
+    if rule is not None:
+        rest["rule"] = rule
+    settings = settings or RunSettings(evaluation=MEASURED, cohort=2)
+    return run_of(out, model or one_block(), data, local=local, settings=settings, **rest)
+
+
+def run_of(
+    out: Path | None,
+    *parts: Any,
+    resume: bool = False,
+    allow_inexact: bool = False,
+    files: Mapping[str, str] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    **rest: Any,
+) -> Run:
+    """Return the run of a federation of these parts, begun in `out`, or resumed there."""
+    federation = Federation(*parts, callbacks=Callbacks(stop=stop), **rest)
+    if resume:
+        assert out is not None
+        return federation.resume(out, allow_inexact=allow_inexact)
+    return federation.open(out, files)

@@ -52,11 +52,11 @@ def setting(name: str) -> dict[str, object]:
     """Return the arguments of a federation in which clients are cut as `name` says, and how."""
     data = federations.clients()
     if name == "whole":
-        return {"model": federations.one_block(), "data": data, "conduct": CONDUCT}
+        return {"model": federations.one_block(), "data": data, "settings": CONDUCT}
     if name == "planned":
         local = replace(federations.LOCAL, epochs=None, steps=2)
-        made = plannings.planning(deep(), data, conduct=CONDUCT, local=local, threshold=0.0)
-        given = {"model": deep(), "data": data, "conduct": CONDUCT, "local": local}
+        made = plannings.planning(deep(), data, run_settings=CONDUCT, local=local, threshold=0.0)
+        given = {"model": deep(), "data": data, "settings": CONDUCT, "local": local}
         return {**given, "planning": replace(made, every=1), "fleet": made.fleet}
     ranks = {"own": (1, 2, 3), "shared": (2, 2, 2)}[name]
     types = {one: LoRAType(one, {"all": rank}) for one, rank in zip("abc", ranks, strict=True)}
@@ -67,7 +67,7 @@ def setting(name: str) -> dict[str, object]:
         "model": deep(),
         "data": data,
         "fleet": Fleet.table(kinds, types=types, cuts={"a": CutPoint(1), "b": CutPoint(1, 2)}),
-        "conduct": replace(CONDUCT, split=split),
+        "settings": replace(CONDUCT, split=split),
     }
 
 
@@ -192,18 +192,18 @@ def run(
         moments.pass_by("step")
         return False
 
-    federation = federations.federation(
+    run = federations.opened(
         folder,
         **given,
         resume=folder.exists(),
-        attachments={"recipe.toml": "name = 'tiny'\n"},
+        files={"recipe.toml": "name = 'tiny'\n"},
         stop=step,
     )
-    with federation:
-        spoil_first_attempt_of_round_two(federation)
-        for _ in federation.rounds(ROUNDS):
+    with run:
+        spoil_first_attempt_of_round_two(run)
+        for _ in run.rounds(ROUNDS):
             pass
-        federation.finish()
+        run.finish()
     moments.write_log()
 
 

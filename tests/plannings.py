@@ -9,7 +9,7 @@ from polyrank.aggregation import rule
 from polyrank.data.types import ClientData
 from polyrank.model import LoadedModel
 from polyrank.planning import CutPoint, DeviceProfile, Fleet, LoRAType, Planner, PlanSettings
-from polyrank.run import Federation, Planning, RunSettings, planner_of
+from polyrank.run import Planning, Run, RunSettings, planner_of
 from polyrank.training import LocalTraining, prepare
 
 LOCAL = LocalTraining(lr=0.02, batch=2, epochs=None, steps=2)
@@ -45,7 +45,7 @@ def planning(
     model: LoadedModel | None = None,
     data: Mapping[str, ClientData] | None = None,
     *,
-    conduct: RunSettings = CONDUCT,
+    run_settings: RunSettings = CONDUCT,
     local: LocalTraining = LOCAL,
     settings: PlanSettings = LEVELS,
     given: Mapping[str, DeviceProfile] | None = None,
@@ -55,10 +55,10 @@ def planning(
     """Return a planning for these clients: phone, laptop, station, phone, … in order."""
     model = model or deep()
     data = data or federations.clients()
-    work, _ = prepare(data, model, conduct.encoding)
+    work, _ = prepare(data, model, run_settings.encoding)
     scored = options.get("metric", "channel") is not None
-    planner = planner_of(model, work, local, conduct, settings, SERVER, scored=scored)
-    planner.server = tight(planner, conduct.sampling.count(4))
+    planner = planner_of(model, work, local, run_settings, settings, SERVER, scored=scored)
+    planner.server = tight(planner, run_settings.sampling.count(4))
     known = given or devices(planner)
     seen = sorted(id for id, client in data.items() if client.seen)
     table = assigned or {id: [*known][i % len(known)] for i, id in enumerate(seen)}
@@ -67,28 +67,28 @@ def planning(
     return Planning(planner, named, fleet, **{"rounds": 4, "every": 1, **options})
 
 
-def federation(
+def opened(
     out: Any = None,
     *,
     called: str = "flora",
     model: LoadedModel | None = None,
     planned: Planning | None = None,
-    conduct: RunSettings = CONDUCT,
+    settings: RunSettings = CONDUCT,
     local: LocalTraining = LOCAL,
     rest: Mapping[str, Any] | None = None,
     **options: Any,
-) -> Federation:
-    """Return a planned federation; `options` are those of its planning."""
+) -> Run:
+    """Return a planned run; `options` are those of its planning, `rest` of `federations.run_of`."""
     model = model or deep()
-    made = planned or planning(model, conduct=conduct, local=local, **options)
-    return Federation(
+    made = planned or planning(model, run_settings=settings, local=local, **options)
+    return federations.run_of(
+        out,
         model,
         federations.clients(),
         made.fleet,
         rule(called),
         local,
-        conduct,
-        out=out,
+        settings,
         planning=made,
         **(rest or {}),
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federations import LOCAL, MEASURED, clients, fleet, one_block
+from federations import LOCAL, MEASURED, clients, fleet, one_block, run_of
 from letters import Clock, Letters
 from polyrank.aggregation import FlexLoRA, Update
 from polyrank.data import Skipped
@@ -21,7 +21,7 @@ from polyrank.remote.message_channel import Message
 from polyrank.remote.registration import clients_of, work_of
 from polyrank.rounds.messages import Failure
 from polyrank.rounds.round import Round
-from polyrank.run import Federation, RunSettings, setup
+from polyrank.run import Run, RunSettings, setup
 from polyrank.split_server.interface import SplitServerHandle
 from polyrank.training import LocalTraining, prepare
 from polyrank.training.client_data import ClientWork
@@ -145,20 +145,20 @@ def away(
     out: Path | None = None,
     *,
     model: LoadedModel | None = None,
-    conduct: RunSettings | None = None,
+    settings: RunSettings | None = None,
     local: LocalTraining = LOCAL,
     desk: SplitServerHandle | None = None,
     tell: Callable[[str], None] = lambda _: None,
     **rest: Any,
-) -> Federation:
-    """Return a federation whose clients are on the machines of a post."""
+) -> Run:
+    """Return a run whose clients are on the machines of a post."""
     reached = Reached.by(post)
-    model, conduct = model or one_block(), conduct or RunSettings(evaluation=MEASURED, cohort=1)
+    model, settings = model or one_block(), settings or RunSettings(evaluation=MEASURED, cohort=1)
     engine = reached.engine(
         model,
         local=local,
-        split=conduct.split,
-        deadline=conduct.faults.deadline,
+        split=settings.split,
+        deadline=settings.faults.deadline,
         desk=desk,
         tell=tell,
     )
@@ -169,15 +169,15 @@ def away(
     ]
     who = clients_of(hosted)
     rest.setdefault("fleet", fleet(who))
-    return Federation(
+    return run_of(
+        out,
         model,
         who,
         local=local,
-        conduct=conduct,
-        out=out,
+        settings=settings,
         prepared=(reached.work, Skipped()),
         engine=engine,
-        examiner=reached.examiner(tell),
+        evaluator=reached.examiner(tell),
         **rest,
     )
 

@@ -77,7 +77,7 @@ def divided(rule=None, **rest) -> RoundSettings:
     """Client a holds q alone, b holds v alone, c and d are whole."""
     held = {CutPoint(1): frozenset({"q"}), CutPoint(2): frozenset({"v"})}
     cuts = {"a": CutPoint(1), "b": CutPoint(2)}
-    return settings(rule, cut_of=lambda client, _: cuts.get(client), held_by=held, **rest)
+    return settings(rule, cut_of=lambda client, _: cuts.get(client), sites_by_cut=held, **rest)
 
 
 WIRED = {**NUMBERS, "wire_up": 1000.0, "wire_down": 700.0}

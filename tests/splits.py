@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from federations import QUIET, SITES, clients, federation
+from federations import QUIET, SITES, clients, opened
 from models import tiny_loaded
 from polyrank.aggregation import Rule, Update
 from polyrank.algebra import Adapter, Delta, distance
@@ -80,17 +80,17 @@ def carried_out(
 ) -> Run:
     """Return a run of three rounds, with `number` of the five clients in each."""
     ranks = ranks or (UNEQUAL if rule.mixed_ranks else EQUAL)
-    conduct = RunSettings(
+    run_settings = RunSettings(
         seed=seed, sampling=Sampling(number=number), evaluation=QUIET, cohort=cohort, split=split
     )
-    made = federation(
+    made = opened(
         out,
         model=model(dtype),
         data=DATA,
         fleet=cuts if isinstance(cuts, Fleet) else fleet(ranks, cuts),
         rule=rule,
         local=local,
-        conduct=conduct,
+        settings=run_settings,
     )
     with made as run:
         tasks, updates = watched(run.engine)

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import signal
 import tomllib
 from pathlib import Path
@@ -93,11 +94,13 @@ def test_a_run_never_overwrites_a_folder(finished: Path) -> None:
     assert sorted(finished.rglob("*")) == before
 
 
-def test_resuming_a_finished_run_shows_it_again_and_trains_nothing(finished: Path) -> None:
+def test_resuming_a_finished_run_says_so_shows_it_again_and_trains_nothing(finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     again = polyrank("resume", finished)
     assert again.code == 0
-    assert again.out == (finished.parent / "out.txt").read_text()
+    first, _, rest = again.out.partition("\n")
+    assert first == f"{finished}: finished before, nothing was trained"
+    assert rest == (finished.parent / "out.txt").read_text()
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")} == before
 
 
@@ -112,6 +115,7 @@ def test_a_finished_run_goes_on_where_its_recipe_now_asks_for_more_rounds(tmp_pa
     done = polyrank("resume", longer)
     assert done.code == 0, done.err
     assert done.err.count("going on after round 1") == 2
+    assert "finished before" not in done.out
     for run in ("", "control"):
         assert adapter_bytes(longer / run) == adapter_bytes(whole / run)
         assert json.loads((longer / run / "summary.json").read_text())["rounds"] == 2
@@ -121,7 +125,22 @@ def test_json_is_all_there_is_on_stdout(finished: Path) -> None:
     told = json.loads(polyrank("resume", finished, "--json").out)
     summary = json.loads((finished / "summary.json").read_text())
     control = json.loads((finished / "control" / "summary.json").read_text())
-    assert told == {"folder": str(finished), **summary, "control": control}
+    before = {"finished_before": True}
+    assert told == {"folder": str(finished), **before, **summary, "control": before | control}
+
+
+def test_a_control_that_is_trained_beside_a_finished_run_is_told_apart(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "control" / "summary.json").unlink()
+    done = polyrank("resume", run)
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"{run}: finished before, only its control was trained now\n")
+    (run / "control" / "summary.json").unlink()
+    told = json.loads(polyrank("resume", run, "--json").out)
+    assert (told["finished_before"], told["control"]["finished_before"]) == (True, False)
 
 
 def test_inspect_shows_ranks_rounds_spectra_and_what_was_lost(finished: Path) -> None:
@@ -268,6 +287,7 @@ def test_without_out_runs_are_numbered(
         done = polyrank("run", finished.parent / "tiny.toml", *fast, "--json")
         assert json.loads(done.out)["folder"] == f"runs/{folder}"
         assert "control" not in json.loads(done.out)
+        assert json.loads(done.out)["finished_before"] is False
 
 
 def test_ctrl_c_saves_and_resume_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:

@@ -193,7 +193,8 @@ def test_figures_are_drawn_as_svg_and_png_and_again_with_the_same_bytes(copied: 
 
 def test_json_is_all_there_is_on_stdout(place: Path) -> None:
     told = json.loads(polyrank("resume", place / "out", "--json").out)
-    assert told == {"folder": str(place / "out"), **read(place / "out" / "compare.json")}
+    results = read(place / "out" / "compare.json")
+    assert told == {"folder": str(place / "out"), "finished_before": True, **results}
 
 
 # --- going on ---
@@ -208,7 +209,9 @@ def test_the_same_command_again_trains_nothing_and_shows_the_same(copied: Path) 
     again = polyrank("resume", copied / "out")
     assert again.code == 0, again.err
     shown = (copied / "out.txt").read_text().splitlines()
-    assert again.out.splitlines()[:-1] == shown[:-1]  # The last line is the folder.
+    first, *rest = again.out.splitlines()
+    assert first == f"{copied / 'out'}: finished before, nothing was trained"
+    assert rest[:-1] == shown[:-1]  # The last line is the folder.
     assert "8 runs finished before" in again.err
     assert times(copied / "out") == before
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cut_fleets import BLOCKS, SPLIT_DATA, SPLIT_FLEET, TYPES, WHO
-from federations import MEASURED, QUIET, SITES, clients, federation, fleet, one_block
+from federations import MEASURED, QUIET, SITES, clients, fleet, one_block, opened
 from letters import Letters
 from models import write_tiny
 from polyrank.aggregation import RULES, FlexLoRA, FLoRA, SLoRA
@@ -32,12 +32,13 @@ from rules import named
 @pytest.mark.parametrize("rule", [*RULES.values(), SLoRA(FlexLoRA(), 2)], ids=named)
 def test_three_rounds_elsewhere_are_those_of_one_process(rule):
     """Client by client the very same bits; in passes of three the order of sums differs."""
-    model, conduct = one_block(torch.float64), RunSettings(evaluation=MEASURED, cohort=1)
+    model, run_settings = one_block(torch.float64), RunSettings(evaluation=MEASURED, cohort=1)
     types = fleet(clients(), equal=not rule.mixed_ranks)
-    with federation(model=model, rule=rule, conduct=conduct, fleet=types) as here:
+    common = {"model": model, "rule": rule, "settings": run_settings, "fleet": types}
+    with opened(**common) as here:
         ours, our_result = list(here.rounds(3)), here.finish()
         expected = here.adapter.factors
-    with away(post(model=model), model=model, rule=rule, conduct=conduct, fleet=types) as there:
+    with away(post(model=model), **common) as there:
         theirs, their_result = list(there.rounds(3)), there.finish()
         found = there.adapter.factors
     assert found.hash() == expected.hash()
@@ -50,7 +51,7 @@ def test_three_rounds_elsewhere_are_those_of_one_process(rule):
     assert our_result["clients"] == their_result["clients"]
 
     together = RunSettings(evaluation=QUIET, cohort=3)
-    with federation(model=model, rule=rule, conduct=together, fleet=types) as here:
+    with opened(model=model, rule=rule, settings=together, fleet=types) as here:
         list(here.rounds(3))
         for site, delta in here.adapter.factors.items():
             torch.testing.assert_close(found[site].dense(), delta.dense(), rtol=1e-8, atol=1e-8)
@@ -106,10 +107,10 @@ def test_split_clients_elsewhere_give_the_bytes_of_one_process(folder, rule, ada
     Clients that share one adapter at the server take turns there, as they do in one process.
     """
     split = SplitSettings(wire="float32", adapters=adapters)
-    conduct = RunSettings(evaluation=QUIET, cohort=1, split=split)
+    run_settings = RunSettings(evaluation=QUIET, cohort=1, split=split)
     model = load_model(str(folder), device="cpu", sites=[*SITES])
-    common = {"model": model, "rule": rule, "conduct": conduct, "fleet": fleet}
-    with federation(data=SPLIT_DATA, **common) as here:
+    common = {"model": model, "rule": rule, "settings": run_settings, "fleet": fleet}
+    with opened(data=SPLIT_DATA, **common) as here:
         ours = list(here.rounds(2))
         expected = here.adapter.factors
     hosts = machines(SPLIT_DATA, model=OnDisk(folder, [*SITES]), split=split)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from federations import QUIET, federation
+from federations import QUIET, opened
 from polyrank.aggregation import FlexLoRA, SLoRA
 from polyrank.algebra import Dense, LowRank, Sparse
 from polyrank.run import RunSettings
@@ -177,8 +177,8 @@ def test_a_run_of_a_sparse_stage_can_be_inspected_and_exported_in_it(tmp_path):
 def test_a_sparse_run_made_from_python_can_be_inspected_in_it_and_after_it(tmp_path):
     for rounds in (1, 3):
         out = tmp_path / str(rounds)
-        conduct = RunSettings(evaluation=QUIET, cohort=2)
-        with federation(out, rule=SLoRA(FlexLoRA("delta"), 2), conduct=conduct) as run:
+        run_settings = RunSettings(evaluation=QUIET, cohort=2)
+        with opened(out, rule=SLoRA(FlexLoRA("delta"), 2), settings=run_settings) as run:
             list(run.rounds(rounds))
         found = look(out).factors
         assert {type(delta) for delta in found.values()} == {Sparse if rounds == 1 else LowRank}

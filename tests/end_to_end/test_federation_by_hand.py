@@ -22,11 +22,11 @@ LOCAL = LocalTraining(lr=0.03, batch=32, epochs=None, steps=3, weight_decay=0.01
 
 def federated(mode: str, cohort: int):
     """Return the products per site after each round, and the federation's own parts."""
-    parts = federations.federation(
+    parts = federations.opened(
         model=federations.one_block(torch.float64),
         rule=FlexLoRA(mode),
         local=LOCAL,
-        conduct=RunSettings(seed=5, evaluation=federations.QUIET, cohort=cohort),
+        settings=RunSettings(seed=5, evaluation=federations.QUIET, cohort=cohort),
     )
     found = []
     with parts:

@@ -21,7 +21,7 @@ def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 def play(folder, resume=False):
-    with federations.federation(folder, model=model, resume=resume) as parts:
+    with federations.opened(folder, model=model, resume=resume) as parts:
         rounds = [record.round for record in parts.rounds(3)]
         parts.finish()
     return rounds
@@ -46,7 +46,7 @@ for size in map(int, sys.argv[2:]):
     told.append([size, error, begun, lines, rounds, weights(folder) == expected])
 
 # The same federation goes on once there is room.
-with federations.federation(root / "again", model=model) as parts:
+with federations.opened(root / "again", model=model) as parts:
     limit(int(sys.argv[-1]))
     try:
         list(parts.rounds(3))

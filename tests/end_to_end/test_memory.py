@@ -31,7 +31,7 @@ def status(field):
 model = tiny_loaded("llama", num_hidden_layers=1, sites=("q_proj",), max_position_embeddings=512)
 clients = pr.partition(pr.load_tasks(path))
 fleet = pr.Fleet.sample(clients.seen, {"small": 0.5, "large": 0.5}, types=TYPES, seed=0)
-conduct = pr.Conduct(
+run_settings = pr.RunSettings(
     sampling=pr.Sampling(number=4),
     encoding=pr.Encoding(too_long="cut-prompt"),
     evaluation=pr.Evaluation(every=1, examples=1, clients=4, final_clients=4),
@@ -39,10 +39,10 @@ conduct = pr.Conduct(
 )
 local = pr.LocalTraining(epochs=None, steps=1, batch=2)
 resident = []
-with pr.Federation(model, clients, fleet, local=local, conduct=conduct) as federation:
-    for record in federation.rounds(rounds):
+with pr.Federation(model, clients, fleet, local=local, settings=run_settings).open() as run:
+    for record in run.rounds(rounds):
         resident.append(status("VmRSS"))
-    federation.finish()
+    run.finish()
 print([status("VmHWM"), resident])
 """
 

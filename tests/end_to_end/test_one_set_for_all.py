@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from federations import QUIET, federation
+from federations import QUIET, opened
 from polyrank.aggregation import RULES, Rule, SLoRA
 from polyrank.algebra import Adapter
 from polyrank.errors import RankError, RuleError
@@ -96,10 +96,10 @@ def test_the_rules_that_cannot_share_are_refused_with_their_reason_before_anythi
 
 def refusal(rule: Rule, out: Path) -> str | None:
     """Return why a run with one shared adapter is not begun; None if it is."""
-    conduct = RunSettings(evaluation=QUIET, split=SHARED)
+    run_settings = RunSettings(evaluation=QUIET, split=SHARED)
     given = fleet(EQUAL, CUTS["split"])
     try:
-        made = federation(out, model=model(), data=DATA, fleet=given, rule=rule, conduct=conduct)
+        made = opened(out, model=model(), data=DATA, fleet=given, rule=rule, settings=run_settings)
     except RuleError as error:
         return str(error)
     made.close()

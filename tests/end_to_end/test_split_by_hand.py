@@ -286,13 +286,13 @@ def library(name, types, cuts, adapters="own", cohort=2):
     data = federations.clients(seen=6, examples=6)
     kinds = [*types]
     assigned = {f"c{i}": kinds[i % len(kinds)] for i in range(6)}
-    parts = federations.federation(
+    parts = federations.opened(
         model=model(),
         data=data,
         rule=rule(name),
         local=LOCAL,
         fleet=Fleet.table(assigned, types=types, cuts=cuts),
-        conduct=RunSettings(
+        settings=RunSettings(
             seed=SEED,
             scaling=Scaling("fixed", ALPHA),
             evaluation=federations.QUIET,

@@ -109,5 +109,5 @@ def test_a_model_of_one_block_cannot_be_cut(tmp_path: Path) -> None:
     kinds = dict.fromkeys((id for id, client in data.items() if client.seen), "small")
     fleet = Fleet.table(kinds, types=federations.TYPES, cuts={"small": CutPoint(1)})
     with pytest.raises(ModelError, match=r"fleet\.cuts\.small: .*model of 1 block cannot be cut"):
-        federations.federation(tmp_path / "run", data=data, fleet=fleet)
+        federations.opened(tmp_path / "run", data=data, fleet=fleet)
     assert not (tmp_path / "run").exists()

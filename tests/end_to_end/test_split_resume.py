@@ -47,7 +47,7 @@ def ended_at(folder: Path, name: str, every: int | None) -> int:
             return asked == every
 
         try:
-            with federations.federation(
+            with federations.opened(
                 folder, **setting(name), resume=folder.exists(), stop=stop
             ) as run:
                 list(run.rounds(ROUNDS))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from federations import QUIET, SITES, clients, federation
+from federations import QUIET, SITES, clients, opened
 from models import tiny_loaded
 from polyrank.aggregation import RULES, SLoRA
 from polyrank.algebra import Adapter, Delta, LowRank, distance
@@ -173,13 +173,13 @@ def test_the_bytes_of_a_split_run_are_those_of_its_tokens_and_its_own_factors(
     )
     kinds = {"a": LoRAType("a", {"all": 3})}
     who = Fleet.table(dict.fromkeys(data, "a"), types=kinds, cuts={"a": cut})
-    made = federation(
+    made = opened(
         model=wide,
         data=data,
         fleet=who,
         rule=RULES["flexlora"],
         local=LocalTraining(batch=8, epochs=1),
-        conduct=RunSettings(evaluation=QUIET, split=SplitSettings()),
+        settings=RunSettings(evaluation=QUIET, split=SplitSettings()),
     )
     with made as run:
         _, updates = watched(run.engine)

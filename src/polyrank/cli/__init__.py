@@ -70,14 +70,14 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Carry out a recipe: train, evaluate, and write a PEFT adapter."""
-    with attending() as attendance:
+    with attending() as invocation:
         from polyrank import config
         from polyrank.run.folder import unused
         from polyrank.runner import runner
 
         forced = [] if control is None else [f"control={json.dumps(control)}"]
         read = config.read(recipe, [*(overrides or []), *forced])
-        outcome = runner.start(read, out or unused(Path("runs") / read.name), attendance)
+        outcome = runner.start(read, out or unused(Path("runs") / read.name), invocation)
     show(outcome, as_json)
 
 
@@ -140,7 +140,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run several methods on the same clients, data and seeds; the same command again goes on."""
-    with comparing() as (attendance, following):
+    with comparing() as (invocation, following):
         from polyrank import compare, config
 
         read = config.read(recipe, overrides or [])
@@ -153,7 +153,7 @@ def compare(
             rates=None if rates is None else tuple(map(_number, _listed(rates))),
         )
         place = out or Path("runs") / f"{read.name}-compare"
-        compared = compare.start(asked, place, attendance, following, draw=figures)
+        compared = compare.start(asked, place, invocation, following, draw=figures)
     show_compared(compared, as_json)
 
 
@@ -170,14 +170,14 @@ def resume(
     from polyrank import compare
 
     if compare.is_comparison(folder):
-        with comparing(allow_inexact) as (attendance, following):
-            compared = compare.resume(folder, attendance, following)
+        with comparing(allow_inexact) as (invocation, following):
+            compared = compare.resume(folder, invocation, following)
         show_compared(compared, as_json)
         return
-    with attending(allow_inexact) as attendance:
+    with attending(allow_inexact) as invocation:
         from polyrank.runner import runner
 
-        outcome = runner.resume(folder, attendance)
+        outcome = runner.resume(folder, invocation)
     show(outcome, as_json)
 
 
@@ -302,37 +302,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-if __name__ == "__main__":
-    main()
-
-
 if TYPE_CHECKING:
     from polyrank.compare import Following
-    from polyrank.runner.runner import Attendance
+    from polyrank.runner.parts import Invocation
 
 
 @contextmanager
-def attending(allow_inexact: bool = False) -> Iterator[Attendance]:
+def attending(allow_inexact: bool = False) -> Iterator[Invocation]:
     """Show a run on stderr, and turn the first Ctrl-C or SIGTERM into a wish to stop."""
     console = Console(stderr=True)
     with _wish_to_stop(console) as stop:
         from polyrank.report.progress import Terminal
-        from polyrank.runner.runner import Attendance
+        from polyrank.runner.parts import Invocation
 
         with Terminal(console) as terminal:
-            yield Attendance(terminal, stop, allow_inexact)
+            yield Invocation(terminal, stop, allow_inexact)
 
 
 @contextmanager
-def comparing(allow_inexact: bool = False) -> Iterator[tuple[Attendance, Following]]:
+def comparing(allow_inexact: bool = False) -> Iterator[tuple[Invocation, Following]]:
     """Do the same for a comparison."""
     console = Console(stderr=True)
     with _wish_to_stop(console) as stop:
         from polyrank.compare import Following
-        from polyrank.runner.runner import Attendance
+        from polyrank.runner.parts import Invocation
 
         with Following(console) as following:
-            yield Attendance(following, stop, allow_inexact), following
+            yield Invocation(following, stop, allow_inexact), following
 
 
 @contextmanager
@@ -353,3 +349,7 @@ def _wish_to_stop(console: Console) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,17 +14,21 @@ from polyrank.compare.run import Comparison, Follower
 from polyrank.compare.table import markdown
 from polyrank.errors import FolderExistsError
 from polyrank.run import storage
-from polyrank.runner.runner import Attendance
+from polyrank.runner.parts import Invocation
 
 RESULTS, TEXT = "compare.json", "compare.md"
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Where a comparison lies, and what is in its compare.json."""
+    """Where a comparison lies, and what is in its compare.json.
+
+    `finished_before` if every run was finished by an earlier command and nothing was trained.
+    """
 
     folder: Path
     results: Mapping[str, Any]
+    finished_before: bool = False
 
 
 def is_comparison(folder: Path) -> bool:
@@ -35,7 +39,7 @@ def is_comparison(folder: Path) -> bool:
 def start(
     request: Request,
     out: Path,
-    attendance: Attendance,
+    invocation: Invocation,
     follower: Follower,
     *,
     draw: bool = True,
@@ -55,7 +59,7 @@ def start(
         raise FolderExistsError(
             f"{out}: exists already and holds no comparison; choose another --out"
         )
-    comparison = Comparison(request, out, attendance, follower)
+    comparison = Comparison(request, out, invocation, follower)
 
     def write() -> dict[str, Any]:
         results = collect(request, out, comparison.courses)
@@ -67,12 +71,12 @@ def start(
     results = write()
     if draw:
         figures.draw(results, out)
-    return Compared(out, results)
+    return Compared(out, results, comparison.finished_before)
 
 
-def resume(out: Path, attendance: Attendance, follower: Follower) -> Compared:
+def resume(out: Path, invocation: Invocation, follower: Follower) -> Compared:
     """Go on with the comparison in a folder; what is finished is not done again.
 
     Figures are drawn where matplotlib is there.
     """
-    return start(Request.load(out), out, attendance, follower, draw=figures.can_draw())
+    return start(Request.load(out), out, invocation, follower, draw=figures.can_draw())

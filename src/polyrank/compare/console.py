@@ -21,10 +21,17 @@ def show_compared(compared: Compared, as_json: bool) -> None:
 
     results = compared.results
     if as_json:
-        content = {"folder": str(compared.folder), **results}
+        content = {
+            "folder": str(compared.folder),
+            "finished_before": compared.finished_before,
+            **results,
+        }
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
     else:
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+        if compared.finished_before:
+            told = f"{compared.folder}: finished before, nothing was trained"
+            console.print(told, soft_wrap=True, markup=False)
         for sheet in compare.sheets(results):
             console.print(sheet.rich())
         console.print(

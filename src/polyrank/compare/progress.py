@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from polyrank import report
-from polyrank.run import Federation, RoundRecord
+from polyrank.run import RoundRecord, Run
 
 _EVALUATIONS = 0.2
 """The share of a run that base and final evaluation are taken to be, for the time that is left."""
@@ -76,11 +76,11 @@ class Following:
         """Tell what is being loaded."""
         self._show(f"loading {what}")
 
-    def begun(self, title: str, federation: Federation, rounds: int) -> None:
+    def begun(self, title: str, run: Run, rounds: int) -> None:
         """Print what the folder of a run has to tell."""
-        for note in federation.folder.notes:
+        for note in run.folder.notes:
             self.console.print(f"{title}: {note}", style="yellow", markup=False)
-        self._title, self._rounds, self._done = title, rounds, federation.round
+        self._title, self._rounds, self._done = title, rounds, run.round
         self._show("")
 
     def progress(self, phase: str, done: int, total: int) -> None:

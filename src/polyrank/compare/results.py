@@ -11,7 +11,7 @@ from polyrank.compare.request import Request
 from polyrank.compare.run import Course, Run
 from polyrank.compare.tuning import edge
 from polyrank.run import RoundRecord, RunFolder, storage
-from polyrank.runner.inspect import ABOUT, FLEET
+from polyrank.runner.inspect import FLEET, RUN
 from polyrank.runner.runner import SUMMARY
 
 SCHEMA = 1
@@ -263,7 +263,7 @@ def _agreement(seed: int, courses: Sequence[Course]) -> dict[str, Any]:
 
 def _data(run: Path) -> tuple[str, str]:
     """The fingerprints of data and model."""
-    about = storage.read_json(run / ABOUT)
+    about = storage.read_json(run / RUN)
     return about["data"], about["model"]["fingerprint"]
 
 

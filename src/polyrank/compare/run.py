@@ -25,13 +25,11 @@ from polyrank.errors import (
     UpdateError,
 )
 from polyrank.run import RoundRecord, RunFolder, storage
+from polyrank.run.folder import SUMMARY
+from polyrank.run.run import BASE
+from polyrank.runner.parts import Invocation, Listener, LocalParts
 from polyrank.runner.runner import (
-    BASE,
-    SUMMARY,
-    Attendance,
-    Listener,
-    Parts,
-    carry_out,
+    complete,
     resumable,
     train,
 )
@@ -83,14 +81,16 @@ class Course:
 class Comparison:
     """A request in a folder, which is locked while it is carried out.
 
-    `courses` say how far each method is; `after_run` is called after each run.
+    `courses` say how far each method is; `after_run` is called after each run. `finished_before`
+    holds until a run is begun or gone on with.
     """
 
-    def __init__(self, request: Request, folder: Path, attendance: Attendance, follower: Follower):
+    def __init__(self, request: Request, folder: Path, invocation: Invocation, follower: Follower):
         self.request, self.folder = request, folder
-        self._attendance, self._follower = attendance, follower
-        self._root = Parts(request.recipe, attendance)
+        self._invocation, self._follower = invocation, follower
+        self._root = LocalParts(request.recipe, invocation)
         self.courses = [Course(method) for method in request.methods]
+        self.finished_before = True
         self._number = 0
         tried = len(self.courses) * len(request.rates)
         self._total = tried + len(self.courses) * (request.seeds - 1)
@@ -123,7 +123,7 @@ class Comparison:
     # --- rates ---
 
     def _choose(
-        self, course: Course, seed: int, parts: Parts, after_run: Callable[[], object]
+        self, course: Course, seed: int, parts: LocalParts, after_run: Callable[[], object]
     ) -> float | None:
         """Return the method's rate, the best of its grid; None if none of them led anywhere."""
         if not self.request.tune:
@@ -147,7 +147,7 @@ class Comparison:
             return None
         return chosen.rate
 
-    def _try(self, course: Course, rate: float, seed: int, parts: Parts) -> Trial:
+    def _try(self, course: Course, rate: float, seed: int, parts: LocalParts) -> Trial:
         """Train at one rate, without looking at the test parts, and read the validation loss."""
         folder = self._announce(course.method, rate, seed)
         recipe = course.method.recipe(self.request.recipe, rate=rate, seed=seed)
@@ -155,7 +155,7 @@ class Comparison:
 
         def work() -> None:
             with train(
-                recipe, folder, self._attendance, parts, resume=folder.exists(), title=title
+                recipe, folder, self._invocation, parts, resume=folder.exists(), title=title
             ):
                 pass
 
@@ -176,7 +176,7 @@ class Comparison:
 
     # --- runs ---
 
-    def _finish(self, course: Course, rate: float, seed: int, parts: Parts) -> Run:
+    def _finish(self, course: Course, rate: float, seed: int, parts: LocalParts) -> Run:
         """Carry out a run to its summary, whatever of it is there already."""
         folder = self._place(course.method, rate, seed)
         recipe = course.method.recipe(self.request.recipe, rate=rate, seed=seed)
@@ -184,7 +184,7 @@ class Comparison:
         alone = not (self.request.tune and seed == self.request.recipe.seed)
 
         def work() -> None:
-            carry_out(recipe, folder, self._attendance, parts, resume=folder.exists(), title=title)
+            complete(recipe, folder, self._invocation, parts, resume=folder.exists(), title=title)
 
         finished = any((folder / name).is_file() for name in (SUMMARY, FAILURE))
         failure = self._guarded(folder, seed, None if finished else work, parts)
@@ -200,13 +200,14 @@ class Comparison:
         return run
 
     def _guarded(
-        self, folder: Path, seed: int, work: Callable[[], None] | None, parts: Parts
+        self, folder: Path, seed: int, work: Callable[[], None] | None, parts: LocalParts
     ) -> str | None:
         """Do the work, if there is any left, and return why it failed, or None."""
         if (folder / FAILURE).is_file():
             return storage.read_json(folder / FAILURE)["reason"]
         if work is None:
             return None
+        self.finished_before = False
         self._load(parts)
         self._find_base(parts, seed)
         try:
@@ -223,11 +224,11 @@ class Comparison:
             return reason
         return None
 
-    def _load(self, parts: Parts) -> None:
+    def _load(self, parts: LocalParts) -> None:
         """Load data, fleet and model; what fails here would fail in every run."""
         _ = parts.fleet, parts.model
 
-    def _find_base(self, parts: Parts, seed: int) -> None:
+    def _find_base(self, parts: LocalParts, seed: int) -> None:
         """Take the base's evaluation over from a run of this seed, also of another method."""
         if parts.base is None:
             for file in sorted(self.folder.glob(f"*/lr-*/seed-{seed}/{BASE}")):

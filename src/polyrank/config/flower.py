@@ -19,7 +19,6 @@ from pydantic.fields import FieldInfo
 
 from polyrank.config.app import APP_KEYS, OWN, PLACE, AppSettings, Scalar, SplitServer, app_settings
 from polyrank.config.baselines import BASELINES
-from polyrank.config.model_and_data import CLIENT
 from polyrank.config.reading import PAIRS, checked, listed, resolve_sources
 from polyrank.config.recipe import Recipe
 from polyrank.config.validation_errors import keys, subsection
@@ -32,7 +31,6 @@ __all__ = [
     "Scalar",
     "SplitServer",
     "app_settings",
-    "data_given",
     "from_run_config",
     "nested",
     "to_run_config",
@@ -92,11 +90,6 @@ def from_run_config(flat: RunConfig) -> Recipe:
         content.setdefault(name, {})
     resolve_sources(content, Path())
     return checked(content, PLACE)
-
-
-def data_given(flat: RunConfig) -> bool:
-    """Whether the run config names the data of all clients; otherwise each brings its own."""
-    return flat.get("data.source", "") != CLIENT
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Recipe(Section):
             seed=derive(self.seed, "benchmark"),
         )
 
-    def conduct(self) -> RunSettings:
+    def run_settings(self) -> RunSettings:
         """Return how the run is conducted."""
         return RunSettings(
             seed=self.seed,
@@ -166,7 +166,7 @@ class Recipe(Section):
                 f"local.sparse_rounds: {sparse} of {self.rounds} rounds would be sparse, which "
                 "leaves none for LoRA; raise rounds, or lower local.sparse_rounds"
             )
-        self.conduct()
+        self.run_settings()
         check_own(self.data, benchmark=self.benchmark is not None)
         if self.benchmark is not None:
             self.benchmark.build()

@@ -169,7 +169,7 @@ class EvaluationSection(Section):
     """What is measured, and how often."""
 
     every: int = 1
-    """Validate the global adapter every so many rounds; 0: never in between."""
+    """Validate the global adapter every so many rounds, and after the last; 0: never."""
     examples: int = 32
     """At most so many examples per client for the loss, the first ones in the order of the source;
     0: all."""

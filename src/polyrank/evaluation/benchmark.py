@@ -149,12 +149,12 @@ class Benchmark:
         on_batch: Callable[[], None] | None = None,
     ) -> Measured:
         """Return all scores, and what was generated as ``texts``."""
-        found: Measured = {}
+        scores: Measured = {}
         if self.validation:
-            found |= perplexity(model, adapter, self.validation, self.settings.batch, on_batch)
+            scores |= perplexity(model, adapter, self.validation, self.settings.batch, on_batch)
         if self.cases:
-            found |= self._texts(model, adapter, on_batch)
-        return found
+            scores |= self._texts(model, adapter, on_batch)
+        return scores
 
     def _texts(
         self, model: LoadedModel, adapter: Adapter | None, on_batch: Callable[[], None] | None
@@ -231,7 +231,7 @@ def _cases(
     references: dict[tuple[str, str], list[str]] = {}
     for example in tasks.examples:
         references.setdefault((example.prompt, example.input), []).extend(example.references)
-    found, crowded = [], []
+    cases, crowded = [], []
     for row in rows:
         example = tasks.examples[row.example]
         own = references.pop((example.prompt, example.input), None)
@@ -241,11 +241,11 @@ def _cases(
             crowded.append(f"benchmark.test row {example.row}")
             continue
         tokens = row.input_ids[: row.prompt_length]
-        found.append(Case(example.prompt, example.input, tuple(own), tokens))
+        cases.append(Case(example.prompt, example.input, tuple(own), tokens))
     skipped += Skipped({NO_ROOM: crowded} if crowded else {})
-    if not found:
+    if not cases:
         raise DataError(f"benchmark.test: {tasks.source} has no usable row: {skipped}")
-    return found, skipped
+    return cases, skipped
 
 
 def _some(items: Sequence[T], most: int, seed: int, purpose: str) -> Sequence[T]:

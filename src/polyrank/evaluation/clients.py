@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyrank.algebra import Adapter
-from polyrank.data import Encoded, joined, sizes
+from polyrank.data import Encoded, Example, joined, sizes
 from polyrank.evaluation.metrics import exact_match, rouge_l
 from polyrank.evaluation.settings import Evaluation
 from polyrank.model import LoadedModel, generate
@@ -19,6 +19,11 @@ from polyrank.training.client_data import ClientWork, Part
 
 OnBatch = Callable[[], None] | None
 """Called before each batch; may raise to end the evaluation."""
+
+SAMPLES = 6
+"""Generated texts that a run keeps of an evaluation on the test parts."""
+
+_LONGEST = 500
 
 LOSSES_TOGETHER, TEXTS_TOGETHER = 4096, 1024
 """So many rows are put into batches of like length at once; more would have to be remembered."""
@@ -31,11 +36,34 @@ Scores = dict[str, Any]
 class ClientMetrics:
     """What clients scored: ``loss``, ``exact_match`` and ``rouge_l`` of each, null if not measured.
 
-    `no_room` counts the prompts that left no room to generate.
+    `no_room` counts the prompts that left no room to generate; `samples` are some of the texts.
     """
 
     clients: Mapping[str, Mapping[str, float | None]]
     no_room: int = 0
+    samples: tuple[SampleText, ...] = ()
+
+
+@dataclass(frozen=True)
+class SampleText:
+    """A text that was generated for a client's example, to be read by people.
+
+    `references` are up to three of the completions that count as right. Long texts are shortened.
+    """
+
+    client: str
+    prompt: str
+    input: str
+    references: tuple[str, ...]
+    text: str
+
+    @staticmethod
+    def of(client: str, example: Example, text: str) -> SampleText:
+        """Return it with texts of at most 500 characters."""
+        references = tuple(map(_short, example.references[:3]))
+        return SampleText(
+            client, _short(example.prompt), _short(example.input), references, _short(text)
+        )
 
 
 def client_losses(
@@ -51,14 +79,14 @@ def client_losses(
     Clients without an example in this part are left out.
     """
     rows = {c.id: c.rows[part][: settings.examples or None] for c in work if c.rows[part]}
-    found = {}
+    means = {}
     for ids in _chunks({id: len(own) for id, own in rows.items()}, LOSSES_TOGETHER):
         flat = joined(*(rows[id] for id in ids))
         losses = iter(token_losses(model, adapter, flat, settings.batch, on_batch))
         for id in ids:
             pairs = list(itertools.islice(losses, len(rows[id])))
-            found[id] = sum(loss for loss, _ in pairs) / sum(count for _, count in pairs)
-    return found
+            means[id] = sum(loss for loss, _ in pairs) / sum(count for _, count in pairs)
+    return means
 
 
 def client_texts(
@@ -68,17 +96,20 @@ def client_texts(
     part: Part,
     settings: Evaluation,
     on_batch: OnBatch = None,
-) -> dict[str, tuple[float, float]]:
+) -> tuple[dict[str, tuple[float, float]], dict[str, SampleText]]:
     """Return each client's (exact match, ROUGE-L) of greedy generations, both in 0…1.
 
-    Prompts that leave no room in the context for the new tokens are passed over; a client left
-    without any is left out.
+    Also returned is each client's first text. Prompts that leave no room in the context for the new
+    tokens are passed over; a client left without any is left out.
     """
     clients = {client.id: client for client in work}
     scores: dict[str, list[tuple[float, float]]] = {}
+    first: dict[str, SampleText] = {}
     for ids in _chunks(dict.fromkeys(clients, settings.generate), TEXTS_TOGETHER):
         rows = [
-            (clients[id], row) for id in ids for row in _short(clients[id], part, model, settings)
+            (clients[id], row)
+            for id in ids
+            for row in _generated_rows(clients[id], part, model, settings)
         ]
         texts = generate(
             model,
@@ -89,16 +120,23 @@ def client_texts(
             on_batch=on_batch,
         )
         for (client, row), text in zip(rows, texts, strict=True):
-            references = client.examples[part][row.example].references
-            pair = exact_match(text, references), rouge_l(text, references)
+            example = client.examples[part][row.example]
+            pair = exact_match(text, example.references), rouge_l(text, example.references)
             scores.setdefault(client.id, []).append(pair)
-    return {
+            first.setdefault(client.id, SampleText.of(client.id, example, text))
+    means = {
         id: (statistics.fmean(e for e, _ in pairs), statistics.fmean(r for _, r in pairs))
         for id, pairs in scores.items()
     }
+    return means, first
 
 
-def _short(
+def _short(text: str) -> str:
+    """Return a text of at most 500 characters."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _generated_rows(
     client: ClientWork, part: Part, model: LoadedModel, settings: Evaluation
 ) -> list[Encoded]:
     """Return the first rows from which there is room to generate."""
@@ -126,7 +164,7 @@ def _chunks(counts: Mapping[str, int], most: int) -> Iterator[list[str]]:
         yield group
 
 
-def marked(
+def client_metrics(
     model: LoadedModel,
     adapter: Adapter | None,
     work: Sequence[ClientWork],
@@ -134,15 +172,20 @@ def marked(
     settings: Evaluation,
     *,
     texts: bool,
+    samples: int = 0,
     on_batch: OnBatch = None,
 ) -> ClientMetrics:
     """Return each client's scores of an adapter (None: the bare base) on one part of its data.
 
-    A value that was not measured, or is not finite, is null.
+    A value that was not measured, or is not finite, is null. Up to `samples` of the texts are kept,
+    of clients of as many categories as there are.
     """
     generating = texts and settings.generate > 0
     losses = client_losses(model, adapter, work, part, settings, on_batch)
-    generated = client_texts(model, adapter, work, part, settings, on_batch) if generating else {}
+    generated: Mapping[str, tuple[float, float]] = {}
+    first: Mapping[str, SampleText] = {}
+    if generating:
+        generated, first = client_texts(model, adapter, work, part, settings, on_batch)
     prompts = (size.prompt for client in work for size in sizes(client.rows[part]))
     each = {
         id: {
@@ -153,18 +196,30 @@ def marked(
         for id, loss in losses.items()
     }
     no_room = sum(not _fits(prompt, model, settings) for prompt in prompts) if generating else 0
-    return ClientMetrics(each, no_room)
+    kept = [first[id] for id in _spread([c for c in work if c.id in first])[:samples]]
+    return ClientMetrics(each, no_room, tuple(kept))
 
 
-def grouped(marks: ClientMetrics, work: Mapping[str, ClientWork], part: Part) -> Scores:
-    """Return what clients' scores come to.
+def _spread(work: Sequence[ClientWork]) -> list[str]:
+    """Return the clients so that the first ones differ in category, those that train before."""
+    place: dict[tuple[str, bool], int] = {}
+    keys = {}
+    for client in sorted(work, key=lambda client: client.id):
+        group = client.category, client.seen
+        place[group] = place.get(group, -1) + 1
+        keys[client.id] = place[group], not client.seen, client.category
+    return sorted(keys, key=lambda id: keys[id])
+
+
+def grouped(metrics: ClientMetrics, work: Mapping[str, ClientWork], part: Part) -> Scores:
+    """Return the clients' metrics in groups.
 
     ``seen`` and ``unseen`` give the mean over clients, each counting once, with the standard error
     of the mean loss; ``per_category`` the same for seen and unseen clients of each category;
     ``clients`` each client's own; ``no_room`` counts the prompts of this part that are too long to
     generate from. A mean over a value that is not finite is null, as the value is.
     """
-    each = marks.clients
+    each = metrics.clients
 
     def group(seen: bool, categories: Collection[str]) -> Scores:
         return summarise(
@@ -181,24 +236,8 @@ def grouped(marks: ClientMetrics, work: Mapping[str, ClientWork], part: Part) ->
             for name in categories
         },
         "clients": {id: dict(each[id]) for id in each},
-        "no_room": marks.no_room,
+        "no_room": metrics.no_room,
     }
-
-
-def evaluate(
-    model: LoadedModel,
-    adapter: Adapter | None,
-    work: Mapping[str, ClientWork],
-    part: Part,
-    settings: Evaluation,
-    *,
-    texts: bool,
-    on_batch: OnBatch = None,
-) -> Scores:
-    """Return the scores of an adapter (None: the bare base) on one part of every client's data."""
-    clients = list(work.values())
-    found = marked(model, adapter, clients, part, settings, texts=texts, on_batch=on_batch)
-    return grouped(found, work, part)
 
 
 def summarise(scores: Sequence[Mapping[str, float | None]]) -> Scores:
@@ -216,9 +255,9 @@ def summarise(scores: Sequence[Mapping[str, float | None]]) -> Scores:
     }
 
 
-def loss_only(marks: Sequence[Mapping[str, float | None]]) -> Scores:
+def loss_only(metrics: Sequence[Mapping[str, float | None]]) -> Scores:
     """Return the mean of clients' losses, its standard error, and their number."""
-    scores = summarise(marks)
+    scores = summarise(metrics)
     return {key: scores[key] for key in ("loss", "loss_se", "clients")}
 
 

@@ -1,4 +1,4 @@
-"""How good a generated text is, beside its references."""
+"""Text metrics: exact match and ROUGE-L of one text, BLEU, NIST and ROUGE-L of a corpus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from typing import Any
 
 from polyrank.errors import PolyrankError, RecipeError
 
+NIST_ORDER = 5
+"""Longest sequence of words that NIST counts, as in mteval."""
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+# --- of one text ---
 
 
 def exact_match(text: str, references: Sequence[str]) -> float:
@@ -48,15 +54,7 @@ def _require(references: Sequence[str]) -> None:
         )
 
 
-@cache
-def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-NIST_ORDER = 5
-"""Longest sequence of words that NIST counts, as in mteval."""
+# --- of a corpus ---
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,6 @@ def corpus_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> 
     )
 
 
-def check_corpus_metrics() -> None:
-    """Raise RecipeError if a library that `corpus_scores` needs is missing."""
-    _libraries()
-
-
 def _nist(
     nist: Any, texts: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> float:
@@ -110,6 +103,21 @@ def _nist(
 
 def _words(text: str) -> list[str]:
     return _libraries()[0].tokenizer(text.lower().rstrip()).split()
+
+
+# --- the libraries ---
+
+
+def check_corpus_metrics() -> None:
+    """Raise RecipeError if a library that `corpus_scores` needs is missing."""
+    _libraries()
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 @cache

@@ -11,11 +11,11 @@ from polyrank.errors import RecipeError
 class Evaluation:
     """What is measured and how often.
 
-    Every `every` rounds (0: never in between) the global adapter is evaluated on the validation
-    parts, on up to `examples` per client, the first in the order of the source, at the server's
-    rank and, with `own_rank`, also as each client gets it at its own rank. Before the first and
-    after the last round it is evaluated on the test parts, and there `generate` examples per client
-    are generated, greedily and up to `max_new_tokens`, for exact match and ROUGE-L;
+    Every `every` rounds and after the last one (0: never) the global adapter is evaluated on the
+    validation parts, on up to `examples` per client, the first in the order of the source, at the
+    server's rank and, with `own_rank`, also as each client gets it at its own rank. Before the
+    first and after the last round it is evaluated on the test parts, and there `generate` examples
+    per client are generated, greedily and up to `max_new_tokens`, for exact match and ROUGE-L;
     `generate_every` more often: every so many rounds.
 
     Between the rounds up to `clients` that train and as many that are held out are scored, before

@@ -30,22 +30,6 @@ def checked_levels(levels: Sequence[int], place: str = "plan.levels") -> tuple[i
     return tuple(levels)
 
 
-def uniform_rank(unit: Mapping[str, int], budget: int, limit: Mapping[str, int]) -> int:
-    """Return the largest rank r that `budget` bytes afford at every site at once, or 0.
-
-    Σ_s unit_s · min(r, limit_s) ≤ budget: a site whose matrix allows less counts with what it
-    allows. A budget for more than all limits gives the largest limit.
-    """
-    low, high = 0, max((limit[site] for site in unit), default=0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _everywhere(middle, unit, limit) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 def derived_levels(
     budgets: Sequence[int], unit: Mapping[str, int], limit: Mapping[str, int]
 ) -> tuple[int, ...]:

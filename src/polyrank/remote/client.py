@@ -266,7 +266,7 @@ class ClientSide:
             told = [c.id for c in here if self._enough(c, one.part, settings.examples or None)]
             texts = one.texts and all(self._enough(c, one.part, settings.generate) for c in here)
             asked.append(EvaluateQuery(one.adapter, tuple(told), one.part, texts))
-        return LocalEvaluator(model, work, settings).answer(asked)
+        return LocalEvaluator(model, work, settings).evaluate(asked)
 
 
 def _too_few(least: int) -> str:

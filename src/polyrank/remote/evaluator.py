@@ -33,16 +33,16 @@ class RemoteEvaluator:
         self._seconds, self._tell, self._on_step, self._clock = seconds, tell, on_step, clock
         self._unscored: set[str] = set()
 
-    def answer(self, questions: Sequence[EvaluateQuery]) -> list[ClientMetrics]:
-        """Return each question's scores of the clients that could be asked and answered."""
-        self._tell_unscored({id for one in questions for id in one.clients if id in one.cut})
-        found: list[dict[str, Mapping[str, float | None]]] = [{} for _ in questions]
-        no_room = [0] * len(questions)
+    def evaluate(self, queries: Sequence[EvaluateQuery]) -> list[ClientMetrics]:
+        """Return each query's metrics of the clients that could be asked and answered."""
+        self._tell_unscored({id for one in queries for id in one.clients if id in one.cut})
+        found: list[dict[str, Mapping[str, float | None]]] = [{} for _ in queries]
+        no_room = [0] * len(queries)
         places: dict[int, list[int]] = {}
         exams: dict[int, EvaluateRequest] = {}
-        for node in sorted({self._homes[id] for one in questions for id in one.clients}):
+        for node in sorted({self._homes[id] for one in queries for id in one.clients}):
             asked = []
-            for place, one in enumerate(questions):
+            for place, one in enumerate(queries):
                 here = tuple(
                     id for id in one.clients if self._homes[id] == node and id not in one.cut
                 )
@@ -62,7 +62,7 @@ class RemoteEvaluator:
                 no_room[place] += scored.no_room
         return [
             ClientMetrics({id: each[id] for id in one.clients if id in each}, none)
-            for one, each, none in zip(questions, found, no_room, strict=True)
+            for one, each, none in zip(queries, found, no_room, strict=True)
         ]
 
     def _tell_unscored(self, clients: set[str]) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from rich.console import Console
@@ -18,9 +18,9 @@ from polyrank.config.flower import AppSettings
 from polyrank.config.reading import listed
 from polyrank.data import Clients, Skipped
 from polyrank.errors import FolderExistsError, FolderInUseError, RecipeError
-from polyrank.evaluation import Evaluator
+from polyrank.evaluation import Benchmark, Evaluator
 from polyrank.model import LoadedModel
-from polyrank.planning import Fleet
+from polyrank.planning import DeviceProfile, Fleet, Limits
 from polyrank.protocol import Profile
 from polyrank.remote.admission import Admission, enrol
 from polyrank.remote.engine import LONGEST, RemoteEngine
@@ -31,18 +31,12 @@ from polyrank.remote.registration import ClientRegistry, call, clients_of, work_
 from polyrank.report.console import show
 from polyrank.report.progress import Terminal
 from polyrank.rounds import Engine
-from polyrank.run import Planning, RunFolder
+from polyrank.run import RunFolder
 from polyrank.run.environment import config_fingerprint
 from polyrank.run.folder import RUN, unused
 from polyrank.runner.inspect import RECIPE, recipe_of
-from polyrank.runner.runner import (
-    Attendance,
-    Outcome,
-    Parts,
-    carry_out,
-    flower_resumes,
-    resumable,
-)
+from polyrank.runner.parts import Invocation
+from polyrank.runner.runner import Outcome, complete, flower_resumes, resumable
 from polyrank.split_server.interface import SplitServerHandle
 from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training import ClientWork
@@ -71,14 +65,14 @@ def serve(recipe: Recipe, settings: AppSettings, post: MessageChannel, run: str)
     console = Console(file=sys.stderr, width=WIDTH)
     with Terminal(console) as terminal:
         # Flower ends this process, whenever it is told to; the folder is whole at any moment.
-        attendance = Attendance(terminal, lambda: False, settings.allow_inexact)
+        invocation = Invocation(terminal, lambda: False, settings.allow_inexact)
         console.print(f"run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
         with resumable(folder, folder / RECIPE, flower_resumes(folder)):
-            parts = RemoteParts(recipe, settings, post, run, attendance, console)
+            parts = RemoteParts(recipe, settings, post, run, invocation, console)
             if settings.resume:
                 wait_for(folder, parts.tell)
             parts.tell_deadline()
-            result = carry_out(recipe, folder, attendance, parts, resume=settings.resume)
+            result = complete(recipe, folder, invocation, parts, resume=settings.resume)
     outcome = Outcome(folder, result)
     show(outcome, as_json=False)
     return outcome
@@ -161,8 +155,9 @@ def check(recipe: Recipe, settings: AppSettings, *, simulated: bool) -> None:
         raise RecipeError(NO_CLIENT_FILES)
 
 
-class RemoteParts(Parts):
-    """What a run is made of where its clients are elsewhere."""
+@final
+class RemoteParts:
+    """The parts of a run whose clients are elsewhere; see `polyrank.runner.parts.Parts`."""
 
     def __init__(
         self,
@@ -170,10 +165,11 @@ class RemoteParts(Parts):
         settings: AppSettings,
         post: MessageChannel,
         run: str,
-        attendance: Attendance,
+        invocation: Invocation,
         console: Console,
     ):
-        super().__init__(recipe, attendance)
+        self._recipe, self._invocation = recipe, invocation
+        self.base: str | None = None
         self._settings, self._post, self._run, self._console = settings, post, run, console
 
     def tell(self, line: str) -> None:
@@ -192,7 +188,7 @@ class RemoteParts(Parts):
     @cached_property
     def enrolled(self) -> Admission:
         """Who takes part, once all that are wanted are there."""
-        self._attendance.listener.loading("clients")
+        self._invocation.listener.loading("clients")
         recipe, settings = self._recipe, self._settings
         found = call(
             self._post,
@@ -200,7 +196,7 @@ class RemoteParts(Parts):
             settings.clients,
             settings.wait,
             self.tell,
-            self._attendance.check_stop,
+            self._invocation.check_stop,
             self._fits,
             complete=self._post.simulated,
         )
@@ -224,11 +220,15 @@ class RemoteParts(Parts):
         """The fleet, not forced to one type."""
         return self.enrolled.fleet
 
-    def planning(self, recipe: Recipe, fleet: Fleet) -> Planning | None:  # noqa: ARG002
-        """Return how the run plans, within the clients' limits; None without [plan]."""
-        if recipe.plan is None:
-            return None
-        return self.enrolled.planning(recipe, self.model, self.prepared[0])
+    @property
+    def devices(self) -> Mapping[str, DeviceProfile]:
+        """The devices that the clients say they have."""
+        return self.enrolled.devices
+
+    @property
+    def limits(self) -> Mapping[str, Limits]:
+        """The limits that the clients' owners set, by type of the fleet."""
+        return self.enrolled.limits
 
     def _fits(self, profile: Profile) -> str | None:
         """Say why a machine cannot take part: it would train another model."""
@@ -249,7 +249,7 @@ class RemoteParts(Parts):
         For a benchmark, and to measure how often importance may be scored, with ``plan.every``
         left at auto.
         """
-        self._attendance.listener.loading("model")
+        self._invocation.listener.loading("model")
         recipe = self._recipe
         plan = recipe.plan
         measures = plan is not None and plan.importance != "none" and plan.every == "auto"
@@ -262,7 +262,12 @@ class RemoteParts(Parts):
         """The clients' sizes."""
         return {one.client: work_of(one) for one in self.roll.hosted}, Skipped()
 
-    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Evaluator]:
+    @cached_property
+    def benchmark(self) -> Benchmark | None:
+        """The held-out sources, if the recipe names some; the server reads them itself."""
+        return self._recipe.benchmark_of(self.model)
+
+    def executors(self, fleet: Fleet) -> tuple[Engine, Evaluator]:
         """Return who trains and scores the fleet's clients: their own machines."""
         recipe, homes = self._recipe, self.roll.homes
         deadline = recipe.faults.build().deadline
@@ -282,7 +287,7 @@ class RemoteParts(Parts):
             homes,
             deadline or LONGEST,
             self.tell,
-            self._attendance.check_stop,
+            self._invocation.check_stop,
         )
         return engine, examiner
 

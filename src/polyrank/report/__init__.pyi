@@ -6,9 +6,9 @@ from .lines import remarks as remarks
 from .lines import round_header as round_header
 from .lines import round_line as round_line
 from .lines import spent as spent
-from .tables import attendance as attendance
 from .tables import benchmark as benchmark
 from .tables import categories as categories
+from .tables import participation as participation
 from .tables import ranks as ranks
 from .tables import scores as scores
 from .tables import spectra as spectra

@@ -30,16 +30,25 @@ def show_prospect(prospect: PlanPreview, as_json: bool) -> None:
 
 def show(outcome: Outcome, as_json: bool) -> None:
     """Print the result of a run, and of its control, on stdout."""
-    summary, control = outcome.summary, outcome.control
+    run, beside = outcome.run, outcome.control
+    summary, control = run.summary, None if beside is None else beside.summary
     if as_json:
-        content = {"folder": str(outcome.folder), **summary}
-        if control is not None:
-            content["control"] = control
+        content = {
+            "folder": str(outcome.folder),
+            "finished_before": run.finished_before,
+            **summary,
+        }
+        if beside is not None:
+            content["control"] = {"finished_before": beside.finished_before, **beside.summary}
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
     from polyrank import report
 
     console = Console(highlight=False)
+    if run.finished_before:
+        only = beside is None or beside.finished_before
+        told = "nothing was trained" if only else "only its control was trained now"
+        console.print(f"{outcome.folder}: finished before, {told}", soft_wrap=True, markup=False)
     console.print(report.categories(summary["per_category"]))
     console.print(
         report.scores(
@@ -62,7 +71,7 @@ def show(outcome: Outcome, as_json: bool) -> None:
                 outcome.forced or "",
             )
         )
-    troubled = report.attendance(summary.get("clients", {}))  # Runs of before did not tell.
+    troubled = report.participation(summary.get("clients", {}))  # Runs of before did not tell.
     if troubled is not None:
         console.print(troubled)
     console.print(report.spent(summary))
@@ -72,7 +81,7 @@ def show(outcome: Outcome, as_json: bool) -> None:
 def show_inside(inside: RunInspection) -> None:
     """Print what a run folder holds on stdout: ranks, rounds and the adapter's spectra."""
     from polyrank import report
-    from polyrank.run.records import attendance
+    from polyrank.run.summary import participation
     from polyrank.runner.inspect import cuts_of
 
     console = Console(highlight=False)
@@ -87,10 +96,10 @@ def show_inside(inside: RunInspection) -> None:
     console.print(report.round_header(wire), style="bold")
     for record in inside.records:
         console.print(report.round_line(record, wire))
-    troubled = report.attendance(attendance(map(vars, inside.records)))
+    troubled = report.participation(participation(map(vars, inside.records)))
     if troubled is not None:
         console.print(troubled)
-    if inside.factors is None:
+    if not inside.records:
         console.print("no round is finished yet")
         return
     measured = [text for record in inside.records if (text := report.own_rank(record))]
@@ -99,4 +108,5 @@ def show_inside(inside: RunInspection) -> None:
     if inside.result_round < inside.records[-1].round:
         console.print(f"early stopping keeps the adapter of round {inside.result_round}")
     at_result = next(r for r in inside.records if r.round == inside.result_round)
-    console.print(report.spectra(inside.factors, at_result))
+    if inside.factors is not None:
+        console.print(report.spectra(inside.factors, at_result))

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from polyrank import report
-from polyrank.run import Federation, RoundRecord
+from polyrank.run import RoundRecord, Run
 
 _NAMES = {"train": "training", "evaluate": "evaluating", "merge": "merging"}
 _TRAINING = 0.9
@@ -34,7 +34,7 @@ class Terminal:
         )
         self._task = self._bar.add_task("", visible=False, round="")
         self._finished, self._total = 0, 0
-        self._federation: Federation | None = None
+        self._run: Run | None = None
         self._wire = False
 
     def __enter__(self) -> Terminal:
@@ -48,38 +48,38 @@ class Terminal:
         """Tell what is being loaded."""
         self._bar.reset(self._task, description=f"loading {what}", visible=True, round="–")
 
-    def begun(self, title: str, federation: Federation, rounds: int) -> None:
+    def begun(self, title: str, run: Run, rounds: int) -> None:
         """Print the set-up and start the bar."""
         say = self.console.print
-        unseen = sum(not client.seen for client in federation.work.values())
-        say(f"[bold]{title}[/bold] in {federation.folder.path}", soft_wrap=True, highlight=False)
-        clients = len(federation.work) - unseen
-        if federation.conduct.pooled:
+        unseen = sum(not client.seen for client in run.work.values())
+        say(f"[bold]{title}[/bold] in {run.folder.path}", soft_wrap=True, highlight=False)
+        clients = len(run.work) - unseen
+        if run.settings.pooled:
             say(f"pooled: the training examples of all {clients} clients in one place")
-        cohort = federation.engine.cohort
+        cohort = run.engine.cohort
         say(
             f"{clients} clients and {unseen} unseen, "
-            f"{len(federation.model.spec.sites)} adapted matrices"
+            f"{len(run.model.spec.sites)} adapted matrices"
             f"{f', {cohort} clients in one pass' if cohort > 1 else ''}",
             highlight=False,
         )
-        if federation.skipped.count:
-            reasons = ", ".join(f"{len(r)} {why}" for why, r in federation.skipped.rows.items())
+        if run.skipped.count:
+            reasons = ", ".join(f"{len(r)} {why}" for why, r in run.skipped.rows.items())
             say(f"not used: {reasons} (named in skipped.json)", markup=False, highlight=False)
-        self._say_ranks(federation)
-        fleet = federation.fleet
+        self._say_ranks(run)
+        fleet = run.fleet
         cuts = [fleet.cuts[name] for name in fleet.possible if name in fleet.cuts]
-        told = report.leaks(cuts, federation.conduct.split)
+        told = report.leaks(cuts, run.settings.split)
         if told is not None:
             say(told, style="yellow", markup=False, highlight=False)
-        self._wire, self._federation = bool(cuts), federation
-        for note in federation.folder.notes:
+        self._wire, self._run = bool(cuts), run
+        for note in run.folder.notes:
             say(note, style="yellow", markup=False)
-        if federation.round:
-            say(f"going on after round {federation.round}", highlight=False)
-        if federation.round < rounds:
+        if run.round:
+            say(f"going on after round {run.round}", highlight=False)
+        if run.round < rounds:
             say(report.round_header(self._wire), style="bold", highlight=False)
-        self._finished, self._total = federation.round, rounds
+        self._finished, self._total = run.round, rounds
         self._bar.reset(
             self._task,
             description="evaluating",
@@ -89,11 +89,11 @@ class Terminal:
             round=self._place(),
         )
 
-    def _say_ranks(self, federation: Federation) -> None:
+    def _say_ranks(self, run: Run) -> None:
         """Print who has which ranks, and runs which blocks."""
-        fleet, spec = federation.fleet, federation.model.spec
-        by_type = {fleet.assigned[id]: federation.ranks[id] for id in federation.seen}
-        types = [fleet.assigned[id] for id in federation.seen]
+        fleet, spec = run.fleet, run.model.spec
+        by_type = {fleet.assigned[id]: run.ranks[id] for id in run.seen}
+        types = [fleet.assigned[id] for id in run.seen]
         counts = {name: types.count(name) for name in sorted(set(types))}
         cuts = {name: fleet.cuts[name] for name in fleet.possible if name in fleet.cuts}
         self.console.print(report.ranks(counts, by_type, cuts, spec.blocks))
@@ -118,9 +118,9 @@ class Terminal:
             self.console.print(f"  {measured}", highlight=False)
         for line in report.remarks(record):
             self.console.print(f"  {line}", style="yellow", markup=False)
-        if record.planned_anew and self._federation is not None:
+        if record.planned_anew and self._run is not None:
             self.console.print("  importance has moved: planned anew", highlight=False)
-            self._say_ranks(self._federation)
+            self._say_ranks(self._run)
         self._finished = record.round
         self._bar.update(self._task, completed=record.round, round=self._place())
 

@@ -135,7 +135,7 @@ def ranks(
     return made
 
 
-def attendance(clients: Mapping[str, Mapping[str, int | None]]) -> Table | None:
+def participation(clients: Mapping[str, Mapping[str, int | None]]) -> Table | None:
     """Return the clients with refusals or lateness, the most of them first; None without any."""
     troubles = ("refused", "late", "lost")
     counts = {name: sum(one[key] or 0 for key in troubles) for name, one in clients.items()}

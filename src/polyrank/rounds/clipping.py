@@ -26,12 +26,12 @@ def increment(start: Delta, came: Delta) -> float:
 
 
 def moved(adapter: Adapter[Delta], assignment: Assignment) -> float:
-    """Return ‖ΔW − what was dealt‖_F over all sites together."""
+    """Return ‖ΔW − start‖_F over all sites together."""
     return math.hypot(*(increment(start, adapter[s]) for s, start in assignment.start.items()))
 
 
 def shortened(start: Delta, came: Delta, c: float) -> Delta:
-    """Return the update at the share c of the way from what was dealt to what came.
+    """Return the update at the share c of the way from the start to what came.
 
     W(c) is made of start + c·(came − start), tensor by tensor: both factors, the values, or the
     entries. So the rank, the positions and an A that was not trained stay what they are. Computed
@@ -58,7 +58,7 @@ def clipped(update: Update, assignment: Assignment, bound: float) -> tuple[Updat
 
     The bound holds for the result as it is kept: where rounding to its dtype leads beyond it, c is
     lowered, by little at first, until it does not. In float32 that costs about 1e-6 of the length,
-    more where the bound is near the rounding of what was dealt. Ours; clipping as such is usual in
+    more where the bound is near the rounding of the start. Ours; clipping as such is usual in
     robust aggregation.
 
     Raises UpdateError if the norm is beyond float64, or no c > 0 meets the bound in this dtype.
@@ -120,9 +120,9 @@ class _Path:
         if root <= 0 or self.x >= 0:
             return []
         far = (-3 * self.x + math.sqrt(root)) / 2  # Stable: x < 0, so nothing cancels.
-        found = [far / (2 * self.q)] if self.q > 0 else []
-        found.append(self.p / far)
-        return [c for c in found if 0 < c < 1]
+        turns = [far / (2 * self.q)] if self.q > 0 else []
+        turns.append(self.p / far)
+        return [c for c in turns if 0 < c < 1]
 
 
 def _bisected(fits: Callable[[float], bool], low: float, high: float) -> float:

@@ -1,4 +1,4 @@
-"""What clients answer, and what a round keeps of it."""
+"""What a round asks of a client, what the client answers, and what the round records of that."""
 
 from __future__ import annotations
 
@@ -13,57 +13,11 @@ FailureKind = Literal["failed", "invalid", "late", "lost", "refused"]
 """Why a client has no update: its training `failed`, it was `late`, it was `lost` (nothing was
 heard of it again), or it `refused` the plan by limits of its own."""
 
-Kind = Literal[FailureKind, "duplicate", "stale"]
+RejectionKind = Literal[FailureKind, "duplicate", "stale"]
 """Why an answer is not aggregated: there is no update, one was accepted already, it answers another
 round or attempt, or it is not what was asked for."""
 
 _LONGEST = 300
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A client's answer that there will be no update, and why; or the engine's, for one that is
-    silent.
-
-    `metrics` of a split client carry ``wire_up`` and ``wire_down`` like those of an update: bytes
-    that travelled all the same.
-    """
-
-    client: str
-    round: int
-    attempt: int
-    reason: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    kind: FailureKind = "failed"
-
-
-@dataclass(frozen=True)
-class RejectedUpdate:
-    """An answer, or the lack of one, that is not aggregated; long reasons are cut."""
-
-    client: str
-    kind: Kind
-    reason: str
-
-    @staticmethod
-    def of(client: str, kind: Kind, reason: str) -> RejectedUpdate:
-        """Return it with a reason of at most 300 characters."""
-        short = reason if len(reason) <= _LONGEST else f"{reason[: _LONGEST - 1]}…"
-        return RejectedUpdate(client, kind, short)
-
-
-@dataclass(frozen=True)
-class AcceptedUpdate:
-    """What is kept in memory of an accepted update: all but its factors.
-
-    `clipped` is the share of its way that counts: 1 unless it moved further than is allowed.
-    """
-
-    examples: int
-    nbytes: int
-    metrics: Mapping[str, float]
-    importance: Mapping[str, float] = field(default_factory=dict)
-    clipped: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,3 +33,48 @@ class TrainTask:
     seed: int
     assignment: Assignment
     cut: CutPoint | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The answer that there will be no update, and why; the engine gives it for a silent client.
+
+    `metrics` of a split client carry ``wire_up`` and ``wire_down`` like those of an update: bytes
+    that travelled all the same.
+    """
+
+    client: str
+    round: int
+    attempt: int
+    reason: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    kind: FailureKind = "failed"
+
+
+@dataclass(frozen=True)
+class AcceptedUpdate:
+    """All of an accepted update but its factors.
+
+    `clipped` is the share of its increment that counts: 1 unless it moved further than is allowed.
+    """
+
+    examples: int
+    nbytes: int
+    metrics: Mapping[str, float]
+    importance: Mapping[str, float] = field(default_factory=dict)
+    clipped: float = 1.0
+
+
+@dataclass(frozen=True)
+class RejectedUpdate:
+    """An answer, or the lack of one, that is not aggregated."""
+
+    client: str
+    kind: RejectionKind
+    reason: str
+
+    @staticmethod
+    def of(client: str, kind: RejectionKind, reason: str) -> RejectedUpdate:
+        """Return it with a reason of at most 300 characters."""
+        short = reason if len(reason) <= _LONGEST else f"{reason[: _LONGEST - 1]}…"
+        return RejectedUpdate(client, kind, short)

@@ -1,4 +1,4 @@
-"""One round without any I/O: who takes part, what they get, what is accepted, what comes of it."""
+"""One round without any I/O: assignments to clients, their updates, and the next state."""
 
 from __future__ import annotations
 
@@ -13,50 +13,36 @@ from polyrank.algebra import Delta
 from polyrank.errors import RuleError, UpdateError
 from polyrank.rounds.assignments import RoundAssignments, RoundSettings, within
 from polyrank.rounds.clipping import clipped, shortened
-from polyrank.rounds.messages import AcceptedUpdate, Failure, Kind, RejectedUpdate, TrainTask
+from polyrank.rounds.messages import (
+    AcceptedUpdate,
+    Failure,
+    RejectedUpdate,
+    RejectionKind,
+    TrainTask,
+)
 from polyrank.rounds.validation import WIRE, check_update, counted
 from polyrank.seeds import derive
 
 ReadUpdate = Callable[[str, str], Delta]
-"""(client, site) -> what that client returned at that site, accepted."""
-
-
-@dataclass
-class Traffic:
-    """Bytes up per client, and those within them, and down, that crossed split clients' cuts.
-
-    What is dealt to a client is not counted here: the round knows it.
-    """
-
-    up: Counter[str] = field(default_factory=Counter)
-    wire_up: Counter[str] = field(default_factory=Counter)
-    wire_down: Counter[str] = field(default_factory=Counter)
-
-    def crossed(self, client: str, up: int, down: int) -> int:
-        """Count a client's activations and gradients, once; return the bytes up that are new."""
-        if client in self.wire_up:
-            return 0
-        self.wire_up[client], self.wire_down[client] = up, down
-        return up
+"""(client, site) -> the accepted update of that client at that site."""
 
 
 @dataclass
 class Round:
-    """A round in progress: deals assignments, judges updates, aggregates what it accepted.
+    """A round in progress.
 
-    The caller (an engine) trains, keeps the accepted factors wherever it likes, and hands a reader
-    of them to `aggregate`, which goes site by site and client by client in the order of their ids,
-    so that neither memory nor the result depends on the order in which updates came.
+    The caller has the `task`s trained, hands every answer to `accept`, `fail` or `reject_stale`,
+    stores the accepted factors wherever it likes, and hands a reader of them to `aggregate`, which
+    goes site by site and client by client in the order of their names. So neither memory nor the
+    result depends on the order in which updates came.
 
-    `turned_away` has every answer that is not aggregated, in the order of arrival; `rejected` says
+    `rejections` has every answer that is not aggregated, in the order of arrival; `rejected` says
     why, per client of the round without an accepted update, by its last answer to this round.
     `traffic` and its sums, `bytes_up` and `bytes_down`, count all that travelled, also what was not
-    accepted.
+    accepted. To and from a split client travel the factors at the sites in its own blocks, and its
+    activations and gradients; the latter are in `wire_up` and `wire_down` too.
 
-    What travels to and from a split client are the factors of the sites that it holds itself, and
-    its activations and gradients: these are in `wire_up` and `wire_down`, and in the bytes above.
-
-    An update that is to be shortened is kept as it came, so that a resumed run judges the same
+    An update that is to be shortened is stored as it came, so that a resumed run validates the same
     again; its factors are shortened where they are read.
     """
 
@@ -67,12 +53,16 @@ class Round:
     clients: Sequence[str]
     accepted: dict[str, AcceptedUpdate] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
-    turned_away: list[RejectedUpdate] = field(default_factory=list)
-    _traffic: Traffic = field(default_factory=Traffic)
-    _dealing: RoundAssignments = field(init=False)
+    rejections: list[RejectedUpdate] = field(default_factory=list)
+    _up: Counter[str] = field(default_factory=Counter)
+    _wire_up: Counter[str] = field(default_factory=Counter)
+    _wire_down: Counter[str] = field(default_factory=Counter)
+    _assignments: RoundAssignments = field(init=False)
 
     def __post_init__(self) -> None:
-        self._dealing = RoundAssignments(self.settings, self.state, self.number)
+        self._assignments = RoundAssignments(self.settings, self.state, self.number)
+
+    # --- to the clients ---
 
     def task(self, client: str) -> TrainTask:
         """Return the client's task. Clients of equal ranks share one assignment object."""
@@ -81,48 +71,12 @@ class Round:
         return TrainTask(client, self.number, self.attempt, seed, self.assignment(client), cut)
 
     def assignment(self, client: str) -> Assignment:
-        """Return what the rule deals this client; deterministic, so it can be asked again."""
-        return self._dealing.of(client)[0]
+        """Return the client's assignment; deterministic, so it can be asked for again."""
+        return self._assignments.of(client)[0]
 
     def assignment_hash(self, client: str) -> str:
         """Return the hash that an update of this client must carry."""
-        return self._dealing.of(client)[1]
-
-    @property
-    def traffic(self) -> dict[str, dict[str, int]]:
-        """Bytes per client, ``up`` and ``down``: of those asked, and of others that answered."""
-        asked = dict.fromkeys([*self.clients, *self._traffic.up])
-        down = {
-            client: self._dealing.nbytes(client) if client in self.clients else 0
-            for client in asked
-        }
-        return {
-            client: {
-                "up": self._traffic.up[client],
-                "down": down[client] + self._traffic.wire_down[client],
-            }
-            for client in asked
-        }
-
-    @property
-    def bytes_up(self) -> int:
-        """Bytes that arrived in this round, from whomever."""
-        return self._traffic.up.total()
-
-    @property
-    def bytes_down(self) -> int:
-        """Bytes that travel to all clients of the round, merged sums and gradients included."""
-        return sum(map(self._dealing.nbytes, self.clients)) + self.wire_down
-
-    @property
-    def wire_up(self) -> int:
-        """Bytes of activations that split clients sent."""
-        return self._traffic.wire_up.total()
-
-    @property
-    def wire_down(self) -> int:
-        """Bytes of gradients that split clients got."""
-        return self._traffic.wire_down.total()
+        return self._assignments.of(client)[1]
 
     @property
     def cuts(self) -> dict[str, int]:
@@ -130,24 +84,79 @@ class Round:
         cuts = (self.settings.cut(client, self.number) for client in self.clients)
         return dict(sorted(Counter("whole" if cut is None else str(cut) for cut in cuts).items()))
 
-    def accept(self, update: Update) -> Update:
-        """Take an update in and return what to keep of it, or raise UpdateError; never both.
+    # --- bytes ---
 
-        What is refused is noted with its reason. What is kept is what came, also where it counts
-        shortened.
+    @property
+    def traffic(self) -> dict[str, dict[str, int]]:
+        """Bytes per client, ``up`` and ``down``: of those asked, and of others that answered."""
+        asked = set(self.clients)
+        return {
+            client: {
+                "up": self._up[client],
+                "down": self._wire_down[client]
+                + (self._assignments.nbytes(client) if client in asked else 0),
+            }
+            for client in dict.fromkeys([*self.clients, *self._up])
+        }
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes that arrived in this round, from whomever."""
+        return self._up.total()
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes that travel to all clients of the round, merged sums and gradients included."""
+        return sum(map(self._assignments.nbytes, self.clients)) + self.wire_down
+
+    @property
+    def wire_up(self) -> int:
+        """Bytes of activations that split clients sent."""
+        return self._wire_up.total()
+
+    @property
+    def wire_down(self) -> int:
+        """Bytes of gradients that split clients got."""
+        return self._wire_down.total()
+
+    def _count_wire(self, answer: Update | Failure) -> int:
+        """Count a split client's activations and gradients, once; return the bytes up."""
+        client = answer.client
+        if self.settings.cut(client, self.number) is None or client in self._wire_up:
+            return 0
+        up, down = (counted(answer.metrics, name) or 0 for name in WIRE)
+        self._wire_up[client], self._wire_down[client] = up, down
+        self._up[client] += up
+        return up
+
+    def _travelled(self, update: Update) -> int:
+        """Return the bytes of an update's factors that a client sent."""
+        if update.client not in self.clients:
+            return update.adapter.nbytes
+        sites = self.settings.sites_at(update.client, self.number)
+        sent = update.adapter if sites is None else within(update.adapter, sites)
+        return self.assignment(update.client).travelling(sent)
+
+    # --- from the clients ---
+
+    def accept(self, update: Update) -> Update:
+        """Take an update in and return it as it is to be stored, or raise UpdateError.
+
+        A rejected one is recorded with its reason. The returned update is the one that came, also
+        where only a share of its increment counts.
         """
         client, nbytes = update.client, self._travelled(update)
-        self._traffic.up[client] += nbytes
+        self._up[client] += nbytes
         self._expect(update)
-        crossed = self._wire(update)
+        wire = self._count_wire(update)
         try:
-            factor = self._judge(update)
+            share = self._validated(update)
         except UpdateError as error:
             self.rejected[client] = str(error)
-            self.note(client, "invalid", str(error))
+            self._reject(client, "invalid", str(error))
             raise
         self.accepted[client] = AcceptedUpdate(
-            update.examples, nbytes + crossed, update.metrics, update.importance, factor
+            update.examples, nbytes + wire, update.metrics, update.importance, share
         )
         self.rejected.pop(client, None)
         return update
@@ -155,56 +164,35 @@ class Round:
     def fail(self, failure: Failure) -> None:
         """Record that a client has no update to give; UpdateError if none is awaited from it."""
         self._expect(failure)
-        self._wire(failure)
+        self._count_wire(failure)
         self.rejected[failure.client] = failure.reason
-        self.note(failure.client, failure.kind, failure.reason)
+        self._reject(failure.client, failure.kind, failure.reason)
 
-    def turn_away(self, answer: Update | Failure) -> None:
-        """Count an answer that this round does not await, and its bytes, and do no more.
+    def reject_stale(self, answer: Update | Failure) -> None:
+        """Record an answer to another round or attempt, and its bytes, and do no more.
 
-        Such as one that comes after its own round has ended (``stale``): whether the client has an
-        update in this round is open as before.
+        Whether the client has an update in this round is open as before.
         """
         if isinstance(answer, Update):
-            self._traffic.up[answer.client] += self._travelled(answer)
-        self.note(answer.client, *(self._unexpected(answer) or ("stale", "nobody waits for it")))
-
-    def note(self, client: str, kind: Kind, reason: str, nbytes: int = 0) -> None:
-        """Note that something of a client is not aggregated, and the bytes that it took."""
-        self._traffic.up[client] += nbytes
-        self.turned_away.append(RejectedUpdate.of(client, kind, reason))
-
-    def _travelled(self, update: Update) -> int:
-        if update.client not in self.clients:
-            return update.adapter.nbytes
-        held = self.settings.held(update.client, self.number)
-        sent = update.adapter if held is None else within(update.adapter, held)
-        return self.assignment(update.client).travelling(sent)
-
-    def _wire(self, answer: Update | Failure) -> int:
-        """Count a split client's activations and gradients, once; return the bytes up."""
-        if self.settings.cut(answer.client, self.number) is None:
-            return 0
-        up, down = (counted(answer.metrics, name) or 0 for name in WIRE)
-        new = self._traffic.crossed(answer.client, up, down)
-        self._traffic.up[answer.client] += new
-        return new
+            self._up[answer.client] += self._travelled(answer)
+        kind, reason = self._unexpected(answer) or ("stale", "it answers another round")
+        self._reject(answer.client, kind, reason)
 
     def enough(self, quorum: float) -> bool:
         """Whether at least this share of the clients has an accepted update."""
         return len(self.accepted) >= quorum * len(self.clients) - 1e-9
 
-    def _place(self, client: str) -> str:
-        return f"update of client {client!r} in round {self.number}"
+    def _reject(self, client: str, kind: RejectionKind, reason: str) -> None:
+        self.rejections.append(RejectedUpdate.of(client, kind, reason))
 
     def _expect(self, answer: Update | Failure) -> None:
-        """Note what this round does not await, and raise UpdateError."""
-        found = self._unexpected(answer)
-        if found is not None:
-            self.note(answer.client, *found)
-            raise UpdateError(found[1])
+        """Reject an answer that this round does not await, and raise UpdateError."""
+        unexpected = self._unexpected(answer)
+        if unexpected is not None:
+            self._reject(answer.client, *unexpected)
+            raise UpdateError(unexpected[1])
 
-    def _unexpected(self, answer: Update | Failure) -> tuple[Kind, str] | None:
+    def _unexpected(self, answer: Update | Failure) -> tuple[RejectionKind, str] | None:
         place = self._place(answer.client)
         if (answer.round, answer.attempt) != (self.number, self.attempt):
             return "stale", (
@@ -217,10 +205,13 @@ class Round:
             return "duplicate", f"{place}: an update of this client was accepted already"
         return None
 
-    def _judge(self, update: Update) -> float:
-        """Return the share of its way that counts; UpdateError unless it answers what was dealt."""
+    def _place(self, client: str) -> str:
+        return f"update of client {client!r} in round {self.number}"
+
+    def _validated(self, update: Update) -> float:
+        """Return the share of its increment that counts; UpdateError for an invalid update."""
         chosen, place = self.settings, self._place(update.client)
-        assignment, expected = self._dealing.of(update.client)
+        assignment, expected = self._assignments.of(update.client)
         split = chosen.cut(update.client, self.number) is not None
         check_update(update, assignment, expected, place, split, chosen.max_increment, chosen.sites)
         if chosen.clip_increment is None:
@@ -230,16 +221,18 @@ class Round:
         except UpdateError as error:
             raise UpdateError(f"{place}: {error}") from error
 
-    def _counting(self, read: ReadUpdate) -> ReadUpdate:
-        """Return a reader of what counts of the updates: some are shortened."""
+    # --- the next state ---
 
-        def shorter(client: str, site: str) -> Delta:
-            came, factor = read(client, site), self.accepted[client].clipped
-            if factor == 1:
+    def _shortening(self, read: ReadUpdate) -> ReadUpdate:
+        """Return a reader that shortens the updates of which only a share counts."""
+
+        def read_shortened(client: str, site: str) -> Delta:
+            came, share = read(client, site), self.accepted[client].clipped
+            if share == 1:
                 return came
-            return shortened(self.assignment(client).start[site], came, factor)
+            return shortened(self.assignment(client).start[site], came, share)
 
-        return shorter
+        return read_shortened
 
     def aggregate(self, read: ReadUpdate) -> tuple[State, dict[str, SiteReport]]:
         """Return the next state and a report per site; RuleError if no update was accepted.
@@ -250,7 +243,7 @@ class Round:
         if not self.accepted:
             raise RuleError(f"round {self.number}: no update was accepted: {self.rejected}")
         rule, accepted = self.settings.rule, sorted(self.accepted)
-        read, most = self._counting(read), self.settings.max_share
+        read, most = self._shortening(read), self.settings.max_share
         given = capped({client: self.settings.weights[client] for client in accepted}, most)
         weights = rule.weigh(self.state, given, lambda client: self._norm(client, read))
         state, reports = self.state, {}
@@ -278,13 +271,13 @@ class Round:
         for client, weight in zip(clients, weights, strict=True):
             assignment = self.assignment(client)
             penalty = assignment.penalty
-            dealt = Dealt(
+            sent = Dealt(
                 assignment.start[site],
                 assignment.frozen.get(site),
                 assignment.train,
                 None if penalty is None else (penalty.strength, penalty.keep[site]),
             )
-            yield Contribution(weight, dealt, read(client, site), client)
+            yield Contribution(weight, sent, read(client, site), client)
 
 
 def added(parts: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Who takes part in a round."""
+"""The clients that take part in a round, and the subset that is evaluated."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def sample_clients(
     return sorted(chosen + draw.sample(rest, min(count - len(chosen), len(rest))))
 
 
-def panel(
+def evaluation_subset(
     work: Mapping[str, ClientWork], part: Part, types: Mapping[str, str], most: int, seed: int
 ) -> dict[str, ClientWork]:
-    """Return up to `most` clients that train and `most` that are held out; all of them for 0.
+    """Return up to `most` training and `most` held-out clients; all of them for 0.
 
-    Drawn are clients with an example in this part, and for the same seed always the same ones: the
-    order comes from a hash of seed and client. Of those that train, each LoRA type (`types`) gives
-    its share, and at least one client if there is room for that.
+    They are drawn from the clients with an example in this part; the same seed always draws the
+    same ones, since the order is that of a hash of seed and client. Of the training clients each
+    LoRA type (`types`) gives its share, and at least one client if there is room for that.
     """
     if not most:
         return dict(work)
@@ -58,7 +58,7 @@ def _shares(sizes: Mapping[str, int], most: int) -> dict[str, int]:
     ordered = sorted(sizes, key=lambda name: (-sizes[name], name))
     taken = {name: int(place < most) for place, name in enumerate(ordered)}
     for _ in range(min(most, total) - sum(taken.values())):
-        open_ones = [name for name in ordered if taken[name] < sizes[name]]
-        neediest = max(open_ones, key=lambda name: most * sizes[name] / total - taken[name])
+        left = [name for name in ordered if taken[name] < sizes[name]]
+        neediest = max(left, key=lambda name: most * sizes[name] / total - taken[name])
         taken[neediest] += 1
     return taken

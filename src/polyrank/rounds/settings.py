@@ -74,7 +74,7 @@ class Faults:
 
     Below it the state does not change, and the round is tried with other clients, `attempts` times
     in all. `deadline` is how many seconds a round's clients have to answer; None: as long as it
-    takes. An update whose increment ‖ΔW − what was dealt‖_F over all sites is above
+    takes. An update whose increment ‖ΔW − start‖_F over all sites is above
     `clip_increment` counts shortened to it; one above `max_increment`, as it came, is refused.
     """
 

@@ -1,4 +1,4 @@
-"""What an update must be to be accepted, given what was dealt."""
+"""What an update must be to be accepted, given the assignment."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def check_update(
     """Raise UpdateError, beginning with `place`, unless the update answers the assignment.
 
     `expected` is the assignment's hash, `split` whether the client's model is cut; an update with
-    ‖ΔW − what was dealt‖_F over all sites above `max_increment` is refused. `sites` are those of
-    the model, which may be scored; None: those that were dealt.
+    ‖ΔW − start‖_F over all sites above `max_increment` is refused. `sites` are those of
+    the model, which may be scored; None: those of the assignment.
     """
     if update.assignment != expected:
         raise UpdateError(
-            f"{place}: it was trained from other factors than were dealt (hash "
+            f"{place}: it was trained from other factors than were sent (hash "
             f"{update.assignment[:12]}…, expected {expected[:12]}…)"
         )
     if update.examples < 1:
@@ -97,12 +97,12 @@ def _check_importance(update: Update, sites: Collection[str], place: str) -> Non
 def _check_kind(place: str, start: Delta, result: Delta, train: Train) -> None:
     if type(result) is not type(start):
         raise UpdateError(f"{place} expected {type(start).__name__}, got {type(result).__name__}")
-    for one, other in zip(start.tensors().values(), result.tensors().values(), strict=True):
-        if one.dtype.is_floating_point and not other.dtype.is_floating_point:
-            raise UpdateError(f"{place} expected real numbers, got {other.dtype}")
+    for sent, came in zip(start.tensors().values(), result.tensors().values(), strict=True):
+        if sent.dtype.is_floating_point and not came.dtype.is_floating_point:
+            raise UpdateError(f"{place} expected real numbers, got {came.dtype}")
     for name in fixed(start, train):
         if not _same(start, result, name):
-            raise UpdateError(f"{place} expected {name} as it was dealt, since it is not trained")
+            raise UpdateError(f"{place} expected {name} as it was sent, since it is not trained")
 
 
 def _check_increment(update: Update, assignment: Assignment, place: str, bound: float) -> None:
@@ -114,6 +114,6 @@ def _check_increment(update: Update, assignment: Assignment, place: str, bound: 
 
 
 def _same(start: Delta, result: Delta, name: str) -> bool:
-    """Whether a tensor that is not trained came back as it was dealt."""
+    """Whether a tensor that is not trained came back as it was sent."""
     before, after = start.tensors()[name], result.tensors()[name]
     return torch.equal(before.to(after.dtype), after)

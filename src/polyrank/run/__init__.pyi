@@ -1,9 +1,11 @@
 from .adapter import GlobalAdapter as GlobalAdapter
 from .checkpoint import Checkpoint as Checkpoint
+from .federation import Callbacks as Callbacks
 from .federation import Federation as Federation
 from .folder import RunFolder as RunFolder
 from .planning import Planning as Planning
 from .planning import planner_of as planner_of
 from .records import RoundRecord as RoundRecord
+from .run import Run as Run
 from .settings import EarlyStopping as EarlyStopping
 from .settings import RunSettings as RunSettings

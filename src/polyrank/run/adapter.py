@@ -62,12 +62,12 @@ class GlobalAdapter:
         if not overwrite or not path.exists():
             save_adapter(path, factors, self.model, scaling=self.scaling)
             return lost
-        fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-        shutil.rmtree(fresh, ignore_errors=True)
-        save_adapter(fresh, factors, self.model, scaling=self.scaling)
+        new, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+        shutil.rmtree(new, ignore_errors=True)
+        save_adapter(new, factors, self.model, scaling=self.scaling)
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
-        fresh.rename(path)
+        new.rename(path)
         shutil.rmtree(old)
         return lost
 
@@ -94,10 +94,10 @@ def factored(delta: Delta, rank: int) -> Factorisation:
 
 def _cut(adapter: Adapter[Delta], ranks: Mapping[str, int]) -> tuple[Adapter[LowRank], float]:
     """Return the adapter at these ranks, and the share of energy discarded."""
-    kept: dict[str, LowRank] = {}
+    cut: dict[str, LowRank] = {}
     total = lost = 0.0
     for site, delta in adapter.items():
-        found = factored(delta, ranks[site])
-        kept[site] = found.lowrank()
-        total, lost = total + found.energy, lost + found.discarded
-    return Adapter(kept), lost / total if total else 0.0
+        parts = factored(delta, ranks[site])
+        cut[site] = parts.lowrank()
+        total, lost = total + parts.energy, lost + parts.discarded
+    return Adapter(cut), lost / total if total else 0.0

@@ -1,4 +1,4 @@
-"""Attempts at a round: clients are asked, their updates taken in and kept, others asked instead."""
+"""Attempts at a round: clients train, their updates are saved, others are asked where they fail."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from polyrank.run.settings import RunSettings
 class Attempts:
     """Has an engine train the clients of a round, drawn from `clients` until enough have an update.
 
-    Updates are kept in the folder as they come; those that a killed run has left there are read
-    again in the place of training.
+    Updates are saved in the folder as they come. Those that a killed run has left there are read
+    instead of training their clients again.
     """
 
     def __init__(
         self,
         engine: Engine,
         folder: RunFolder,
-        conduct: RunSettings,
+        settings: RunSettings,
         clients: Sequence[str],
         progress: Progress,
         check_stop: Callable[[], None],
     ):
-        self._engine, self._folder, self._conduct = engine, folder, conduct
+        self._engine, self._folder, self._settings = engine, folder, settings
         self._clients, self._progress, self._check_stop = clients, progress, check_stop
 
-    def at(self, settings: RoundSettings, state: State, number: int) -> list[Round]:
+    def at(self, rounds: RoundSettings, state: State, number: int) -> list[Round]:
         """Return the attempts at round `number`, the last of which has enough updates.
 
         Each asks clients drawn anew, and those that failed before only if there are no others.
         Raises RoundFailedError if none has enough.
         """
-        faults, size = self._conduct.faults, self._conduct.sampling.count(len(self._clients))
+        faults, size = self._settings.faults, self._settings.sampling.count(len(self._clients))
         attempts: list[Round] = []
         failed: dict[str, str] = {}
         for attempt in range(faults.attempts):
-            seed = (self._conduct.seed, number, attempt, "sample")
+            seed = (self._settings.seed, number, attempt, "sample")
             clients = sample_clients(self._clients, size, *seed, last=failed)
-            attempts.append(Round(settings, state, number, attempt, clients))
+            attempts.append(Round(rounds, state, number, attempt, clients))
             self._train(attempts[-1])
             if attempts[-1].enough(faults.quorum):
                 return attempts
@@ -84,7 +84,7 @@ class Attempts:
         Returns whether this was the answer of one of the round's clients.
         """
         if (answer.round, answer.attempt) != (round.number, round.attempt):
-            round.turn_away(answer)
+            round.reject_stale(answer)
             return False
         with suppress(UpdateError):  # It is counted, with its reason, in the round.
             if isinstance(answer, Failure):
@@ -95,11 +95,11 @@ class Attempts:
 
     def _saved(self, round: Round, cohort: list[str]) -> list[Update]:
         """Return the persisted updates of a cohort; none unless there is one of every client."""
-        found = []
+        updates = []
         for client in cohort:
             expected = round.assignment_hash(client)
             update = self._folder.load_update(round.number, round.attempt, client, expected)
             if update is None:
                 return []
-            found.append(update)
-        return found
+            updates.append(update)
+        return updates

@@ -81,7 +81,7 @@ class InProcessEngine:
             yield from self.execute(tasks, on_step)
 
     def close(self) -> None:
-        """Do nothing: all that there is goes with the run."""
+        """Do nothing: the engine has nothing of its own to release."""
 
     def execute(
         self, tasks: Sequence[TrainTask], on_step: OnStep = None
@@ -111,9 +111,10 @@ class InProcessEngine:
                 f"({error}); lower engine.cohort, local.batch or data.max_length"
             ) from error
         seconds = (time.perf_counter() - started) / len(tasks)
-        for task, one in zip(tasks, trained, strict=True):
-            if one.failure is not None:
-                yield Failure(task.client, task.round, task.attempt, one.failure, one.metrics)
+        for task, result in zip(tasks, trained, strict=True):
+            if result.failure is not None:
+                at = task.client, task.round, task.attempt
+                yield Failure(*at, result.failure, result.metrics)
                 continue
             yield Update(
                 client=task.client,
@@ -121,9 +122,9 @@ class InProcessEngine:
                 attempt=task.attempt,
                 assignment=task.assignment.hash(),
                 examples=len(self.work[task.client].rows["train"]),
-                adapter=one.adapter.restrict(task.assignment.start).to(device="cpu"),
-                metrics={**one.metrics, "seconds": seconds},
-                importance=one.importance,
+                adapter=result.adapter.restrict(task.assignment.start).to(device="cpu"),
+                metrics={**result.metrics, "seconds": seconds},
+                importance=result.importance,
             )
 
     def _train(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from polyrank.aggregation import Rule
 from polyrank.errors import InexactResumeError, RunError
 from polyrank.model import LoadedModel
 
@@ -22,9 +23,15 @@ PACKAGES = ("polyrank", "torch", "transformers", "tokenizers", "numpy")
 """Distributions whose version can change a run's numbers."""
 
 
-def describe(model: LoadedModel, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the surroundings as JSON; `data` is the data's fingerprint."""
-    found = {
+def describe(
+    model: LoadedModel, data: str, settings: Mapping[str, Any], rule: Rule
+) -> dict[str, Any]:
+    """Return the environment as JSON; `data` is the data's fingerprint.
+
+    ``rule_class`` says where a rule that is not polyrank's own is defined, as module:class.
+    """
+    kind = type(rule)
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -37,7 +44,9 @@ def describe(model: LoadedModel, data: str, settings: Mapping[str, Any]) -> dict
         "data": data,
         "settings": dict(settings),
     }
-    return json.loads(json.dumps(found))  # As it is read again: tuples are lists.
+    if not kind.__module__.startswith("polyrank."):
+        content["rule_class"] = f"{kind.__module__}:{kind.__qualname__}"
+    return json.loads(json.dumps(content))  # As it is read again: tuples are lists.
 
 
 def _device(device: torch.device) -> str:
@@ -76,23 +85,26 @@ def config_fingerprint(model: LoadedModel) -> str:
 
 def _config(model: LoadedModel) -> bytes:
     config = model.module.config.to_dict()
-    kept = {key: config[key] for key in config.keys() - _NOT_OF_THE_MODEL}
-    return json.dumps(kept, sort_keys=True, default=str).encode()
+    relevant = {key: config[key] for key in config.keys() - _NOT_OF_THE_MODEL}
+    return json.dumps(relevant, sort_keys=True, default=str).encode()
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}
 
 
-def check_schema(found: Any, path: Path) -> None:
+def check_schema(content: Any, path: Path) -> None:
     """Raise RunError unless what was read from run.json has the layout of this version."""
-    schema = found.get("schema") if isinstance(found, dict) else None
+    schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise RunError(f"{path}: expected schema {SCHEMA}, got {schema}; another version wrote it")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return every difference as a line; where the model lies may differ, its fingerprint not."""
+    """Return every difference as a line.
+
+    Where the model or the rule's class lies may differ, the model's fingerprint not.
+    """
     old, new = flat(before), flat(now)
     return [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
@@ -101,27 +113,27 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-_FREE = ("model.source", "inexact")
+_FREE = ("model.source", "rule_class", "inexact")
 
 
 def carried_over(
     before: Mapping[str, Any], now: Mapping[str, Any], *, round: int, allow_inexact: bool
 ) -> dict[str, Any]:
-    """Return what a resumed run's surroundings are, given those that it was begun in.
+    """Return what a resumed run's environment is, given the one that it was begun in.
 
     Raises InexactResumeError, naming every difference, unless `allow_inexact`: then they are noted
     under ``inexact`` with the round after which they came.
     """
-    found = differences(before, now)
-    if not found:
+    differing = differences(before, now)
+    if not differing:
         return dict(before)
     if not allow_inexact:
-        listed = "\n  ".join(found)
+        listed = "\n  ".join(differing)
         raise InexactResumeError(
-            "the run was begun in other surroundings, so that its bytes could not be the same:\n  "
+            "the run was begun in another environment, so its bytes could not be the same:\n  "
             f"{listed}\nrestore them, or resume with --allow-inexact"
         )
-    note = {"after_round": round, "differences": found}
+    note = {"after_round": round, "differences": differing}
     return {**now, "inexact": [*before.get("inexact", []), note]}
 
 

@@ -122,24 +122,24 @@ class RunFolder:
 
         Without `each_client` the clients' own scores are left out: they are most of a record.
         """
-        found = []
+        records = []
         for record, _ in self._lines():
             if not each_client and record.get("evaluation"):
                 record["evaluation"]["server"].pop("clients", None)
-            found.append(record)
-        return found
+            records.append(record)
+        return records
 
     def keep_records(self, last: int) -> None:
         """Drop the records of rounds after `last`: their checkpoint was never finished."""
         path = self.path / "rounds.jsonl"
-        kept, end = [], 0
+        rounds, end = [], 0
         for record, stop in self._lines():
             if record["round"] <= last:
-                kept.append(record["round"])
+                rounds.append(record["round"])
                 end = stop
-        if kept != list(range(1, last + 1)):
+        if rounds != list(range(1, last + 1)):
             raise RunError(
-                f"{path}: expected the records of rounds 1 to {last}, found {kept}; restore the "
+                f"{path}: expected the records of rounds 1 to {last}, found {rounds}; restore the "
                 "file from a copy"
             )
         with storage.disk_errors(path), path.open("ab") as file:
@@ -175,10 +175,10 @@ class RunFolder:
         Damaged ones are named in `notes` and, by the owner of the lock, set aside as ``damaged-…``.
         Raises CheckpointError if none can be read whole.
         """
-        found, damaged = checkpoint.load(self.path / "checkpoints")
+        newest, damaged = checkpoint.load(self.path / "checkpoints")
         for path, problem in damaged.items():
             self.notes.append(
-                f"checkpoint {path.name} is damaged ({problem}); that of round {found.round} is "
+                f"checkpoint {path.name} is damaged ({problem}); that of round {newest.round} is "
                 "used instead"
             )
             if self._lock >= 0:  # Out of the way of the new one, but kept.
@@ -187,7 +187,7 @@ class RunFolder:
                 path.rename(aside)
         if self._lock >= 0:  # A kill may have come before this.
             checkpoint.prune(self.path / "checkpoints")
-        return found
+        return newest
 
     # --- updates of the round in progress ---
 

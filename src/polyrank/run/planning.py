@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from polyrank.aggregation import FleetSpec
@@ -70,10 +71,10 @@ class Planned:
         None if the arithmetic or the links of one of them are not known.
         """
         types = self.fleet.at(round)
-        found = [self.plans[types[client]].seconds for client in clients]
-        if any(what.startswith("device.") for one in found for what in one.ignored):
+        times = [self.plans[types[client]].seconds for client in clients]
+        if any(name.startswith("device.") for seconds in times for name in seconds.ignored):
             return None
-        return max(one.round for one in found)
+        return max(seconds.round for seconds in times)
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,10 @@ class Planning:
     def described(self) -> dict[str, Any]:
         """Return what plans depend on beside model, data and local training, as JSON."""
         settings, server = self.planner.settings, self.planner.server
-        limits = {name: asdict(one) for name, one in sorted(self.limits.items())}
+        limits = {name: asdict(each) for name, each in sorted(self.limits.items())}
         return {
             "settings": asdict(settings),
-            "devices": {name: one.written for name, one in sorted(self.devices.items())},
+            "devices": {name: each.written for name, each in sorted(self.devices.items())},
             "server": server.written,
             "metric": self.metric,
             "threshold": self.threshold,
@@ -144,6 +145,11 @@ class Planning:
         return {
             client: plans[device].reason for client, device in named if not plans[device].feasible
         }
+
+    @cached_property
+    def first(self) -> Planned:
+        """The fleet with its plans before anything is known of importance."""
+        return self.planned(Importance())
 
     def planned(self, known: Importance) -> Planned:
         """Return the fleet with its plans; RecipeError if a client's device cannot take part."""
@@ -183,8 +189,8 @@ class Planning:
         if self.allocation != "spectrum":
             return known
         top = self.levels[-1]
-        found = {site: factored(delta, top).s.tolist() for site, delta in adapter.items()}
-        return replace(known, spectra=found)
+        spectra = {site: factored(delta, top).s.tolist() for site, delta in adapter.items()}
+        return replace(known, spectra=spectra)
 
     def most(self, spec: FleetSpec) -> FleetSpec:
         """Return what a rule is told of a fleet of which any site may come to have any level.
@@ -208,7 +214,7 @@ def planner_of(
     model: LoadedModel,
     work: Mapping[str, ClientWork],
     local: LocalTraining,
-    conduct: RunSettings,
+    run: RunSettings,
     settings: PlanSettings,
     server: DeviceProfile,
     *,
@@ -231,8 +237,8 @@ def planner_of(
         proximal=local.proximal > 0,
         itemsize=model.dtype.itemsize,
         factor_itemsize=max(4, model.dtype.itemsize),
-        wire=conduct.split.wire,
-        in_flight=conduct.split.in_flight,
+        wire=run.split.wire,
+        in_flight=run.split.in_flight,
         checkpointing=model.checkpointing,
         dropout=local.dropout > 0,
         scored=scored,
@@ -244,6 +250,6 @@ def planner_of(
         settings,
         server,
         steps=max(local.steps_for(len(client.rows["train"])) for client in seen),
-        at_once=conduct.sampling.count(len(seen)),
-        shared=conduct.split.adapters == "shared",
+        at_once=run.sampling.count(len(seen)),
+        shared=run.split.adapters == "shared",
     )

@@ -36,7 +36,7 @@ def population(
     work: Mapping[str, ClientWork],
     fleet: Fleet,
     local: LocalTraining,
-    conduct: RunSettings,
+    settings: RunSettings,
     spec: ModelSpec,
 ) -> Population:
     """Return who trains: the clients themselves or, in a pooled run, one client called everyone.
@@ -53,8 +53,8 @@ def population(
 
     Raises RankError for a seen client without a LoRA type.
     """
-    if not conduct.pooled:
-        return Population(work, fleet, local, conduct.evaluation)
+    if not settings.pooled:
+        return Population(work, fleet, local, settings.evaluation)
     seen = [id for id, client in sorted(work.items()) if client.seen]
     without = [id for id in seen if id not in fleet.assigned]
     if without:
@@ -63,8 +63,8 @@ def population(
     return Population(
         {EVERYONE: _pooled([work[id] for id in seen])},
         Fleet(fleet.types, {EVERYONE: strongest}),
-        _as_long_as(local, conduct.sampling.count(len(seen)), len(seen)),
-        replace(conduct.evaluation, own_rank=False),
+        _as_long_as(local, settings.sampling.count(len(seen)), len(seen)),
+        replace(settings.evaluation, own_rank=False),
     )
 
 

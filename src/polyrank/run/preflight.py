@@ -34,13 +34,13 @@ def resolve_cohort(
     spec: FleetSpec,
     local: LocalTraining,
     work: Mapping[str, ClientWork],
-    dealt: Sequence[Assignment] = (),
+    heaviest: Sequence[Assignment] = (),
     *,
     scored: bool = False,
 ) -> int:
     """Return how many clients train in one pass; ResourceError if not even one fits memory.
 
-    `dealt` are assignments as heavy as they will come, for what they hold beside factors. With
+    `heaviest` are assignments as heavy as they will come, for their parts beside factors. With
     `scored` some steps measure importance.
     """
     longest = targets = 0
@@ -50,7 +50,7 @@ def resolve_cohort(
     most = max(spec.ranks.values(), key=lambda ranks: sum(ranks.values()))
     largest = {**dict.fromkeys(model.spec.shapes, 0), **most}
     free = free_memory(model.device)
-    if slot_bytes(model, largest, local, longest, targets, dealt, scored=scored) > free:
+    if slot_bytes(model, largest, local, longest, targets, heaviest, scored=scored) > free:
         raise ResourceError(
             f"memory: {free / 2**20:.0f} MiB are free on {model.device}, by estimate too little to "
             f"train one client with batches of {local.batch} × {longest} tokens; lower local.batch "
@@ -59,32 +59,32 @@ def resolve_cohort(
     if wanted != "auto":
         return wanted
     fits = cohort_size(
-        model, largest, local, longest, targets, int(free * SHARE), dealt, scored=scored
+        model, largest, local, longest, targets, int(free * SHARE), heaviest, scored=scored
     )
     return max(1, min(fits, len(spec.ranks)))
 
 
 def check_measures(
-    conduct: RunSettings,
+    settings: RunSettings,
     model: LoadedModel,
     work: Mapping[str, ClientWork],
     benchmark: Benchmark | None = None,
 ) -> None:
     """Raise RecipeError or DataError if something is asked for that could never be measured."""
-    measured, context = conduct.evaluation, model.spec.context
+    measured, context = settings.evaluation, model.spec.context
     if (measured.generate or measured.generate_every) and measured.max_new_tokens >= context:
         raise RecipeError(
             f"evaluation.max_new_tokens: {measured.max_new_tokens} leave no room for a prompt in "
             f"the context of {model.source}, {context} tokens; lower it"
         )
-    if conduct.target_perplexity is not None and (
+    if settings.target_perplexity is not None and (
         benchmark is None or not benchmark.between or not benchmark.settings.every
     ):
         raise RecipeError(
             "target_perplexity: needs the perplexity between the rounds; give benchmark.validation "
             "and benchmark.every"
         )
-    wishes = {"early_stopping": conduct.stopping, "target_loss": conduct.target_loss}
+    wishes = {"early_stopping": settings.stopping, "target_loss": settings.target_loss}
     for name in (name for name, wish in wishes.items() if wish is not None):
         if not measured.every:
             raise RecipeError(f"{name}: needs the validation loss; set evaluation.every")
@@ -119,12 +119,12 @@ def check_cuts(model: LoadedModel, fleet: Fleet, rule: Rule, split: SplitSetting
         fleet.ranks_by_type(model.spec),
         {site.name: site.block for site in model.spec.sites},
     )
-    found: dict[str, tuple[str, int]] = {}
+    first: dict[str, tuple[str, int]] = {}
     for name, cut in sorted(cuts.items()):
         server = cut.at_server(model.spec.blocks)
         for site in (site for site in at if at[site] in server):
             rank = ranks[name].get(site, 0)
-            other, before = found.setdefault(site, (name, rank))
+            other, before = first.setdefault(site, (name, rank))
             if rank != before:
                 raise RankError(
                     f"split.adapters = 'shared': at {site} type {other} has rank {before}, "
@@ -141,14 +141,14 @@ def free_memory(device: torch.device) -> int:
 
 
 def check_disk(
-    folder: Path, state: State, dealt: Sequence[Assignment], clients: int, growth: int = 0
+    folder: Path, state: State, assignments: Sequence[Assignment], clients: int, growth: int = 0
 ) -> None:
     """Raise ResourceError if the checkpoints and the updates of one round will not fit the disk.
 
     `growth` says by how many bytes the state may come to grow.
     """
     updates = clients * max(
-        _bytes(delta.tensors() for delta in one.start.values()) for one in dealt
+        _bytes(delta.tensors() for delta in assignment.start.values()) for assignment in assignments
     )
     # A state and a best one in each checkpoint, one more being written, and the adapter.
     needed = (KEEP + 2) * 2 * (_bytes([state.tensors]) + growth) + updates

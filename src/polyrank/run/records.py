@@ -1,9 +1,10 @@
-"""What is written down of a round, and the summary of a run."""
+"""The record of a round: one line of rounds.jsonl."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +33,15 @@ class RoundRecord:
     may differ between a run and its repetition in one process.
 
     `turned_away` has every answer of all attempts that was not aggregated, as client, kind
-    (`polyrank.rounds.messages.Kind`) and reason; `clipped` the share of its way that counted,
-    per client whose update was shortened; `traffic` the bytes ``up`` and ``down`` per client, which
-    sum to `bytes_up` and `bytes_down`. Records of before lack these three: `traffic` is then None.
+    (`polyrank.rounds.messages.RejectionKind`) and reason; `clipped` the share of its increment
+    that counted, per client whose update was shortened; `traffic` the bytes ``up`` and ``down`` per
+    client, which sum to `bytes_up` and `bytes_down`. Old records lack these three: `traffic` is
+    then None.
+
+    `loss` is of other clients in every round. `losses` gives each accepted client's own, and
+    `loss_change` compares like with like: the mean, over those of these clients that had an
+    accepted update in an earlier round, of their loss now minus their loss then; below 0 is better.
+    It is None where there is no such client. Records of version 0.1 lack both.
     """
 
     schema: int
@@ -60,6 +67,8 @@ class RoundRecord:
     turned_away: list[dict[str, str]] = field(default_factory=list)
     clipped: dict[str, float] = field(default_factory=dict)
     traffic: dict[str, dict[str, int]] | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+    loss_change: float | None = None
 
     @staticmethod
     def of(
@@ -72,11 +81,17 @@ class RoundRecord:
         benchmark: dict[str, Any] | None = None,
         modelled_seconds: float | None = None,
         planned_anew: bool = False,
+        last_losses: Mapping[str, float] | None = None,
     ) -> RoundRecord:
-        """Return the record of a round, given its attempts; the last is the one that succeeded."""
-        round = attempts[-1]
-        receipts = [round.accepted[client] for client in sorted(round.accepted)]
-        targets = sum(r.metrics["target_tokens"] for r in receipts)
+        """Return the record of a round, given its attempts; the last is the one that succeeded.
+
+        `last_losses` are the clients' losses of the last earlier round with an update of theirs.
+        """
+        round, before = attempts[-1], last_losses or {}
+        accepted = dict(sorted(round.accepted.items()))
+        losses = {client: update.metrics["loss"] for client, update in accepted.items()}
+        changes = [loss - before[client] for client, loss in losses.items() if client in before]
+        targets = {client: update.metrics["target_tokens"] for client, update in accepted.items()}
         present = [types[client] for client in round.clients]
         return RoundRecord(
             schema=SCHEMA,
@@ -84,11 +99,19 @@ class RoundRecord:
             attempt=round.attempt,
             clients=list(round.clients),
             ranks={name: present.count(name) for name in sorted(set(present))},
-            loss=sum(r.metrics["loss"] * r.metrics["target_tokens"] for r in receipts) / targets,
-            tokens=int(sum(r.metrics["tokens"] for a in attempts for r in a.accepted.values())),
+            loss=sum(losses[client] * targets[client] for client in losses) / sum(targets.values()),
+            tokens=int(
+                sum(
+                    update.metrics["tokens"]
+                    for attempt in attempts
+                    for update in attempt.accepted.values()
+                )
+            ),
             bytes_down=sum(attempt.bytes_down for attempt in attempts),
             bytes_up=sum(attempt.bytes_up for attempt in attempts),
-            energy={site: [r.energy, r.discarded] for site, r in sorted(reports.items())},
+            energy={
+                site: [report.energy, report.discarded] for site, report in sorted(reports.items())
+            },
             rejected=dict(sorted(round.rejected.items())),
             abandoned=[dict(sorted(attempt.rejected.items())) for attempt in attempts[:-1]],
             evaluation=evaluation,
@@ -100,14 +123,16 @@ class RoundRecord:
             modelled_seconds=modelled_seconds,
             planned_anew=planned_anew,
             turned_away=[
-                dataclasses.asdict(one) for attempt in attempts for one in attempt.turned_away
+                dataclasses.asdict(rejection)
+                for attempt in attempts
+                for rejection in attempt.rejections
             ],
             clipped={
-                client: receipt.clipped
-                for client, receipt in sorted(round.accepted.items())
-                if receipt.clipped < 1
+                client: update.clipped for client, update in accepted.items() if update.clipped < 1
             },
             traffic=added(attempt.traffic for attempt in attempts),
+            losses=losses,
+            loss_change=statistics.fmean(changes) if changes else None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -115,19 +140,19 @@ class RoundRecord:
         return dataclasses.asdict(self)
 
     @staticmethod
-    def from_json(found: Mapping[str, Any]) -> RoundRecord:
+    def from_json(content: Mapping[str, Any]) -> RoundRecord:
         """Return the record that `to_json` gave; RunError for one of another layout."""
-        if found.get("schema") != SCHEMA:
+        if content.get("schema") != SCHEMA:
             raise RunError(
-                f"rounds.jsonl: expected records of schema {SCHEMA}, got {found.get('schema')}; "
+                f"rounds.jsonl: expected records of schema {SCHEMA}, got {content.get('schema')}; "
                 "another version wrote them"
             )
-        return RoundRecord(**found)
+        return RoundRecord(**content)
 
     @property
     def late(self) -> list[str]:
         """The clients that were late in the round, once for each attempt."""
-        return [one["client"] for one in self.turned_away if one["kind"] == "late"]
+        return [answer["client"] for answer in self.turned_away if answer["kind"] == "late"]
 
     @property
     def discarded(self) -> float:
@@ -165,141 +190,9 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def summary(
-    *,
-    method: str,
-    records: Sequence[Mapping[str, Any]],
-    base: Mapping[str, Any],
-    final: Mapping[str, Any],
-    target: float | None,
-    target_perplexity: float | None = None,
-    stopped: str | None,
-    result_round: int,
-    adapter_lost: float,
-) -> dict[str, Any]:
-    """Return summary.json's content; `base` and `final` are evaluations on the test parts.
-
-    `adapter_lost` is the share of energy that the adapter folder lacks of what `final` evaluates.
-    Where there is a benchmark, its scores are there too, without the texts. ``clients`` tells what
-    each client did (`polyrank.run.records`).
-    """
-    keys = ("loss", "loss_se", "exact_match", "rouge_l", "clients")
-
-    def short(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-        return {who: {k: evaluation[who][k] for k in keys} for who in ("seen", "unseen")}
-
-    def held_out(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in evaluation["benchmark"].items() if k != "texts"}
-
-    benchmark: dict[str, Any] = {}
-    if "benchmark" in final:
-        benchmark["benchmark"] = {"base": held_out(base), "final": held_out(final)}
-        benchmark["to_target_perplexity"] = to_target_perplexity(records, target_perplexity)
-    return {
-        "schema": SCHEMA,
-        "method": method,
-        "rounds": len(records),
-        "result_round": result_round,
-        "adapter_lost": adapter_lost,
-        "stopped": stopped,
-        "seconds": sum(r["seconds"]["total"] for r in records),
-        "tokens": sum(r["tokens"] for r in records),
-        "bytes_up": sum(r["bytes_up"] for r in records),
-        "bytes_down": sum(r["bytes_down"] for r in records),
-        "wire_up": sum(r.get("wire_up", 0) for r in records),  # Records of before lack them.
-        "wire_down": sum(r.get("wire_down", 0) for r in records),
-        "to_target": to_target(records, target),
-        "base": short(base),
-        "final": short(final),
-        **benchmark,
-        "clients": attendance(records),
-        "per_category": final["per_category"],
-    }
-
-
-def to_target(records: Sequence[Mapping[str, Any]], loss: float | None) -> dict[str, Any] | None:
-    """Return rounds, bytes and seconds until the seen clients' validation loss fell to `loss`.
-
-    None if no target was given; values of None if it was not reached.
-    """
-
-    def measured(record: Mapping[str, Any]) -> float | None:
-        evaluation = record["evaluation"]
-        return evaluation["server"]["seen"]["loss"] if evaluation else None
-
-    if loss is None:
-        return None
-    spent = _until(records, loss, measured)
-    return {"loss": loss, **{key: spent[key] for key in ("rounds", "bytes", "seconds")}}
-
-
-def to_target_perplexity(
-    records: Sequence[Mapping[str, Any]], perplexity: float | None
-) -> dict[str, Any] | None:
-    """Return the same for the perplexity on the benchmark, and the seconds by the cost model."""
-
-    def measured(record: Mapping[str, Any]) -> float | None:
-        found = record.get("benchmark")
-        return found["perplexity"] if found else None
-
-    if perplexity is None:
-        return None
-    return {"perplexity": perplexity, **_until(records, perplexity, measured)}
-
-
-def _until(
-    records: Sequence[Mapping[str, Any]],
-    target: float,
-    measured: Callable[[Mapping[str, Any]], float | None],
-) -> dict[str, Any]:
-    """What all rounds took together up to the first that measured the target or less."""
-    for count, record in enumerate(records, start=1):
-        reached = measured(record)
-        if reached is not None and reached <= target:
-            done = records[:count]
-            modelled = [one.get("modelled_seconds") for one in done]
-            return {
-                "rounds": record["round"],
-                "bytes": sum(one["bytes_up"] + one["bytes_down"] for one in done),
-                "seconds": sum(one["seconds"]["total"] for one in done),
-                "modelled_seconds": None if None in modelled else sum(modelled),
-            }
-    return dict.fromkeys(("rounds", "bytes", "seconds", "modelled_seconds"))
-
-
-_REFUSED = {"invalid", "failed", "refused"}
-_COUNTED = {**dict.fromkeys(_REFUSED, "refused"), "late": "late", "lost": "lost"}
-
-
-def attendance(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int | None]]:
-    """Return per client that was ever asked what it did in all rounds, in order of the names.
-
-    ``rounds_joined`` counts the rounds with an accepted update of it, ``bytes_up`` and
-    ``bytes_down`` all that travelled, ``refused`` the answers that said no or could not be used,
-    ``late`` and ``lost`` how often none came in time, or at all. `records` are read once, in one
-    pass. Records of before say no bytes per client, which are then None for all, and of refusals
-    only how many clients had no accepted update in an attempt.
-    """
-    found: dict[str, dict[str, int]] = {}
-    measured = True
+def last_losses(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the loss of each client in the last of these rounds with an accepted update of it."""
+    losses: dict[str, float] = {}
     for record in records:
-        traffic, away = record.get("traffic"), record.get("turned_away", [])
-        measured &= traffic is not None
-        for client in record["clients"]:
-            _of(found, client)["rounds_joined"] += client not in record["rejected"]
-        for client, count in (traffic or {}).items():
-            for way, nbytes in count.items():
-                _of(found, client)[f"bytes_{way}"] += nbytes
-        if traffic is None:
-            attempts = [record["rejected"], *record["abandoned"]]
-            away = [{"client": c, "kind": "failed"} for one in attempts for c in one]
-        for one in away:
-            if one["kind"] in _COUNTED:
-                _of(found, one["client"])[_COUNTED[one["kind"]]] += 1
-    unknown = {} if measured else {"bytes_up": None, "bytes_down": None}
-    return {client: {**found[client], **unknown} for client in sorted(found)}
-
-
-def _of(found: dict[str, dict[str, int]], client: str) -> dict[str, int]:
-    names = ("rounds_joined", "bytes_up", "bytes_down", "refused", "late", "lost")
-    return found.setdefault(client, dict.fromkeys(names, 0))
+        losses |= record.get("losses", {})  # Records of version 0.1 lack them.
+    return losses

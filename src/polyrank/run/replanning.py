@@ -17,15 +17,18 @@ class Replanning:
 
     def __init__(self, planning: Planning | None, *, pooled: bool):
         self._planning, self._pooled = planning, pooled
-        self.now: Planned | None = None
+        self.now: Planned | None = None if planning is None else planning.first
         """The plans in force."""
-        if planning is not None:
-            self.now = planning.planned(Importance())
 
     @property
     def metric(self) -> Metric | None:
         """The metric by which importance is scored; None where it is not."""
         return None if self._planning is None or self._pooled else self._planning.metric
+
+    @property
+    def metric_name(self) -> Metric:
+        """The metric, or its default where nothing is scored."""
+        return self.metric or "channel"
 
     def score_every(self, model: LoadedModel) -> int:
         """Return how often importance is scored, as asked or as measured now; 0: never."""

@@ -1,4 +1,4 @@
-"""What a run is set up with: ranks, weights and the server's rank, from fleet and conduct."""
+"""What a run is set up with: who trains, ranks, weights, the first state and the engine."""
 
 from __future__ import annotations
 
@@ -6,21 +6,107 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from polyrank.aggregation import Assignment, FleetSpec, Rule, State
 from polyrank.algebra import Adapter, LowRank
+from polyrank.data import Skipped
 from polyrank.errors import RankError
 from polyrank.planning import CutPoint, Fleet, ModelSpec
 from polyrank.rounds.assignments import RoundSettings
+from polyrank.rounds.engine import Engine
 from polyrank.rounds.round import Round
+from polyrank.run import preflight
+from polyrank.run.checkpoint import Checkpoint
+from polyrank.run.engine import InProcessEngine
+from polyrank.run.population import Population, population
+from polyrank.run.replanning import Replanning
 from polyrank.run.settings import RunSettings
 from polyrank.training import LocalTraining
-from polyrank.training.client_data import ClientWork
+from polyrank.training.client_data import ClientWork, prepare
+
+if TYPE_CHECKING:
+    from polyrank.run.federation import Federation
+
+
+@dataclass
+class Setup:
+    """What a run derives from its parts before it has a folder.
+
+    `work` are the clients that are measured, `fleet` has their types; `population` are those that
+    train. `first` is the checkpoint before the first round, `heaviest` are assignments as heavy as
+    they will come, `growth` the bytes by which the state may grow.
+    """
+
+    work: Mapping[str, ClientWork]
+    skipped: Skipped
+    fleet: Fleet
+    population: Population
+    plans: Replanning
+    rounds: RoundSettings
+    server_rank: Mapping[str, int]
+    first: Checkpoint
+    heaviest: Sequence[Assignment]
+    growth: int
+    engine: Engine
+
+
+def set_up(parts: Federation) -> Setup:
+    """Derive what a run needs from its parts; reads and writes no file.
+
+    Raises RecipeError, DataError, RankError, RuleError or ResourceError if they do not fit.
+    """
+    model, rule, settings, planning = parts.model, parts.rule, parts.settings, parts.planning
+    plans = Replanning(planning, pooled=settings.pooled)
+    fleet = parts.fleet if plans.now is None else plans.now.fleet
+    check_names(fleet, parts.clients)
+    work, skipped = parts.prepared or prepare(parts.clients, model, settings.encoding)
+    if parts.benchmark is not None:
+        skipped += parts.benchmark.skipped
+    who = population(work, fleet, parts.local, settings, model.spec)
+    preflight.check_measures(settings, model, work, parts.benchmark)
+    rounds = checked_round_settings(parts, who, who.fleet)
+    spec = fleet_spec(rounds, who.fleet, model.spec, settings.server_rank)
+    if planning is not None and not settings.pooled:
+        spec = planning.most(spec)
+    first = Checkpoint(0, rule.init(spec))
+    heaviest = heaviest_assignments(rounds, spec, first.state)
+    engine = parts.engine
+    if engine is None:
+        cohort = preflight.resolve_cohort(
+            settings.cohort,
+            model,
+            spec,
+            who.local,
+            who.work,
+            heaviest,
+            scored=plans.metric is not None,
+        )
+        engine = InProcessEngine(model, who.work, who.local, cohort, settings.split)
+    return Setup(
+        work=work,
+        skipped=skipped,
+        fleet=fleet,
+        population=who,
+        plans=plans,
+        rounds=rounds,
+        server_rank=spec.server_rank,
+        first=first,
+        heaviest=heaviest,
+        growth=rule.growth(spec),
+        engine=engine,
+    )
+
+
+def checked_round_settings(parts: Federation, who: Population, fleet: Fleet) -> RoundSettings:
+    """Return what all rounds with this fleet share, after checking its cuts."""
+    preflight.check_cuts(parts.model, fleet, parts.rule, parts.settings.split)
+    return round_settings(parts.rule, fleet, parts.model.spec, who.work, parts.settings)
 
 
 def round_settings(
@@ -28,7 +114,7 @@ def round_settings(
     fleet: Fleet,
     spec: ModelSpec,
     work: Mapping[str, ClientWork],
-    conduct: RunSettings,
+    settings: RunSettings,
 ) -> RoundSettings:
     """Return what all rounds share.
 
@@ -50,15 +136,15 @@ def round_settings(
     return RoundSettings(
         rule=rule,
         ranks=ranks_in(1),
-        weights=conduct.weights.weights(examples),
-        scaling=conduct.scaling,
-        seed=conduct.seed,
-        max_increment=conduct.faults.max_increment,
-        clip_increment=conduct.faults.clip_increment,
-        max_share=conduct.weights.most,
+        weights=settings.weights.weights(examples),
+        scaling=settings.scaling,
+        seed=settings.seed,
+        max_increment=settings.faults.max_increment,
+        clip_increment=settings.faults.clip_increment,
+        max_share=settings.weights.most,
         ranks_in=lru_cache(2)(ranks_in) if fleet.schedule else None,
         cut_of=_cut_of(fleet) if fleet.cuts else None,
-        held_by={cut: _held(cut, spec) & trained for cut in fleet.cuts.values()},
+        sites_by_cut={cut: _client_sites(cut, spec) & trained for cut in fleet.cuts.values()},
         sites=frozenset(spec.shapes),
     )
 
@@ -69,8 +155,8 @@ def _cut_of(fleet: Fleet) -> Callable[[str, int], CutPoint | None]:
     return lambda client, round: fleet.cuts.get(types(round)[client])
 
 
-def _held(cut: CutPoint, spec: ModelSpec) -> frozenset[str]:
-    """The sites in the blocks that a client of this cut holds."""
+def _client_sites(cut: CutPoint, spec: ModelSpec) -> frozenset[str]:
+    """The sites in the blocks that a client of this cut runs."""
     blocks = cut.at_client(spec.blocks)
     return frozenset(site.name for site in spec.sites if site.block in blocks)
 
@@ -86,7 +172,7 @@ def check_names(fleet: Fleet, clients: Iterable[str]) -> None:
 
 
 def fleet_spec(
-    settings: RoundSettings, fleet: Fleet, spec: ModelSpec, server_rank: int | None
+    rounds: RoundSettings, fleet: Fleet, spec: ModelSpec, server_rank: int | None
 ) -> FleetSpec:
     """Return what the rule is told: the server keeps each site at the fleet's largest rank.
 
@@ -102,30 +188,29 @@ def fleet_spec(
     if server_rank is not None:
         largest = {site: min(server_rank, *shapes[site]) for site in largest}
     later = {f"any of type {name}": own for name, own in by_type.items()} if fleet.schedule else {}
-    return FleetSpec(shapes, {**settings.ranks, **later}, largest, settings.seed)
+    return FleetSpec(shapes, {**rounds.ranks, **later}, largest, rounds.seed)
 
 
-def heaviest_assignments(
-    settings: RoundSettings, spec: FleetSpec, state: State
-) -> list[Assignment]:
-    """Return what is dealt in the first round, once for each set of ranks, made as heavy as later.
+def heaviest_assignments(rounds: RoundSettings, spec: FleetSpec, state: State) -> list[Assignment]:
+    """Return the first round's assignments, once for each set of ranks, made as heavy as later.
 
-    A frozen term that only comes with later rounds is there as zeros.
+    A frozen term that only comes with later rounds is in them as zeros.
     """
-    round = Round(settings, state, 1, 0, list(settings.ranks))
-    dealt = {id(one): one for one in map(round.assignment, round.clients)}.values()
-    ranks = settings.rule.frozen_ranks(spec)
+    round = Round(rounds, state, 1, 0, list(rounds.ranks))
+    every = map(round.assignment, round.clients)
+    assignments = {id(assignment): assignment for assignment in every}.values()
+    ranks = rounds.rule.frozen_ranks(spec)
     if not ranks:
-        return [*dealt]
+        return [*assignments]
     zeros = {
         site: LowRank(torch.zeros(spec.shapes[site][0], r), torch.zeros(r, spec.shapes[site][1]))
         for site, r in ranks.items()
     }
-    return [dataclasses.replace(one, frozen=Adapter(zeros)) for one in dealt]
+    return [replace(assignment, frozen=Adapter(zeros)) for assignment in assignments]
 
 
 def described(
-    rule: Rule, fleet: Fleet, local: LocalTraining, conduct: RunSettings, cohort: int
+    rule: Rule, fleet: Fleet, local: LocalTraining, settings: RunSettings, cohort: int
 ) -> dict[str, Any]:
     """Return the settings that a run's bytes depend on, as JSON; the fleet as its hash."""
     ranks = {name: dict(kind.ranks) for name, kind in fleet.types.items()}
@@ -137,7 +222,7 @@ def described(
         "cohort": cohort,
         "options": _fields(rule),
         "local": _fields(local),
-        "conduct": {key: item for key, item in _fields(conduct).items() if key != "cohort"},
+        "conduct": {key: item for key, item in _fields(settings).items() if key != "cohort"},
         "fleet": hashlib.sha256(table.encode()).hexdigest(),
         **({"cuts": cuts} if cuts else {}),
     }
@@ -151,11 +236,11 @@ def _fields(value: Any) -> dict[str, Any]:
     """
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return {}
-    found = dataclasses.asdict(value)
+    content = dataclasses.asdict(value)
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
         if field.metadata.get("later") and item == field.default:
-            del found[field.name]
+            del content[field.name]
         elif dataclasses.is_dataclass(item):
-            found[field.name] = _fields(item)
-    return found
+            content[field.name] = _fields(item)
+    return content

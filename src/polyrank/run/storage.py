@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,16 +153,16 @@ def read_site(path: Path, site: str) -> Delta:
     never frees some bytes of each call: 14 MiB in 50 rounds of 80 clients. So the tensors are read
     from the format itself: the header's length in 8 bytes, the header as JSON, the data.
     """
-    found = {}
+    tensors = {}
     with path.open("rb") as file:
         begin = 8 + int.from_bytes(file.read(8), "little")
-        for name, about in _entries(file.read(begin - 8).decode(), site):
-            start, stop = about["data_offsets"]
+        for name, entry in _entries(file.read(begin - 8).decode(), site):
+            start, stop = entry["data_offsets"]
             file.seek(begin + start)
-            found[name] = _from_bytes(bytearray(file.read(stop - start)), **about)
-    if not found:
+            tensors[name] = _from_bytes(bytearray(file.read(stop - start)), **entry)
+    if not tensors:
         raise KeyError(site)
-    return from_tensors(found)
+    return from_tensors(tensors)
 
 
 def _entries(header: str, site: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -206,11 +204,11 @@ _DTYPES = {
 
 
 def _names_by_site(file: safe_open) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for key in file.keys():  # noqa: SIM118
         site, name = key.rsplit("|", 1)
-        found.setdefault(site, []).append(name)
-    return found
+        names.setdefault(site, []).append(name)
+    return names
 
 
 def _delta(file: safe_open, site: str, names: Iterable[str]) -> Delta:
@@ -244,15 +242,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: expected readable JSON: {error}") from error
-
-
-def give_back() -> None:
-    """Return freed memory to the system, where the C library keeps it (glibc); elsewhere nothing.
-
-    A round frees what it allocated, but glibc keeps the pages, in pieces that the next round does
-    not fit, so that the resident memory of a long run creeps up although what is in use does not.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

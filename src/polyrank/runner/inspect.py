@@ -14,16 +14,22 @@ from polyrank.config import Recipe
 from polyrank.errors import RunError
 from polyrank.planning import CutPoint
 from polyrank.run import GlobalAdapter, RoundRecord, RunFolder, storage
+from polyrank.run.folder import RUN
 
 RECIPE = "recipe.toml"
 FLEET = "fleet.json"
-ABOUT = "run.json"
 
 
 def recipe_of(folder: Path) -> Recipe:
     """Return the recipe of a run folder; RunError if there is none."""
     if not folder.is_dir():
         raise RunError(f"{folder}: no such run folder")
+    if (folder / RUN).is_file() and not (folder / RECIPE).is_file():
+        raise RunError(
+            f"{folder}: this run was made from Python, so it has no {RECIPE}; make the same "
+            f"Federation again and go on there: federation.resume({str(folder)!r}), then rounds, "
+            "or adapter.save"
+        )
     if not (folder / RECIPE).is_file():
         raise RunError(
             f"{folder}: expected a folder that `polyrank run` made, with a {RECIPE} in it"
@@ -44,18 +50,27 @@ class RunInspection:
 
 def cuts_of(fleet: Mapping[str, Any]) -> tuple[dict[str, CutPoint], int]:
     """Return the cut per type and the model's blocks, as fleet.json says; none in older ones."""
-    found = fleet.get("cuts", {})
-    return {name: CutPoint.of(written) for name, written in found.items()}, fleet.get("blocks", 0)
+    cuts = fleet.get("cuts", {})
+    return {name: CutPoint.of(written) for name, written in cuts.items()}, fleet.get("blocks", 0)
 
 
 def look(folder: Path) -> RunInspection:
     """Read a run folder, without loading its model."""
     opened = RunFolder.peek(folder)
     saved = opened.load_checkpoint()
+    rule = _rule_of(folder)
+    if isinstance(rule, str):
+        opened.notes.append(
+            f"the adapter is not shown: its rule {rule} is code outside polyrank; make the same "
+            "Federation in Python, then federation.resume(...).adapter"
+        )
+    factors = None
+    if saved.round and not isinstance(rule, str):
+        factors = rule.adapter(saved.best or saved.state)
     return RunInspection(
         records=[RoundRecord.from_json(r) for r in opened.records() if r["round"] <= saved.round],
         fleet=storage.read_json(folder / FLEET) if (folder / FLEET).exists() else None,
-        factors=_rule_of(folder).adapter(saved.best or saved.state) if saved.round else None,
+        factors=factors,
         result_round=saved.progress.best_round if saved.best else saved.round,
         notes=opened.notes,
     )
@@ -82,10 +97,16 @@ def _server_ranks(folder: Path, factors: Adapter, wanted: int | None) -> dict[st
     return {site: max(ranks.get(site, 0) for ranks in by_type) for site in factors}
 
 
-def _rule_of(folder: Path) -> Rule:
-    """The rule of a run, by its recipe, or by its name where the run was made from Python."""
+def _rule_of(folder: Path) -> Rule | str:
+    """The rule of a run, by its recipe, or by its name where the run was made from Python.
+
+    Of a rule that is not polyrank's own it is the place of its class, which is not imported here.
+    """
     if (folder / RECIPE).is_file():
         return recipe_of(folder).rule()
-    settings = storage.read_json(folder / ABOUT)["settings"]
+    begun = storage.read_json(folder / RUN)
+    if "rule_class" in begun:
+        return begun["rule_class"]
+    settings = begun["settings"]
     name, begins_sparsely, _ = settings["rule"].partition("+")
     return SLoRA(rule(name), settings["options"]["rounds"]) if begins_sparsely else rule(name)

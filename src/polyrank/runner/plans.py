@@ -66,7 +66,7 @@ def planning_of(
         model,
         work,
         recipe.local.build(),
-        recipe.conduct(),
+        recipe.run_settings(),
         section.build(),
         profiles[SERVER],
         scored=section.importance != "none" and not recipe.data.pooled,

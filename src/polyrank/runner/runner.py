@@ -2,143 +2,44 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from polyrank.config import Recipe
-from polyrank.data import Clients, Skipped
 from polyrank.errors import FolderExistsError, InterruptedRunError, RunError
-from polyrank.evaluation import Benchmark, Evaluator
-from polyrank.model import LoadedModel
-from polyrank.planning import Fleet
-from polyrank.rounds import Engine
-from polyrank.run import Federation, Planning, RoundRecord, storage
-from polyrank.run.planning import Importance
+from polyrank.run import Run, storage
+from polyrank.run.folder import SUMMARY
+from polyrank.run.run import BASE
 from polyrank.runner.inspect import FLEET, RECIPE, recipe_of
-from polyrank.runner.plans import planning_of
-from polyrank.training import ClientWork, prepare
+from polyrank.runner.parts import Invocation, LocalParts, Parts, federation_of, fleet_json
 
 CONTROL = "control"
-BASE = "base.json"
-SUMMARY = "summary.json"
-
-
-class Listener(Protocol):
-    """Someone who follows a run, such as a terminal."""
-
-    def loading(self, what: str) -> None:
-        """Tell that the data or the model is being loaded."""
-        ...
-
-    def begun(self, title: str, federation: Federation, rounds: int) -> None:
-        """Tell that a run was set up and will go on from its last finished round."""
-        ...
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """Tell of a step forward within a phase."""
-        ...
-
-    def round(self, record: RoundRecord) -> None:
-        """Tell of a finished round."""
-        ...
 
 
 @dataclass(frozen=True)
-class Attendance:
-    """Who follows a run, when it is to stop, and whether it may go on in other surroundings."""
+class Result:
+    """A run's summary; `finished_before` if an earlier command made it and nothing was trained."""
 
-    listener: Listener
-    stop: Callable[[], bool]
-    allow_inexact: bool = False
-
-    def check_stop(self) -> None:
-        """Raise InterruptedRunError if the run is to stop."""
-        if self.stop():
-            raise InterruptedRunError("stopped before the first step")
+    summary: Mapping[str, Any]
+    finished_before: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The summaries of a run and of its control, if it has one, and where they lie."""
+    """The results of a run and of its control, if it has one, and the folder they lie in."""
 
     folder: Path
-    summary: Mapping[str, Any]
-    control: Mapping[str, Any] | None = None
+    run: Result
+    control: Result | None = None
     forced: str | None = None
 
 
-class Parts:
-    """What runs of one seed have in common, loaded when first needed; data first."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        attendance: Attendance,
-        load: Callable[[], LoadedModel] | None = None,
-    ):
-        self._recipe, self._attendance = recipe, attendance
-        self._load = load or recipe.model.load
-        self.base: str | None = None
-        """The base's evaluation as JSON, once it was made."""
-
-    def of(self, recipe: Recipe) -> Parts:
-        """Return the parts of a recipe with the same model, such as one of another seed."""
-        return Parts(recipe, self._attendance, lambda: self.model)
-
-    @cached_property
-    def clients(self) -> Clients:
-        """The data, dealt to clients."""
-        self._attendance.listener.loading("data")
-        return self._recipe.clients()
-
-    @cached_property
-    def fleet(self) -> Fleet:
-        """The fleet, not forced to one type."""
-        return self._recipe.fleet_of(self.clients)
-
-    @cached_property
-    def model(self) -> LoadedModel:
-        """The model."""
-        self._attendance.check_stop()
-        self._attendance.listener.loading("model")
-        return self._load()
-
-    @cached_property
-    def prepared(self) -> tuple[Mapping[str, ClientWork], Skipped]:
-        """The clients' examples as token ids, and what could not be used."""
-        clients, model = self.clients, self.model
-        self._attendance.listener.loading("token ids")
-        return prepare(clients, model, self._recipe.data.encoding())
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """The clients that are there and take no part, with the reasons."""
-        return {}
-
-    def planning(self, recipe: Recipe, fleet: Fleet) -> Planning | None:
-        """Return how ranks and cuts are planned; None for a recipe without [plan]."""
-        if recipe.plan is None:
-            return None
-        return planning_of(recipe, self.model, fleet, self.prepared[0])
-
-    def elsewhere(self, fleet: Fleet) -> tuple[Engine, Evaluator] | None:  # noqa: ARG002
-        """Return who trains and scores the fleet's clients; None: this process does."""
-        return None
-
-    @cached_property
-    def benchmark(self) -> Benchmark | None:
-        """The held-out sources, if the recipe names some."""
-        return self._recipe.benchmark_of(self.model)
-
-
-def start(recipe: Recipe, out: Path, attendance: Attendance) -> Outcome:
+def start(recipe: Recipe, out: Path, invocation: Invocation) -> Outcome:
     """Carry out a recipe in a new folder `out`; with ``control``, also the homogeneous control.
 
     The control runs on the same clients, seeds and data with the fleet forced to one type, in
@@ -150,10 +51,10 @@ def start(recipe: Recipe, out: Path, attendance: Attendance) -> Outcome:
             f"{out}: exists already, and a run never overwrites one; choose another --out, or go "
             f"on with it: polyrank resume {out}"
         )
-    return _carry_out(recipe.resolved(), out, attendance, resume=False)
+    return _run_both(recipe.resolved(), out, invocation, resume=False)
 
 
-def resume(folder: Path, attendance: Attendance) -> Outcome:
+def resume(folder: Path, invocation: Invocation) -> Outcome:
     """Go on with what `start` began in this folder; what is finished is not done again.
 
     Raises RunError for an unfinished run whose clients have the data.
@@ -164,7 +65,7 @@ def resume(folder: Path, attendance: Attendance) -> Outcome:
             f"{folder}: the data of this run lies with its clients, so Flower goes on with it: "
             f"{flower_resumes(folder)}"
         )
-    return _carry_out(recipe, folder, attendance, resume=True)
+    return _run_both(recipe, folder, invocation, resume=True)
 
 
 def flower_resumes(folder: Path) -> str:
@@ -175,19 +76,19 @@ def flower_resumes(folder: Path) -> str:
     )
 
 
-def _carry_out(recipe: Recipe, folder: Path, attendance: Attendance, *, resume: bool) -> Outcome:
+def _run_both(recipe: Recipe, folder: Path, invocation: Invocation, *, resume: bool) -> Outcome:
     torch.set_num_threads(recipe.resolved().engine.threads)
     with resumable(folder, folder / RECIPE):
-        parts = Parts(recipe, attendance)
-        finished = carry_out(recipe, folder, attendance, parts, resume=resume)
+        parts = LocalParts(recipe, invocation)
+        run = complete(recipe, folder, invocation, parts, resume=resume)
         if recipe.control is None:
-            return Outcome(folder, finished)
+            return Outcome(folder, run)
         inside = folder / CONTROL
         parts.base = (folder / BASE).read_text(encoding="utf-8")
         forced = recipe.forced(recipe.control)
-        control = carry_out(forced, inside, attendance, parts, resume=inside.exists())
-    storage.write_json(folder / "control.json", difference(finished, control))
-    return Outcome(folder, finished, control, recipe.control)
+        control = complete(forced, inside, invocation, parts, resume=inside.exists())
+    storage.write_json(folder / "control.json", difference(run.summary, control.summary))
+    return Outcome(folder, run, control, recipe.control)
 
 
 @contextmanager
@@ -202,123 +103,76 @@ def resumable(folder: Path, first: Path, how: str | None = None) -> Iterator[Non
         raise InterruptedRunError(f"{why}\n{how}") from error
 
 
-def carry_out(
+def complete(
     recipe: Recipe,
     folder: Path,
-    attendance: Attendance,
+    invocation: Invocation,
     parts: Parts,
     *,
     resume: bool,
     title: str | None = None,
-) -> Mapping[str, Any]:
-    """Carry out one run, or go on with it, and return its summary."""
+) -> Result:
+    """Carry out one run, or go on with it, and return its result; a finished run is left alone."""
     if resume and (finished := _finished(recipe, folder)) is not None:
         return finished
-    with train(recipe, folder, attendance, parts, resume=resume, title=title) as federation:
-        return federation.finish()
+    with train(recipe, folder, invocation, parts, resume=resume, title=title) as run:
+        return Result(run.finish())
 
 
-def _finished(recipe: Recipe, folder: Path) -> Mapping[str, Any] | None:
-    """Return the summary of a run that has nothing left to do; a recipe may ask for more rounds."""
+def _finished(recipe: Recipe, folder: Path) -> Result | None:
+    """Return the result of a run that has nothing left to do; a recipe may ask for more rounds."""
     if not (folder / SUMMARY).exists():
         return None
     summary: Mapping[str, Any] = storage.read_json(folder / SUMMARY)
-    return summary if summary["stopped"] or summary["rounds"] >= recipe.rounds else None
+    done = summary["stopped"] or summary["rounds"] >= recipe.rounds
+    return Result(summary, finished_before=True) if done else None
 
 
 @contextmanager
 def train(
     recipe: Recipe,
     folder: Path,
-    attendance: Attendance,
+    invocation: Invocation,
     parts: Parts,
     *,
     resume: bool,
     title: str | None = None,
-) -> Iterator[Federation]:
+) -> Iterator[Run]:
     """Train all rounds of a run, or those that are left; its test parts are not looked at yet."""
     force = recipe.fleet.force
     name = recipe.baseline or recipe.aggregation.rule
     rule = f"{name}{f', all clients {force}' if force else ''}"
-    with _build(recipe, folder, attendance, parts, resume=resume) as federation:
-        attendance.listener.begun(title or rule, federation, recipe.rounds)
-        for record in federation.rounds(recipe.rounds):
-            attendance.listener.round(record)
-        yield federation
+    with _opened(recipe, folder, invocation, parts, resume=resume) as run:
+        invocation.listener.begun(title or rule, run, recipe.rounds)
+        for record in run.rounds(recipe.rounds):
+            invocation.listener.round(record)
+        yield run
 
 
-def _build(
-    recipe: Recipe, folder: Path, attendance: Attendance, parts: Parts, *, resume: bool
-) -> Federation:
-    """Return the federation that a recipe describes, in a folder."""
-    fleet, model = parts.fleet, parts.model
-    if not recipe.fleet.cuts:  # The parts may be shared with methods that have some.
-        fleet = replace(fleet, cuts={})
-    planning = parts.planning(recipe, fleet)
-    if planning is not None:
-        fleet = planning.planned(Importance()).fleet
-    elif recipe.fleet.force:
-        fleet = fleet.forced(recipe.fleet.force, model.spec)
-    fleet.check_cuts(model.spec)
-    recipe.check_fleet(fleet)
-    attendance.check_stop()
-    described = _fleet_json(fleet, model, recipe.data.pooled, parts.left_out)
-    attachments = {RECIPE: recipe.to_toml(), FLEET: described}
+def _opened(
+    recipe: Recipe, folder: Path, invocation: Invocation, parts: Parts, *, resume: bool
+) -> Run:
+    """Return the run that a recipe describes, begun or resumed in a folder."""
+    federation = federation_of(recipe, parts, invocation)
+    if resume:
+        return federation.resume(folder, allow_inexact=invocation.allow_inexact)
+    files = {RECIPE: recipe.to_toml(), FLEET: fleet_json(federation, parts.left_out)}
     if parts.base is not None:  # The same base on the same data was evaluated before.
-        attachments[BASE] = parts.base
-    engine, examiner = parts.elsewhere(fleet) or (None, None)
-    return Federation(
-        model,
-        parts.clients,
-        fleet,
-        recipe.rule(),
-        recipe.local.build(),
-        recipe.conduct(),
-        out=folder,
-        resume=resume,
-        allow_inexact=attendance.allow_inexact,
-        attachments=attachments,
-        prepared=parts.prepared,
-        benchmark=parts.benchmark,
-        planning=planning,
-        engine=engine,
-        examiner=examiner,
-        progress=attendance.listener.progress,
-        stop=attendance.stop,
-    )
-
-
-def _fleet_json(fleet: Fleet, model: LoadedModel, pooled: bool, left_out: Mapping[str, str]) -> str:
-    """Who has which type in round 1; of every type that may come the rank at each site, its cut.
-
-    Then, if there are some, who takes no part though there, and why.
-    In a pooled run the clients are those that are measured; the strongest type trains, uncut.
-    """
-    by_type, strongest = fleet.ranks_by_type(model.spec), fleet.strongest(model.spec)
-    content: dict[str, Any] = {
-        "schema": 1,
-        "clients": dict(sorted(fleet.at(1).items())),
-        "ranks": {strongest: by_type[strongest]} if pooled else by_type,
-    }
-    cuts = {name: fleet.cuts[name].written for name in fleet.possible if name in fleet.cuts}
-    if cuts and not pooled:
-        content |= {"cuts": cuts, "blocks": model.spec.blocks}
-    if left_out:
-        content["left_out"] = dict(sorted(left_out.items()))
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        files[BASE] = parts.base
+    return federation.open(folder, files)
 
 
 def difference(summary: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:
     """Return the final scores of run and control, and run minus control, for seen and unseen."""
-    found: dict[str, Any] = {"schema": summary["schema"], "method": summary["method"]}
+    content: dict[str, Any] = {"schema": summary["schema"], "method": summary["method"]}
     for who in ("seen", "unseen"):
-        found[who] = {}
+        content[who] = {}
         for score in ("loss", "exact_match", "rouge_l"):
             ours, theirs = summary["final"][who][score], control["final"][who][score]
             both = ours is not None and theirs is not None
-            found[who][score] = {
+            content[who][score] = {
                 "run": ours,
                 "control": theirs,
                 "difference": ours - theirs if both else None,
             }
-    return found
+    return content

@@ -14,9 +14,9 @@ from polyrank.errors import PolyrankError, SplitServerError
 from polyrank.model import LoadedModel, applied
 from polyrank.model.swap import with_sums
 from polyrank.planning import CutPoint
-from polyrank.run.storage import give_back
 from polyrank.split_server.interface import ClientStatus, Collected
 from polyrank.split_server.settings import SplitServerSettings
+from polyrank.training.capacity import return_freed_memory
 from polyrank.training.split import Reply, Request, ServerPartJob, ServerParts, Stepped
 from polyrank.transport import Limits, codec
 from polyrank.transport.remote import Credentials, ServeSettings, SplitServer, new_identity
@@ -134,7 +134,7 @@ class ServerPartHost:
         for group in self._groups.values():
             group.forget()
         self._groups = {}
-        give_back()
+        return_freed_memory()
 
     def stop(self) -> None:
         """End the round and close the port."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -164,3 +166,15 @@ def _kept(
     for tensor in fixed:
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system, where the C library holds it back (glibc).
+
+    A round frees all that it allocated, but glibc keeps the pages, in pieces that the next round
+    does not fit: the resident memory of a long run would grow although the memory in use does not.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

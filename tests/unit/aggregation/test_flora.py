@@ -208,7 +208,7 @@ def test_clients_that_train_different_sites_share_a_pass():
         "rest": LoRAType("rest", {"feed-forward": 2}),
     }
     fleet_ = Fleet.table({"c0": "attention", "c1": "rest", "c2": "rest"}, types=types)
-    conduct = RunSettings(evaluation=federations.MEASURED, cohort=3)
-    with federations.federation(data=data, rule=RULE, fleet=fleet_, conduct=conduct) as run:
+    run_settings = RunSettings(evaluation=federations.MEASURED, cohort=3)
+    with federations.opened(data=data, rule=RULE, fleet=fleet_, settings=run_settings) as run:
         records = list(run.rounds(2))
     assert [len(record.clients) - len(record.rejected) for record in records] == [3, 3]

@@ -262,29 +262,29 @@ def test_a_round_deals_own_factors_to_those_that_have_them_and_one_assignment_to
 
 
 def test_a_run_begins_at_the_sum_for_everyone_and_ends_in_the_same_bytes_when_resumed(tmp_path):
-    conduct = RunSettings(evaluation=federations.MEASURED, cohort=2)
-    given = {"model": federations.one_block(), "rule": KEEP, "conduct": conduct}
-    with federations.federation(tmp_path / "whole", **given) as run:
+    run_settings = RunSettings(evaluation=federations.MEASURED, cohort=2)
+    given = {"model": federations.one_block(), "rule": KEEP, "settings": run_settings}
+    with federations.opened(tmp_path / "whole", **given) as run:
         records = list(run.rounds(4))
         whole = run.adapter.factors.hash()
     for record in records:
         server, own = record.evaluation["server"], record.evaluation["own_rank"]
         # The same function, but for the rounding of start and its negative in float32.
         assert own["all"]["loss"] == pytest.approx(server["seen"]["loss"], rel=1e-4)
-    with federations.federation(tmp_path / "parts", **given) as run:
+    with federations.opened(tmp_path / "parts", **given) as run:
         list(run.rounds(2))
-    with federations.federation(tmp_path / "parts", **given, resume=True) as run:
+    with federations.opened(tmp_path / "parts", **given, resume=True) as run:
         list(run.rounds(4))
         assert run.adapter.factors.hash() == whole
     plain = {**given, "rule": FLoRA()}
-    with federations.federation(tmp_path / "plain", **plain) as run:
+    with federations.opened(tmp_path / "plain", **plain) as run:
         list(run.rounds(4))
         assert run.adapter.factors.hash() != whole
 
 
 def test_the_option_is_stored_with_a_run_only_where_it_is_set():
     """So that a folder of `flora` looks as it did before there was one."""
-    with federations.federation() as run:
-        about = (run.fleet, run.local, run.conduct, 1)
+    with federations.opened() as run:
+        about = (run.fleet, run.local, run.settings, 1)
     assert setup.described(FLoRA(), *about)["options"] == {}
     assert setup.described(KEEP, *about)["options"] == {"reinitialise": False}

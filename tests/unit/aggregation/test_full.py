@@ -99,8 +99,8 @@ def test_one_client_trains_what_ordinary_training_of_the_weights_trains(architec
 
 def test_a_run_with_mixed_ranks_learns_and_ends_with_whole_matrices(tmp_path):
     local = dataclasses.replace(federations.LOCAL, lr=1e-2, dropout=0.0)
-    conduct = RunSettings(evaluation=federations.MEASURED, cohort=2)
-    with federations.federation(tmp_path / "run", rule=RULE, local=local, conduct=conduct) as run:
+    run_settings = RunSettings(evaluation=federations.MEASURED, cohort=2)
+    with federations.opened(tmp_path / "run", rule=RULE, local=local, settings=run_settings) as run:
         records = list(run.rounds(2))
         summary = run.finish()
         factors = run.adapter.factors

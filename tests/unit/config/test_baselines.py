@@ -36,7 +36,7 @@ def test_a_name_stands_for_these_keys(name, rule, pooled, force, adapters):
     recipe.check()
     found = recipe.aggregation.rule, recipe.data.pooled, recipe.fleet.force, recipe.split.adapters
     assert found == (rule, pooled, force, adapters)
-    assert recipe.conduct().pooled is pooled
+    assert recipe.run_settings().pooled is pooled
     assert recipe.rule().name == rule
     known = BASELINES[name]
     assert (known.rule, known.pooled, known.force) == (rule, pooled, force)

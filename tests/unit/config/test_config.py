@@ -180,7 +180,7 @@ def test_cuts_and_what_split_training_asks_for_reach_the_run(minimal: Path) -> N
     assert recipe.fleet.build("abcd", seed=0).cuts == cuts
     table = config.read(minimal, [*overrides, "fleet.cuts.T2=2", "fleet.clients={a='T1'}"])
     assert table.fleet.build("a", seed=0).cuts == cuts
-    assert recipe.conduct().split == SplitSettings("int8", noise=0.5)
+    assert recipe.run_settings().split == SplitSettings("int8", noise=0.5)
     assert config.read(minimal).fleet.build("abcd", seed=0).cuts == {}
 
 
@@ -252,7 +252,7 @@ def test_sources_beside_the_recipe_win_over_those_here(
 def test_defaults_are_those_of_the_python_api(minimal: Path) -> None:
     recipe = config.read(minimal)
     assert recipe.local.build() == LocalTraining()
-    assert recipe.conduct() == RunSettings(evaluation=Evaluation(generate=4))
+    assert recipe.run_settings() == RunSettings(evaluation=Evaluation(generate=4))
 
 
 def test_a_bound_of_zero_on_the_gradient_means_none(minimal: Path) -> None:

@@ -13,7 +13,6 @@ from polyrank.config.flower import (
     APP_KEYS,
     RunConfig,
     app_settings,
-    data_given,
     from_run_config,
     nested,
     to_run_config,
@@ -248,8 +247,6 @@ def test_data_may_lie_with_the_clients(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "client").mkdir()  # A folder of that name is not meant.
     monkeypatch.chdir(tmp_path)
     flat = changed(recipe_of(), data__source="client")
-    assert not data_given(flat)
-    assert data_given(to_run_config(recipe_of()))
     recipe = from_run_config(flat)
     assert recipe.data.source == "client"
     with pytest.raises(RecipeError, match="polyrank app RECIPE DIR"):

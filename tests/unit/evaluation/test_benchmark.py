@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from federations import MEASURED, QUIET, federation, one_block
+from federations import MEASURED, QUIET, one_block, opened
 from models import random_adapter
 from polyrank.data import tasks_from_rows
 from polyrank.errors import DataError, RecipeError
@@ -203,7 +203,7 @@ def test_a_target_perplexity_needs_what_measures_it() -> None:
     for one in settings:
         made = one and Benchmark.of(model, one, PLAIN, validation=validation())
         with pytest.raises(RecipeError, match="target_perplexity: needs the perplexity between"):
-            federation(model=model, conduct=aimed, benchmark=made)
+            opened(model=model, settings=aimed, benchmark=made)
     with pytest.raises(RecipeError, match=r"expected a number from 1 on, got 0\.5"):
         RunSettings(target_perplexity=0.5)
 
@@ -211,10 +211,10 @@ def test_a_target_perplexity_needs_what_measures_it() -> None:
 def test_measuring_changes_nothing_of_what_is_learnt() -> None:
     model = one_block()
     made = Benchmark.of(model, SETTINGS, PLAIN, validation=validation(), test=held_out())
-    conduct = RunSettings(evaluation=MEASURED, cohort=2)
+    run_settings = RunSettings(evaluation=MEASURED, cohort=2)
     found = []
     for one in (None, made):
-        with federation(model=model, conduct=conduct, benchmark=one) as run:
+        with opened(model=model, settings=run_settings, benchmark=one) as run:
             records = list(run.rounds(2))
             found.append((run.finish(), run.adapter.factors, records))
     (bare, without, _), (summary, adapter, records) = found

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from federations import clients, federation, one_block
+from federations import clients, one_block, opened
 from models import random_adapter
 from polyrank.aggregation import FlexLoRA
 from polyrank.algebra import Adapter, LowRank
+from polyrank.data import Example
 from polyrank.evaluation import Evaluation
-from polyrank.evaluation.clients import evaluate, summarise
+from polyrank.evaluation.clients import SampleText, client_metrics, grouped, summarise
 from polyrank.rounds.round import Round
 from polyrank.run import RunSettings
 from polyrank.training import prepare
@@ -21,6 +22,12 @@ from polyrank.training.client_data import at_every_site
 from polyrank.training.encoding import Encoding
 
 SETTINGS = Evaluation(examples=0, generate=0, batch=3)
+
+
+def evaluate(model, adapter, work, part, settings, *, texts):
+    """Return the scores of all clients together, as a run groups them."""
+    metrics = client_metrics(model, adapter, list(work.values()), part, settings, texts=texts)
+    return grouped(metrics, work, part)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +148,20 @@ def test_texts_are_what_the_model_would_say_and_scored_against_the_references(mo
     assert found["seen"]["exact_match"] == pytest.approx(0.5 / 5)
     assert found["unseen"]["exact_match"] == pytest.approx(0.5 / 3)
     assert found["clients"]["c0"]["rouge_l"] >= 0.5
+    clients = list(knowing.values())
+    kept = client_metrics(model, None, clients, "test", settings, texts=True, samples=5).samples
+    assert [text.client for text in kept] == ["c0", "c1", "u0", "u1", "c2"], "categories a and b"
+    first = knowing["c0"].examples["test"][0]
+    assert kept[0] == SampleText("c0", first.prompt, "", first.references, said["c0"][0])
+    assert kept[2].text == said["u0"][0]
+    assert client_metrics(model, None, clients, "test", settings, texts=True).samples == ()
+
+
+def test_a_long_sample_text_is_shortened():
+    long = Example("p" * 900, ("a", "b", "c", "d"), 0)
+    sample = SampleText.of("c0", long, "t" * 500)
+    assert (len(sample.prompt), sample.prompt[-2:], len(sample.text)) == (500, "p…", 500)
+    assert sample.references == ("a", "b", "c")
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_passed_over(model, work):
@@ -165,10 +186,10 @@ def test_one_client_that_is_not_finite_is_not_averaged_away():
 
 
 def test_own_rank_is_the_loss_with_what_each_client_is_dealt_next(model):
-    conduct = RunSettings(evaluation=replace(SETTINGS, own_rank=True), cohort=4)
-    with federation(model=model, data=clients(seen=5), conduct=conduct) as parts:
+    run_settings = RunSettings(evaluation=replace(SETTINGS, own_rank=True), cohort=4)
+    with opened(model=model, data=clients(seen=5), settings=run_settings) as parts:
         (record,) = parts.rounds(1)
-        following = Round(parts._settings, parts._at.state, 2, 0, [*parts.ranks])
+        following = Round(parts._round_settings, parts.state, 2, 0, [*parts.ranks])
         losses: dict[str, list[float]] = {}
         for id in parts.seen:
             dealt = following.assignment(id).start.to(dtype=torch.float64)
@@ -184,9 +205,9 @@ def test_own_rank_is_the_loss_with_what_each_client_is_dealt_next(model):
 
 
 def test_with_the_tail_in_the_base_every_client_has_the_whole_aggregate_at_its_own_rank(model):
-    conduct = RunSettings(evaluation=replace(SETTINGS, own_rank=True), cohort=4)
+    run_settings = RunSettings(evaluation=replace(SETTINGS, own_rank=True), cohort=4)
     rule = FlexLoRA("tail-in-base")
-    with federation(model=model, data=clients(seen=5), rule=rule, conduct=conduct) as parts:
+    with opened(model=model, data=clients(seen=5), rule=rule, settings=run_settings) as parts:
         (record,) = parts.rounds(1)
     own, server = record.evaluation["own_rank"], record.evaluation["server"]
     assert own["all"]["loss"] == pytest.approx(server["seen"]["loss"], abs=1e-9)
@@ -198,14 +219,22 @@ def test_rounds_are_measured_on_validation_parts_when_due_and_the_two_ends_on_te
     settings = replace(
         SETTINGS, every=2, own_rank=False, generate=1, generate_every=4, max_new_tokens=2
     )
-    with federation(model=model, conduct=RunSettings(evaluation=settings, cohort=4)) as parts:
+    with opened(model=model, settings=RunSettings(evaluation=settings, cohort=4)) as parts:
         records = list(parts.rounds(4))
         summary, factors = parts.finish(), parts.adapter.factors
 
         def measured(adapter, part):
             return evaluate(model, adapter, parts.work, part, settings, texts=True)
 
-        assert parts.base() == measured(None, "test")
+        base = parts.base()
+        assert [sample["client"] for sample in base.pop("samples")] == [
+            "c0",
+            "c1",
+            "u0",
+            "c2",
+            "c3",
+        ]
+        assert base == measured(None, "test")
         assert summary["base"]["seen"]["loss"] == parts.base()["seen"]["loss"]
         final = measured(factors, "test")
         for who in ("seen", "unseen"):

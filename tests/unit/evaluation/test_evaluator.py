@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from federations import MEASURED, QUIET, SITES, clients, federation, one_block
+from federations import MEASURED, QUIET, SITES, clients, one_block, opened
 from letters import After, Clock, Letters, Lost
 from models import random_adapter, tiny_loaded
 from polyrank.evaluation.clients import ClientMetrics
@@ -20,16 +20,16 @@ from remotes import Reached, away, machines, post
 
 MODEL = one_block(torch.float64)
 NAMES = tuple(sorted(clients()))
-QUESTIONS = (
+QUERIES = (
     EvaluateQuery(None, NAMES, "test", True),
     EvaluateQuery(random_adapter(MODEL), NAMES[::-1], "validation"),
     EvaluateQuery(random_adapter(MODEL, seed=1), ("c1", "u0"), "validation"),
 )
 
 
-def asked(between, questions=QUESTIONS):
+def asked(between, queries=QUERIES):
     told = []
-    found = Reached.by(between).examiner(tell=told.append).answer(questions)
+    found = Reached.by(between).examiner(tell=told.append).evaluate(queries)
     told.remove(f"asked {len(between.sent)} machines for scores")
     return found, told
 
@@ -41,11 +41,11 @@ def letters(each=1, trouble=None):
 @pytest.mark.parametrize("each", [1, 2, 5])
 def test_scores_are_those_of_one_process_and_every_machine_is_asked_once(each):
     work, _ = prepare(clients(), MODEL, Encoding())
-    expected = LocalEvaluator(MODEL, work, MEASURED).answer(QUESTIONS)
+    expected = LocalEvaluator(MODEL, work, MEASURED).evaluate(QUERIES)
     between = letters(each)
     found, told = asked(between)
-    for question, one, other in zip(QUESTIONS, found, expected, strict=True):
-        assert list(one.clients) == list(question.clients), "in the order of the question"
+    for query, one, other in zip(QUERIES, found, expected, strict=True):
+        assert list(one.clients) == list(query.clients), "in the order of the query"
         assert one.no_room == other.no_room
         for id, scores in other.clients.items():
             mine = {name: score for name, score in one.clients[id].items() if score is not None}
@@ -58,7 +58,7 @@ def test_scores_are_those_of_one_process_and_every_machine_is_asked_once(each):
 def test_who_holds_only_some_blocks_is_not_asked():
     between = letters()
     cut = frozenset({"c1", "c2"})
-    found, told = asked(between, [replace(one, cut=cut) for one in QUESTIONS])
+    found, told = asked(between, [replace(one, cut=cut) for one in QUERIES])
     assert [list(one.clients) for one in found] == [
         ["c0", "c3", "u0"],
         ["u0", "c3", "c0"],
@@ -97,7 +97,7 @@ def test_a_machine_that_cannot_be_reached_is_left_out_and_told_of():
     reached = Reached.by(between)
     between.unreachable.add(2)
     told = []
-    found = reached.examiner(tell=told.append).answer(QUESTIONS)
+    found = reached.examiner(tell=told.append).evaluate(QUERIES)
     assert all("c1" not in one.clients for one in found)
     assert told[0] == "machine 2 has no scores: it cannot be reached"
     assert len(told) == 2
@@ -117,17 +117,17 @@ def test_scores_that_had_come_by_the_deadline_count_however_long_asking_took():
 
 
 def test_a_run_whose_clients_score_nothing_goes_on_without_scores():
-    conduct = RunSettings(evaluation=MEASURED, cohort=1)
+    run_settings = RunSettings(evaluation=MEASURED, cohort=1)
     silent = post()
     silent.trouble = lambda one, p: Lost("gone") if one.kind == "evaluate" else p
-    with away(silent, conduct=conduct) as made:
+    with away(silent, settings=run_settings) as made:
         (record,) = made.rounds(1)
         summary = made.finish()
         found = made.adapter.factors.hash()
     assert record.evaluation["server"]["seen"]["loss"] is None
     assert record.evaluation["own_rank"]["all"]["clients"] == 0
     assert summary["final"]["seen"] == {**summary["final"]["seen"], "loss": None, "clients": 0}
-    with federation(conduct=RunSettings(evaluation=QUIET, cohort=1)) as here:
+    with opened(settings=RunSettings(evaluation=QUIET, cohort=1)) as here:
         list(here.rounds(1))
         assert found == here.adapter.factors.hash()
 
@@ -147,14 +147,14 @@ def test_who_is_cut_is_known_from_the_round_also_of_clients_that_were_not_asked(
         def __init__(self):
             self.inner, self.asked = LocalEvaluator(model, work, MEASURED), []
 
-        def answer(self, questions):
-            self.asked.append({id for one in questions for id in one.cut})
-            return self.inner.answer(questions)
+        def evaluate(self, queries):
+            self.asked.append({id for one in queries for id in one.cut})
+            return self.inner.evaluate(queries)
 
     def run(out, *, resume, until):
         examiner = Noting()
-        rest = {"fleet": changing, "conduct": few, "examiner": examiner, "resume": resume}
-        with federation(out, model=model, **rest) as made:
+        rest = {"fleet": changing, "settings": few, "evaluator": examiner, "resume": resume}
+        with opened(out, model=model, **rest) as made:
             list(made.rounds(until))
             if until == 3:
                 made.finish()

@@ -4,7 +4,7 @@ import pytest
 
 from polyrank.errors import RankError, RecipeError
 from polyrank.planning.allocate import allocate
-from polyrank.planning.levels import checked_levels, derived_levels, uniform_rank
+from polyrank.planning.levels import checked_levels, derived_levels
 from polyrank.planning.local_search import Site, repair
 from polyrank.planning.spectrum import spectrum
 
@@ -118,15 +118,6 @@ def test_levels_are_whole_rising_and_each_once(levels, told):
 
 def test_good_levels_come_back_as_they_are():
     assert checked_levels([1, 3, 200]) == (1, 3, 200)
-
-
-def test_the_uniform_rank_is_the_largest_that_fits_at_every_site():
-    unit, limit = {"a": 3, "b": 5}, {"a": 64, "b": 4}
-    assert uniform_rank(unit, 7, limit) == 0
-    assert uniform_rank(unit, 8, limit) == 1
-    assert uniform_rank(unit, 31, limit) == 3
-    assert uniform_rank(unit, 4 * 8 + 3 * 6, limit) == 10  # b stays at 4, a goes on
-    assert uniform_rank(unit, 10**9, limit) == 64
 
 
 def test_derived_levels_are_powers_of_two_up_to_what_the_richest_can_spend():

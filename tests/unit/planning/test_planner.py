@@ -7,7 +7,8 @@ import torch
 
 from models import tiny
 from polyrank.errors import RecipeError
-from polyrank.model import anatomy_of, describe
+from polyrank.model import anatomy_of
+from polyrank.model.describe import describe
 from polyrank.planning import (
     CostModel,
     CutPoint,

@@ -64,8 +64,8 @@ def test_a_type_that_only_a_later_round_brings_counts_for_the_server_and_for_wea
     settings = setup.round_settings(FlexLoRA(), changing, model.spec, work, RunSettings())
     told = setup.fleet_spec(settings, changing, model.spec, None)
     assert set(told.server_rank.values()) == {4}
-    assert set(settings.affordable("c1", 3).values()) == {1}
-    assert set(settings.affordable("c1", 4).values()) == {4}
+    assert set(settings.ranks_of("c1", 3).values()) == {1}
+    assert set(settings.ranks_of("c1", 4).values()) == {4}
     assert changing.possible == ["four", "one"]
     assert set(changing.forced("weakest", model.spec).at(9).values()) == {"one"}
     first = setup.described(FlexLoRA(), fleet, None, RunSettings(), 1)["fleet"]

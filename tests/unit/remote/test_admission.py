@@ -16,7 +16,8 @@ from models import tiny, write_tiny
 from polyrank.config.app import AppSettings
 from polyrank.config.reading import checked
 from polyrank.errors import RecipeError
-from polyrank.model import anatomy_of, describe
+from polyrank.model import anatomy_of
+from polyrank.model.describe import describe
 from polyrank.planning import (
     CostModel,
     CutPoint,
@@ -32,7 +33,8 @@ from polyrank.remote.admission import enrol
 from polyrank.remote.registration import ClientRegistry, work_of
 from polyrank.remote.server import RemoteParts
 from polyrank.run.planning import Importance
-from polyrank.runner.runner import Attendance, carry_out
+from polyrank.runner.parts import Invocation
+from polyrank.runner.runner import complete
 from polyrank.split_server.host import ServerPartHost
 from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from remotes import OnDisk, machines, orders
@@ -314,12 +316,12 @@ def test_a_run_with_the_clients_own_devices(folder, tmp_path, monkeypatch):
         desk = ServerPartHost(tails)
         held.callback(desk.stop)
         monkeypatch.setattr(RemoteParts, "_desk", lambda *_: desk)
-        attendance = Attendance(Follower(), lambda: False)
+        invocation = Invocation(Follower(), lambda: False)
         parts = RemoteParts(
-            recipe, AppSettings(clients=4, wait=5.0), post, "run", attendance, Console(quiet=True)
+            recipe, AppSettings(clients=4, wait=5.0), post, "run", invocation, Console(quiet=True)
         )
-        summary = carry_out(recipe, tmp_path / "run", attendance, parts, resume=False)
-    assert summary["rounds"] == 2
+        result = complete(recipe, tmp_path / "run", invocation, parts, resume=False)
+    assert result.summary["rounds"] == 2
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     (line,) = [line for line in told if line.startswith("c2 takes no part: ")]
     assert "memory: the least that can be trained (cut at 1) needs" in line

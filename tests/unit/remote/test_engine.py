@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from federations import QUIET, SITES, federation, one_block
+from federations import QUIET, SITES, one_block, opened
 from letters import After, Clock, Letters, Lost
 from models import tiny_loaded
 from polyrank.aggregation import FLoRA, Update
@@ -46,8 +46,8 @@ def changed(order, payload, **fields):
     return write_answer(replace(answer, **fields), dealt)
 
 
-def rounds(between, count=1, conduct=CONDUCT, **rest):
-    with away(between, conduct=conduct, **rest) as made:
+def rounds(between, count=1, settings=CONDUCT, **rest):
+    with away(between, settings=settings, **rest) as made:
         return list(made.rounds(count))
 
 
@@ -80,7 +80,7 @@ def test_an_answer_that_cannot_be_used_costs_its_client_alone(what, kind, reason
 
 def test_a_machine_that_cannot_be_reached_is_lost_and_told_of():
     between, told = post(), []
-    with away(between, conduct=CONDUCT, tell=told.append) as made:
+    with away(between, settings=CONDUCT, tell=told.append) as made:
         between.unreachable.add(2)
         (record,) = made.rounds(1)
     assert record.rejected == {"c1": "its machine cannot be reached"}
@@ -124,7 +124,7 @@ def test_who_was_late_long_ago_is_not_waited_for_for_ever():
     seen = []
     receive = between.receive
     between.receive = lambda tickets: (seen.append(len(tickets)), receive(tickets))[1]
-    with away(between, conduct=CONDUCT) as made:
+    with away(between, settings=CONDUCT) as made:
         list(made.rounds(12))
         late = made.engine._late
     assert max(seen) <= 4 + 3, "four that are asked and the late ones of three deadlines"
@@ -134,7 +134,7 @@ def test_who_was_late_long_ago_is_not_waited_for_for_ever():
 def test_a_late_one_does_not_hold_what_was_merged_into_the_base():
     between = post()
     between.trouble = only("c1", lambda _, payload: After(payload, None))
-    with away(between, conduct=CONDUCT, rule=FLoRA()) as made:
+    with away(between, settings=CONDUCT, rule=FLoRA()) as made:
         list(made.rounds(3))
         late = made.engine._late
     assert late
@@ -168,7 +168,7 @@ def test_an_order_is_made_when_it_is_sent(monkeypatch):
 )
 def test_a_client_that_refuses_is_in_the_record_with_its_reason(terms, reason):
     between = post()
-    with away(between, conduct=CONDUCT) as made:
+    with away(between, settings=CONDUCT) as made:
         between.machines[2] = machine(["c1"], terms=terms)
         (record,) = made.rounds(1)
         summary = made.finish()
@@ -209,12 +209,12 @@ def test_a_client_ends_its_training_itself_at_the_deadline(monkeypatch):
 
 
 def test_below_quorum_the_state_stays_and_other_clients_are_tried():
-    conduct = replace(CONDUCT, faults=replace(CONDUCT.faults, quorum=1.0))
+    run_settings = replace(CONDUCT, faults=replace(CONDUCT.faults, quorum=1.0))
     between = post()
     between.trouble = only(
         "c1", lambda o, p: Lost("gone for a moment") if o.task.attempt == 0 else p
     )
-    (record,) = rounds(between, conduct=conduct)
+    (record,) = rounds(between, settings=run_settings)
     assert record.attempt == 1
     assert record.abandoned == [{"c1": "gone for a moment"}]
     assert record.rejected == {}
@@ -223,7 +223,7 @@ def test_below_quorum_the_state_stays_and_other_clients_are_tried():
 def test_a_round_that_fails_names_every_reason_and_leaves_the_state(tmp_path):
     between = post()
     between.trouble = lambda letter, p: Lost("cable cut") if letter.kind == "train" else p
-    with away(between, tmp_path / "run", conduct=CONDUCT) as made:
+    with away(between, tmp_path / "run", settings=CONDUCT) as made:
         before = made.adapter.factors.hash()
         with pytest.raises(RoundFailedError, match=r"(?s)round 1: fewer than 50%.*c0: cable cut"):
             list(made.rounds(1))
@@ -247,19 +247,19 @@ def killed_after_two_answers(folder):
             raise Killed
         return False
 
-    with away(between, folder, conduct=CONDUCT, stop=stop) as made:
+    with away(between, folder, settings=CONDUCT, stop=stop) as made:
         list(made.rounds(1))
 
 
 def test_after_a_kill_only_the_missing_clients_are_asked(tmp_path):
     """What was saved is read; the round ends with the bytes of one that was not disturbed."""
-    with federation(conduct=CONDUCT) as undisturbed:
+    with opened(settings=CONDUCT) as undisturbed:
         list(undisturbed.rounds(1))
         expected = undisturbed.adapter.factors.hash()
     with pytest.raises(Killed):
         killed_after_two_answers(tmp_path / "run")
     again = post()
-    with away(again, tmp_path / "run", conduct=CONDUCT, resume=True) as made:
+    with away(again, tmp_path / "run", settings=CONDUCT, resume=True) as made:
         (record,) = made.rounds(1)
         assert made.adapter.factors.hash() == expected
     assert [read_order(letter.payload).task.client for letter in orders(again)] == ["c2", "c3"]
@@ -318,12 +318,12 @@ def two_blocks():
     return tiny_loaded("llama", num_hidden_layers=2, sites=SITES)
 
 
-def split_rounds(desk, trained=lambda *_: None, conduct=SPLIT, unreachable=(), **rest):
+def split_rounds(desk, trained=lambda *_: None, settings=SPLIT, unreachable=(), **rest):
     """Return the first round's record; a cut client's own half trains without a server."""
     model, between = two_blocks(), post(model=two_blocks())
     for side in between.machines.values():
         side._split = lambda order: trained(order) or half(order)
-    with away(between, model=model, conduct=conduct, desk=desk, fleet=CUT, **rest) as made:
+    with away(between, model=model, settings=settings, desk=desk, fleet=CUT, **rest) as made:
         between.unreachable |= set(unreachable)
         return next(made.rounds(1))
 
@@ -355,8 +355,8 @@ ACCESS = Credentials(
 @pytest.mark.parametrize("adapters", ["own", "shared"])
 def test_a_split_client_whose_tail_is_lost_is_lost_and_the_others_go_on(adapters):
     desk = Counter(ACCESS, lose=("c0", "c1"))
-    conduct = replace(SPLIT, split=SplitSettings(wire="float32", adapters=adapters))
-    record = split_rounds(desk, conduct=conduct)
+    run_settings = replace(SPLIT, split=SplitSettings(wire="float32", adapters=adapters))
+    record = split_rounds(desk, settings=run_settings)
     assert set(record.rejected) == {"c0", "c1"}
     assert record.rejected["c0"] == "client 'c0': the split server has died"
     assert [one["kind"] for one in record.turned_away] == ["lost", "lost"]
@@ -366,14 +366,14 @@ def test_a_split_client_whose_tail_is_lost_is_lost_and_the_others_go_on(adapters
 
 def test_what_one_adapter_for_all_learned_is_collected_when_nobody_is_at_work():
     desk = Counter(ACCESS)
-    conduct = replace(SPLIT, split=SplitSettings(wire="float32", adapters="shared"))
+    run_settings = replace(SPLIT, split=SplitSettings(wire="float32", adapters="shared"))
 
     def trained(order):
         if order.task.client == "c1":
             return Failure("c1", order.task.round, order.task.attempt, "it has diverged")
         return None
 
-    split_rounds(desk, trained, conduct)
+    split_rounds(desk, trained, run_settings)
     told = [what for what, client in desk.asked if client in ("c0", "c1")]
     assert told == ["leave", "collect"], "first the one that will not come, then the one that did"
 

@@ -9,7 +9,8 @@ from rich.console import Console
 from polyrank import config
 from polyrank.errors import RunError
 from polyrank.report.progress import Terminal
-from polyrank.runner.runner import Attendance, resume
+from polyrank.runner.parts import Invocation
+from polyrank.runner.runner import resume
 
 RECIPE = """
 rounds = 2
@@ -35,7 +36,7 @@ def folder(tmp_path):
 
 
 def resumed(folder):
-    return resume(folder, Attendance(Terminal(Console(file=io.StringIO())), lambda: False))
+    return resume(folder, Invocation(Terminal(Console(file=io.StringIO())), lambda: False))
 
 
 def test_an_unfinished_run_names_flower_and_its_folder(folder):
@@ -48,4 +49,6 @@ def test_an_unfinished_run_names_flower_and_its_folder(folder):
 def test_a_finished_run_is_shown(folder):
     summary = {"stopped": False, "rounds": 2}
     (folder / "summary.json").write_text(json.dumps(summary))
-    assert resumed(folder).summary == summary
+    outcome = resumed(folder)
+    assert outcome.run.summary == summary
+    assert outcome.run.finished_before

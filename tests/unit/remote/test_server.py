@@ -22,7 +22,8 @@ from polyrank.remote.server import check, folder_of, recipe_to_resume, serve, wa
 from polyrank.report.progress import Terminal
 from polyrank.run import Checkpoint, RunFolder
 from polyrank.run.folder import RUN
-from polyrank.runner.runner import Attendance, start
+from polyrank.runner.parts import Invocation
+from polyrank.runner.runner import start
 from remotes import orders
 
 CONTENT = {
@@ -54,7 +55,7 @@ def served(config, trouble=None):
 def here(folder):
     """Carry the same recipe out in this process."""
     quiet = Terminal(Console(file=io.StringIO()))
-    return start(checked(CONTENT, "recipe"), folder, Attendance(quiet, lambda: False)).folder
+    return start(checked(CONTENT, "recipe"), folder, Invocation(quiet, lambda: False)).folder
 
 
 def adapter(folder):
@@ -96,7 +97,8 @@ def finished(tmp_path_factory):
 def test_a_finished_run_that_is_resumed_is_shown_as_one_of_before(finished):
     channel, run = served(run_config(finished) | RESUMED)
     outcome = run()
-    assert outcome.summary == json.loads((finished / "summary.json").read_text())
+    assert outcome.run.summary == json.loads((finished / "summary.json").read_text())
+    assert outcome.run.finished_before
     assert channel.sent == [], "nobody is asked for what is finished"
 
 
@@ -189,7 +191,7 @@ def test_a_plan_that_measures_how_often_to_score_has_what_it_measures_with(tmp_p
         "rounds": 1,
     }
     _, run = served(run_config(tmp_path / "planned", **changes))
-    assert run().summary["rounds"] == 1
+    assert run().run.summary["rounds"] == 1
 
 
 def test_a_server_waits_for_the_process_that_still_works_in_its_folder(tmp_path):

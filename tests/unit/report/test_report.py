@@ -236,9 +236,9 @@ def attended(**counts: int) -> dict[str, int | None]:
 
 
 def test_clients_with_refusals_or_lateness_have_a_table_and_only_they() -> None:
-    assert report.attendance({}) is None
-    assert report.attendance({"a": attended()}) is None
-    made = report.attendance({"a": attended(), "b": attended(late=1), "c": attended(refused=2)})
+    assert report.participation({}) is None
+    assert report.participation({"a": attended()}) is None
+    made = report.participation({"a": attended(), "b": attended(late=1), "c": attended(refused=2)})
     rows = [re.split("  +", line.strip()) for line in shown(made).splitlines()]
     assert [row for row in rows if row[0] in "abc" and row[0]] == [
         ["c", "3", "2", "0", "0"],
@@ -247,6 +247,6 @@ def test_clients_with_refusals_or_lateness_have_a_table_and_only_they() -> None:
 
 
 def test_a_long_table_of_clients_is_cut_and_says_so() -> None:
-    text = shown(report.attendance({f"client-{i}": attended(late=1) for i in range(25)}))
+    text = shown(report.participation({f"client-{i}": attended(late=1) for i in range(25)}))
     assert text.count("client-") == 20
     assert "and 5 more, in summary.json" in text

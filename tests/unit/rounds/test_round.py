@@ -43,7 +43,7 @@ BAD = {
         lambda u: replace(u, adapter=u.adapter.to(dtype=torch.int32)),
         "expected real numbers",
     ),
-    "other factors": (lambda u: replace(u, assignment="0" * 64), "other factors than were dealt"),
+    "other factors": (lambda u: replace(u, assignment="0" * 64), "other factors than were sent"),
     "no examples": (lambda u: replace(u, examples=0), "at least 1 training example, got 0"),
     "a loss that is NaN": (metric("loss", float("nan")), "finite number as 'loss'"),
     "no tokens told": (metric("tokens", None), "finite number as 'tokens'"),
@@ -288,12 +288,12 @@ def test_those_that_failed_are_asked_again_only_if_there_are_no_others():
 def test_a_task_says_where_the_client_is_cut_in_this_round():
     at = {("a", 1): CutPoint(1), ("a", 2): CutPoint(1, 2)}
     held = {CutPoint(1): frozenset({"q"}), CutPoint(1, 2): frozenset()}
-    chosen = settings(cut_of=lambda client, number: at.get((client, number)), held_by=held)
+    chosen = settings(cut_of=lambda client, number: at.get((client, number)), sites_by_cut=held)
     round = begin(chosen)
     assert round.task("a").cut == CutPoint(1, 2)
     assert round.task("b").cut is None
-    assert chosen.held("a", 1) == {"q"}
-    assert chosen.held("b", 1) is None
+    assert chosen.sites_at("a", 1) == {"q"}
+    assert chosen.sites_at("b", 1) is None
     assert begin().task("a").cut is None
     assert round.cuts == {"1–2": 1, "whole": 3}
     assert begin().cuts == {"whole": 4}

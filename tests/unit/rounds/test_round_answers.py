@@ -17,7 +17,7 @@ NAN = spoiled(float("nan"))
 
 
 def kinds(round: Round) -> list[tuple[str, str]]:
-    return [(one.client, one.kind) for one in round.turned_away]
+    return [(one.client, one.kind) for one in round.rejections]
 
 
 def refused(round: Round, update, message: str) -> None:
@@ -29,7 +29,7 @@ def test_an_accepted_update_is_not_turned_away():
     round = begin()
     update = answer(round, "a")
     assert round.accept(update) is update
-    assert round.turned_away == []
+    assert round.rejections == []
 
 
 def test_each_kind_of_answer_is_counted_with_its_reason():
@@ -53,7 +53,7 @@ def test_each_kind_of_answer_is_counted_with_its_reason():
         ("d", "refused"),
         ("d", "failed"),
     ]
-    assert "'b' in round 2: NaN or infinite" in round.turned_away[1].reason
+    assert "'b' in round 2: NaN or infinite" in round.rejections[1].reason
     assert round.rejected == {"b": "was late", "c": "was lost", "d": "was failed"}
     assert list(round.accepted) == ["a"]
 
@@ -72,8 +72,8 @@ def test_a_stale_answer_says_nothing_of_a_client_that_is_still_awaited(change):
     with pytest.raises(UpdateError, match="it answers"):
         round.fail(replace(Failure("c", 2, 0, "?"), **change))
     assert round.rejected == {}
-    round.turn_away(replace(answer(round, "d"), **change))
-    round.turn_away(replace(Failure("a", 2, 0, "?"), **change))
+    round.reject_stale(replace(answer(round, "d"), **change))
+    round.reject_stale(replace(Failure("a", 2, 0, "?"), **change))
     assert round.rejected == {}
     assert kinds(round) == [(client, "stale") for client in "bcda"]
     for client in "abcd":
@@ -99,15 +99,15 @@ def test_a_failure_after_the_update_was_accepted_takes_nothing_away():
 
 def test_who_answers_an_earlier_round_need_not_take_part_in_this_one():
     round = begin(clients=("a", "b"))
-    round.turn_away(replace(answer(round, "a"), client="d", round=1))
+    round.reject_stale(replace(answer(round, "a"), client="d", round=1))
     assert kinds(round) == [("d", "stale")]
 
 
 def test_long_reasons_are_cut_in_what_is_kept_of_them():
     round = begin()
     round.fail(Failure("a", 2, 0, "because " * 100))
-    assert len(round.turned_away[0].reason) == 300
-    assert round.turned_away[0].reason.endswith("…")
+    assert len(round.rejections[0].reason) == 300
+    assert round.rejections[0].reason.endswith("…")
 
 
 # --- bytes ---
@@ -124,15 +124,14 @@ def test_bytes_per_client_sum_to_those_of_the_round():
     round.accept(answer(round, "a"))
     refused(round, answer(round, "a"), "accepted already")
     refused(round, NAN(answer(round, "b")), "NaN")
-    round.turn_away(replace(answer(round, "c"), round=1))
+    round.reject_stale(replace(answer(round, "c"), round=1))
     refused(round, replace(answer(round, "d"), client="x"), "not asked")
-    round.note("d", "invalid", "no packet", 17)
     down = {client: round.assignment(client).nbytes for client in "abcd"}
     assert round.traffic == {
         "a": {"up": 2 * one["a"], "down": down["a"]},
         "b": {"up": one["b"], "down": down["b"]},
         "c": {"up": one["c"], "down": down["c"]},
-        "d": {"up": 17, "down": down["d"]},
+        "d": {"up": 0, "down": down["d"]},
         "x": {"up": one["d"], "down": 0},
     }
     assert summed(round) == (round.bytes_up, round.bytes_down)

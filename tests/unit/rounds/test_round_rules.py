@@ -121,12 +121,12 @@ def test_bytes_are_those_of_what_travels():
 @pytest.mark.parametrize(
     ("kind", "delta", "message"),
     [
-        ("b", LowRank(torch.ones(6, 3), torch.ones(3, 5)), "expected a as it was dealt"),
+        ("b", LowRank(torch.ones(6, 3), torch.ones(3, 5)), "expected a as it was sent"),
         ("both", Dense(torch.ones(SHAPE)), "expected .* rank 3|expected LowRank, got Dense"),
         (
             "sparse",
             Sparse(torch.ones(3), POSITIONS.flip(0), SHAPE),
-            "expected positions as it was dealt",
+            "expected positions as it was sent",
         ),
         ("sparse", factors(3), "expected Sparse, got LowRank"),
         ("sparse", Sparse(torch.tensor([1.0, float("nan"), 1.0]), POSITIONS, SHAPE), "NaN"),

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from federations import MEASURED, clients, federation, one_block
+from federations import MEASURED, clients, one_block, opened
 from polyrank.errors import RecipeError
 from polyrank.evaluation import Evaluation
-from polyrank.rounds.sampling import panel
+from polyrank.rounds.sampling import evaluation_subset
 from polyrank.run import RunSettings
 from polyrank.training import prepare
 from polyrank.training.encoding import Encoding
@@ -27,7 +27,7 @@ def types(work):
 
 
 def test_all_for_zero(work, types):
-    assert panel(work, "validation", types, 0, 0) == work
+    assert evaluation_subset(work, "validation", types, 0, 0) == work
 
 
 @pytest.mark.parametrize(
@@ -44,16 +44,18 @@ def test_all_for_zero(work, types):
 def test_types_get_their_shares_and_each_one_client_where_there_is_room(
     work, types, most, expected
 ):
-    chosen = panel(work, "validation", types, most, 0)
+    chosen = evaluation_subset(work, "validation", types, most, 0)
     assert Counter(types[id] for id, client in chosen.items() if client.seen) == expected
     assert sum(not client.seen for client in chosen.values()) == min(most, 6)
     assert list(chosen) == [id for id in work if id in chosen], "in the order of all"
 
 
 def test_the_seed_alone_decides(work, types):
-    five = panel(work, "validation", types, 5, 3)
-    assert panel(dict(reversed(work.items())), "validation", types, 5, 3) == five
-    assert len({tuple(panel(work, "validation", types, 5, seed)) for seed in range(5)}) > 1
+    five = evaluation_subset(work, "validation", types, 5, 3)
+    assert evaluation_subset(dict(reversed(work.items())), "validation", types, 5, 3) == five
+    assert (
+        len({tuple(evaluation_subset(work, "validation", types, 5, seed)) for seed in range(5)}) > 1
+    )
 
 
 def test_clients_without_an_example_in_the_part_are_not_drawn(work, types):
@@ -61,19 +63,19 @@ def test_clients_without_an_example_in_the_part_are_not_drawn(work, types):
         id: replace(client, rows={**client.rows, "validation": ()}) if id < "c15" else client
         for id, client in work.items()
     }
-    chosen = panel(bare, "validation", types, 4, 0)
+    chosen = evaluation_subset(bare, "validation", types, 4, 0)
     assert len(chosen) == 8
     assert all(client.rows["validation"] for client in chosen.values())
 
 
 def test_a_run_scores_its_panels_and_no_other_clients():
     evaluation = replace(MEASURED, clients=3, final_clients=2)
-    conduct = RunSettings(evaluation=evaluation, cohort=4)
-    with federation(data=clients(seen=8, unseen=4), conduct=conduct) as parts:
+    run_settings = RunSettings(evaluation=evaluation, cohort=4)
+    with opened(data=clients(seen=8, unseen=4), settings=run_settings) as parts:
         records = list(parts.rounds(2))
         types = parts.fleet.assigned
-        between = panel(parts.work, "validation", types, 3, conduct.seed)
-        ends = panel(parts.work, "test", types, 2, conduct.seed)
+        between = evaluation_subset(parts.work, "validation", types, 3, run_settings.seed)
+        ends = evaluation_subset(parts.work, "test", types, 2, run_settings.seed)
         final = parts.finish()["final"]
         assert parts.base()["clients"].keys() == ends.keys()
     assert len(between) == 6

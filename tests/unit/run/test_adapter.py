@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dense_oracle import random_merged, random_sparse
-from federations import MEASURED, federation
+from federations import MEASURED, opened
 from models import batch, random_adapter, tiny_loaded
 from polyrank.aggregation import FLoRA
 from polyrank.algebra import Adapter, Dense, LowRank
@@ -98,8 +98,8 @@ def test_a_sum_with_a_nan_is_refused_before_it_is_factored():
 
 
 def test_a_run_whose_rule_merges_tells_what_its_adapter_folder_lacks(tmp_path):
-    conduct = RunSettings(evaluation=MEASURED, cohort=2)
-    with federation(tmp_path / "run", rule=FLoRA(), conduct=conduct) as run:
+    run_settings = RunSettings(evaluation=MEASURED, cohort=2)
+    with opened(tmp_path / "run", rule=FLoRA(), settings=run_settings) as run:
         list(run.rounds(3))
         summary = run.finish()
         found, lost = run.adapter.lowrank()

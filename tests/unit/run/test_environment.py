@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from federations import clients, one_block
+from polyrank.aggregation import FlexLoRA
 from polyrank.errors import InexactResumeError, RunError
-from polyrank.run import environment as surroundings
+from polyrank.run import environment
 from polyrank.training import prepare
 from polyrank.training.client_data import fingerprint
 from polyrank.training.encoding import Encoding
@@ -19,41 +20,41 @@ def model():
     return one_block()
 
 
-def test_surroundings_survive_json(model):
-    told = surroundings.describe(model, "d" * 64, {"betas": (0.9, 0.99), "cohort": 2})
+def test_environment_survive_json(model):
+    told = environment.describe(model, "d" * 64, {"betas": (0.9, 0.99), "cohort": 2}, FlexLoRA())
     assert json.loads(json.dumps(told)) == told
     assert told["versions"]["torch"] == torch.__version__
     assert told["threads"] == torch.get_num_threads()
 
 
 def test_the_fingerprint_of_a_model_changes_with_one_bit_and_with_its_configuration(model):
-    before = surroundings.fingerprint(model)
-    assert surroundings.fingerprint(one_block()) == before
+    before = environment.fingerprint(model)
+    assert environment.fingerprint(one_block()) == before
     weight = model.module.model.embed_tokens.weight
     kept = weight[50, 3].item()
     with torch.no_grad():
         weight[50, 3] = kept * (1 + 2**-22)
-        assert surroundings.fingerprint(model) != before
+        assert environment.fingerprint(model) != before
         weight[50, 3] = kept
-    assert surroundings.fingerprint(model) == before
+    assert environment.fingerprint(model) == before
     base = model.module.config.rms_norm_eps
     model.module.config.rms_norm_eps = 0.5
-    assert surroundings.fingerprint(model) != before
+    assert environment.fingerprint(model) != before
     model.module.config.rms_norm_eps = base
 
 
 def test_the_fingerprint_depends_neither_on_threads_nor_on_where_the_model_came_from(model):
-    before, threads = surroundings.fingerprint(model), torch.get_num_threads()
+    before, threads = environment.fingerprint(model), torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert surroundings.fingerprint(replace(model, source="elsewhere")) == before
+        assert environment.fingerprint(replace(model, source="elsewhere")) == before
     finally:
         torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_every_number_format_has_a_fingerprint(dtype):
-    assert len(surroundings.fingerprint(one_block(dtype))) == 64
+    assert len(environment.fingerprint(one_block(dtype))) == 64
 
 
 def with_reference(client):
@@ -98,7 +99,7 @@ OLD = {"schema": 1, "threads": 2, "model": {"source": "a", "fingerprint": "f"}, 
 def test_every_difference_is_named_and_nothing_else():
     now = {**OLD, "threads": 4, "model": {"source": "b", "fingerprint": "g"}, "extra": 1}
     with pytest.raises(InexactResumeError) as caught:
-        surroundings.carried_over(OLD, now, round=3, allow_inexact=False)
+        environment.carried_over(OLD, now, round=3, allow_inexact=False)
     lines = str(caught.value).splitlines()[1:-1]
     assert [line.strip() for line in lines] == [
         "extra: was None, is 1",
@@ -108,24 +109,24 @@ def test_every_difference_is_named_and_nothing_else():
     assert "--allow-inexact" in str(caught.value)
 
 
-def test_the_same_surroundings_are_kept_as_they_were():
+def test_the_same_environment_are_kept_as_they_were():
     now = {**OLD, "model": {"source": "moved", "fingerprint": "f"}}
-    assert surroundings.carried_over(OLD, now, round=3, allow_inexact=False) == OLD
+    assert environment.carried_over(OLD, now, round=3, allow_inexact=False) == OLD
 
 
 def test_what_was_allowed_to_differ_is_noted_each_time():
-    first = surroundings.carried_over(OLD, {**OLD, "threads": 4}, round=3, allow_inexact=True)
-    second = surroundings.carried_over(first, {**OLD, "threads": 1}, round=5, allow_inexact=True)
+    first = environment.carried_over(OLD, {**OLD, "threads": 4}, round=3, allow_inexact=True)
+    second = environment.carried_over(first, {**OLD, "threads": 1}, round=5, allow_inexact=True)
     assert second["threads"] == 1
     assert [(n["after_round"], n["differences"]) for n in second["inexact"]] == [
         (3, ["threads: was 2, is 4"]),
         (5, ["threads: was 4, is 1"]),
     ]
     again = {**OLD, "threads": 1}
-    assert surroundings.carried_over(second, again, round=6, allow_inexact=False) == second
+    assert environment.carried_over(second, again, round=6, allow_inexact=False) == second
 
 
 @pytest.mark.parametrize("found", [None, [], {}, {"schema": 2}])
 def test_another_layout_is_refused(tmp_path, found):
     with pytest.raises(RunError, match=r"run\.json: expected schema 1"):
-        surroundings.check_schema(found, tmp_path / "run.json")
+        environment.check_schema(found, tmp_path / "run.json")

@@ -1,6 +1,8 @@
 """A federation: repeatable, resumable, tolerant of bad clients, and refusing what cannot work."""
 
+import gc
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 import federations
-from federations import LOCAL, MEASURED, QUIET, TYPES, clients, federation, fleet
+from federations import LOCAL, MEASURED, QUIET, TYPES, clients, fleet, opened
 from polyrank.aggregation import FedIT, FlexLoRA, FLoRA
 from polyrank.algebra import Adapter
 from polyrank.errors import (
@@ -27,7 +29,7 @@ from polyrank.errors import (
 )
 from polyrank.planning import Fleet, LoRAType
 from polyrank.rounds import Faults, Sampling, Weighting
-from polyrank.run import EarlyStopping, RunSettings, engine
+from polyrank.run import EarlyStopping, Federation, RunSettings, engine
 from polyrank.training import Encoding
 
 PLAIN = RunSettings(evaluation=QUIET, cohort=2)
@@ -61,7 +63,7 @@ def weights(folder: Path) -> bytes:
 def test_the_same_run_twice_gives_the_same_bytes(tmp_path, model):
     both = []
     for name in ("one", "two"):
-        records, summary = play(federation(tmp_path / name, model=model))
+        records, summary = play(opened(tmp_path / name, model=model))
         state = tmp_path / name / "checkpoints" / "round-00002" / "state.safetensors"
         both.append(
             (
@@ -76,7 +78,7 @@ def test_the_same_run_twice_gives_the_same_bytes(tmp_path, model):
 
 def test_another_seed_gives_another_adapter(tmp_path, model):
     for seed in (0, 1):
-        play(federation(tmp_path / str(seed), model=model, conduct=replace(PLAIN, seed=seed)))
+        play(opened(tmp_path / str(seed), model=model, settings=replace(PLAIN, seed=seed)))
     assert weights(tmp_path / "0") != weights(tmp_path / "1")
 
 
@@ -84,13 +86,13 @@ def test_the_order_of_the_clients_changes_no_byte(tmp_path, model):
     data = clients()
     turned = dict(reversed(data.items()))
     for name, given in (("as is", data), ("turned", turned)):
-        play(federation(tmp_path / name, model=model, data=given, conduct=PLAIN))
+        play(opened(tmp_path / name, model=model, data=given, settings=PLAIN))
     assert weights(tmp_path / "as is") == weights(tmp_path / "turned")
 
 
 def test_the_model_is_as_it_was_afterwards(model):
     before = {name: p.clone() for name, p in model.module.named_parameters()}
-    play(federation(model=model), until=1)
+    play(opened(model=model), until=1)
     assert all(torch.equal(before[name], p) for name, p in model.module.named_parameters())
     assert not any(child._forward_hooks for child in model.module.modules())
 
@@ -99,17 +101,17 @@ def test_the_model_is_as_it_was_afterwards(model):
 
 
 def test_a_run_goes_on_after_every_round_as_if_it_had_not_stopped(tmp_path, model):
-    conduct = RunSettings(
+    run_settings = RunSettings(
         evaluation=MEASURED, cohort=2, stopping=EarlyStopping(3), sampling=Sampling(number=3)
     )
-    play(federation(tmp_path / "whole", model=model, conduct=conduct), until=3)
+    play(opened(tmp_path / "whole", model=model, settings=run_settings), until=3)
     for until in (1, 2, 3):
-        with federation(
-            tmp_path / "parts", model=model, conduct=conduct, resume=until > 1
+        with opened(
+            tmp_path / "parts", model=model, settings=run_settings, resume=until > 1
         ) as parts:
             assert parts.round == until - 1
             assert [record.round for record in parts.rounds(until)] == [until]
-    with federation(tmp_path / "parts", model=model, conduct=conduct, resume=True) as parts:
+    with opened(tmp_path / "parts", model=model, settings=run_settings, resume=True) as parts:
         assert list(parts.rounds(3)) == [], "after the last checkpoint, before finish"
         parts.finish()
     for name in ("base.json", "evaluation.json", "checkpoints/round-00003/manifest.json"):
@@ -118,16 +120,16 @@ def test_a_run_goes_on_after_every_round_as_if_it_had_not_stopped(tmp_path, mode
 
 
 def test_updates_are_kept_no_longer_than_their_round(tmp_path, model):
-    with federation(tmp_path / "run", model=model, conduct=PLAIN) as parts:
+    with opened(tmp_path / "run", model=model, settings=PLAIN) as parts:
         for _ in parts.rounds(2):
             assert list((tmp_path / "run" / "updates").iterdir()) == []
 
 
 def test_a_finished_run_can_be_made_longer(tmp_path, model):
-    play(federation(tmp_path / "long", model=model), until=3)
-    _, short = play(federation(tmp_path / "run", model=model), until=1)
+    play(opened(tmp_path / "long", model=model), until=3)
+    _, short = play(opened(tmp_path / "run", model=model), until=1)
     assert short["rounds"] == 1
-    with federation(tmp_path / "run", model=model, resume=True) as parts:
+    with opened(tmp_path / "run", model=model, resume=True) as parts:
         rest = parts.rounds(3)
         next(rest)
         assert not (tmp_path / "run" / "summary.json").exists(), "it told of a shorter run"
@@ -136,8 +138,39 @@ def test_a_finished_run_can_be_made_longer(tmp_path, model):
     assert weights(tmp_path / "run") == weights(tmp_path / "long")
 
 
+def test_the_last_round_is_evaluated_and_a_longer_run_ends_with_the_same_bytes(tmp_path, model):
+    """Early stopping counts the evaluations that both have: here the second round's alone."""
+    measured = replace(MEASURED, every=2)
+    run_settings = RunSettings(evaluation=measured, cohort=2, stopping=EarlyStopping(1))
+    records, _ = play(opened(tmp_path / "long", model=model, settings=run_settings), until=4)
+    assert [record.evaluation is not None for record in records] == [False, True, False, True]
+    records, _ = play(opened(tmp_path / "run", model=model, settings=run_settings), until=3)
+    assert [record.evaluation is not None for record in records] == [False, True, True]
+    with opened(tmp_path / "run", model=model, settings=run_settings, resume=True) as parts:
+        list(parts.rounds(4))
+        parts.finish()
+    assert weights(tmp_path / "run") == weights(tmp_path / "long")
+
+
+def test_a_run_without_evaluations_has_none_after_the_last_round_either(model):
+    with opened(model=model, settings=PLAIN) as parts:
+        assert [record.evaluation for record in parts.rounds(2)] == [None, None]
+
+
+def test_a_run_keeps_some_texts_before_and_after_and_each_clients_own_losses(tmp_path, model):
+    records, summary = play(opened(tmp_path / "run", model=model), until=2)
+    assert [sample["client"] for sample in summary["samples"]] == ["c0", "c1", "u0", "c2", "c3"]
+    told = json.loads((tmp_path / "run" / "base.json").read_text())["samples"]
+    assert [one["before"] for one in summary["samples"]] == [one["text"] for one in told]
+    first, second = records
+    assert set(first.losses) == {"c0", "c1", "c2", "c3"}
+    assert first.loss_change is None
+    changes = [second.losses[id] - first.losses[id] for id in second.losses]
+    assert second.loss_change == pytest.approx(statistics.fmean(changes))
+
+
 def test_a_wish_to_stop_keeps_the_clients_that_are_done(tmp_path, model):
-    play(federation(tmp_path / "whole", model=model, conduct=PLAIN), until=1)
+    play(opened(tmp_path / "whole", model=model, settings=PLAIN), until=1)
     steps = []
 
     def stop() -> bool:
@@ -145,12 +178,12 @@ def test_a_wish_to_stop_keeps_the_clients_that_are_done(tmp_path, model):
             steps.append(1)
         return len(steps) == 8  # In the second cohort of the first round.
 
-    with federation(tmp_path / "run", model=model, conduct=PLAIN, stop=stop) as parts:
+    with opened(tmp_path / "run", model=model, settings=PLAIN, stop=stop) as parts:
         with pytest.raises(InterruptedRunError, match="stopped in round 1"):
             list(parts.rounds(1))
     assert len(list((tmp_path / "run" / "updates").iterdir())) == 2
     trained = []
-    with federation(tmp_path / "run", model=model, conduct=PLAIN, resume=True) as parts:
+    with opened(tmp_path / "run", model=model, settings=PLAIN, resume=True) as parts:
         real = parts.engine.execute
         parts.engine.execute = lambda tasks, step: trained.extend(tasks) or real(tasks, step)
         list(parts.rounds(1))
@@ -166,37 +199,41 @@ def test_a_wish_to_stop_is_heard_within_an_evaluation(tmp_path, model):
         asked.append(1)
         return len(asked) == 2
 
-    with federation(tmp_path / "run", model=model, stop=stop) as parts:
+    with opened(tmp_path / "run", model=model, stop=stop) as parts:
         with pytest.raises(InterruptedRunError):
             parts.base()
     assert not (tmp_path / "run" / "base.json").exists()
-    play(federation(tmp_path / "whole", model=model), until=1)
-    with federation(tmp_path / "run", model=model, resume=True) as parts:
+    play(opened(tmp_path / "whole", model=model), until=1)
+    with opened(tmp_path / "run", model=model, resume=True) as parts:
         list(parts.rounds(1))
         parts.finish()
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 def test_a_damaged_checkpoint_costs_one_round_and_no_byte(tmp_path, model):
-    play(federation(tmp_path / "whole", model=model), until=3)
-    play(federation(tmp_path / "run", model=model), until=3)
+    play(opened(tmp_path / "whole", model=model), until=3)
+    play(opened(tmp_path / "run", model=model), until=3)
     (tmp_path / "run" / "checkpoints" / "round-00003" / "state.safetensors").write_bytes(b"?")
-    with federation(tmp_path / "run", model=model, resume=True) as parts:
+    with opened(tmp_path / "run", model=model, resume=True) as parts:
         assert "round-00003 is damaged" in parts.folder.notes[0]
-        assert [record.round for record in parts.rounds(3)] == [3]
+        (third,) = parts.rounds(3)
         parts.finish()
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    lines = [(tmp_path / name / "rounds.jsonl").read_text() for name in ("run", "whole")]
+    again, before = (json.loads(text.splitlines()[-1]) for text in lines)
+    assert third.loss_change is not None
+    assert timeless(again) == timeless(before)
     for number in (2, 3):
         path = tmp_path / "run" / "checkpoints" / f"round-0000{number}" / "manifest.json"
         path.write_text("{")
     with pytest.raises(CheckpointError, match="no checkpoint can be read whole"):
-        federation(tmp_path / "run", model=model, resume=True)
+        opened(tmp_path / "run", model=model, resume=True)
     lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
     assert len(lines) == 3, "what is left is not thrown away"
 
 
 def test_a_round_whose_checkpoint_failed_is_recorded_once_when_it_is_tried_again(tmp_path, model):
-    with federation(tmp_path / "run", model=model, conduct=PLAIN) as parts:
+    with opened(tmp_path / "run", model=model, settings=PLAIN) as parts:
         real = parts.folder.save_checkpoint
 
         def full(saved):
@@ -208,15 +245,15 @@ def test_a_round_whose_checkpoint_failed_is_recorded_once_when_it_is_tried_again
             list(parts.rounds(2))
         assert [record.round for record in parts.rounds(2)] == [1, 2]
         assert [record["round"] for record in parts.folder.records()] == [1, 2]
-    federation(tmp_path / "run", model=model, conduct=PLAIN, resume=True).close()
+    opened(tmp_path / "run", model=model, settings=PLAIN, resume=True).close()
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"local": replace(LOCAL, lr=0.5)}, "settings.local.lr: was 0.02, is 0.5"),
-        ({"conduct": replace(PLAIN, seed=1)}, "settings.conduct.seed: was 0, is 1"),
-        ({"conduct": replace(PLAIN, cohort=3)}, "settings.cohort: was 2, is 3"),
+        ({"settings": replace(PLAIN, seed=1)}, "settings.conduct.seed: was 0, is 1"),
+        ({"settings": replace(PLAIN, cohort=3)}, "settings.cohort: was 2, is 3"),
         ({"rule": FlexLoRA("delta", split="balanced")}, "settings.options.split: was 'left'"),
         ({"model": federations.one_block(seed=1)}, "model.fingerprint"),
         ({"data": clients(examples=4)}, "data: was"),
@@ -227,27 +264,27 @@ def test_a_round_whose_checkpoint_failed_is_recorded_once_when_it_is_tried_again
     ],
 )
 def test_a_resume_that_could_not_give_the_same_bytes_is_refused(tmp_path, model, changes, named):
-    play(federation(tmp_path / "run", model=model, conduct=PLAIN), until=1)
-    given = {"model": model, "conduct": PLAIN, **changes}
+    play(opened(tmp_path / "run", model=model, settings=PLAIN), until=1)
+    given = {"model": model, "settings": PLAIN, **changes}
     before = (tmp_path / "run" / "run.json").read_text()
     with pytest.raises(InexactResumeError) as caught:
-        federation(tmp_path / "run", resume=True, **given)
+        opened(tmp_path / "run", resume=True, **given)
     assert named in str(caught.value)
     assert str(caught.value).count(": was ") == 1, "that difference and no other"
     assert (tmp_path / "run" / "run.json").read_text() == before
 
 
 def test_other_threads_are_refused_unless_allowed_and_then_noted(tmp_path, model):
-    play(federation(tmp_path / "run", model=model, conduct=PLAIN), until=1)
+    play(opened(tmp_path / "run", model=model, settings=PLAIN), until=1)
     threads = torch.get_num_threads()
-    given = {"model": model, "conduct": PLAIN, "resume": True}
+    given = {"model": model, "settings": PLAIN, "resume": True}
     try:
         torch.set_num_threads(threads + 1)
         with pytest.raises(InexactResumeError, match=f"threads: was {threads}, is {threads + 1}"):
-            federation(tmp_path / "run", **given)
-        with federation(tmp_path / "run", **given, allow_inexact=True) as parts:
+            opened(tmp_path / "run", **given)
+        with opened(tmp_path / "run", **given, allow_inexact=True) as parts:
             list(parts.rounds(2))
-        with federation(tmp_path / "run", **given):
+        with opened(tmp_path / "run", **given):
             pass  # These are the run's surroundings now.
         told = json.loads((tmp_path / "run" / "run.json").read_text())["inexact"]
         assert told == [
@@ -258,16 +295,16 @@ def test_other_threads_are_refused_unless_allowed_and_then_noted(tmp_path, model
 
 
 def test_the_cohort_that_memory_allowed_is_kept_on_resume(tmp_path, model):
-    play(federation(tmp_path / "run", model=model, conduct=PLAIN), until=1)
+    play(opened(tmp_path / "run", model=model, settings=PLAIN), until=1)
     given = replace(PLAIN, cohort="auto")
-    with federation(tmp_path / "run", model=model, conduct=given, resume=True) as parts:
+    with opened(tmp_path / "run", model=model, settings=given, resume=True) as parts:
         assert parts.engine.cohort == 2
 
 
 def test_a_model_may_lie_elsewhere_on_resume(tmp_path, model):
-    play(federation(tmp_path / "run", model=model, conduct=PLAIN), until=1)
+    play(opened(tmp_path / "run", model=model, settings=PLAIN), until=1)
     moved = replace(model, source="/another/place")
-    federation(tmp_path / "run", model=moved, conduct=PLAIN, resume=True).close()
+    opened(tmp_path / "run", model=moved, settings=PLAIN, resume=True).close()
 
 
 # --- folders ---
@@ -277,17 +314,32 @@ def test_an_existing_folder_is_never_overwritten(tmp_path, model):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").touch()
     with pytest.raises(FolderExistsError):
-        federation(tmp_path / "run", model=model)
+        opened(tmp_path / "run", model=model)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine"]
 
 
 def test_without_a_folder_nothing_is_left(tmp_path, model, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with federation(model=model, conduct=PLAIN) as parts:
+    with opened(model=model, settings=PLAIN) as parts:
         list(parts.rounds(1))
         assert list(tmp_path.iterdir()) != []
     assert list(tmp_path.iterdir()) == []
     assert parts.adapter.factors.norm() > 0, "the result outlives its folder"
+
+
+def test_the_short_way_trains_in_a_temporary_folder(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    data = clients()
+    with opened(model=model, settings=PLAIN) as run:
+        expected = [record.loss for record in run.rounds(2)], run.adapter.factors.hash()
+    short = Federation(model, data, fleet(data), local=LOCAL, settings=PLAIN)
+    assert list(tmp_path.iterdir()) == [], "making it computes nothing"
+    assert [record.loss for record in short.rounds(1)] == expected[0][:1]
+    assert [record.loss for record in short.rounds(2)] == expected[0][1:]
+    assert short.adapter.factors.hash() == expected[1]
+    del short
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 UNFIT = {
@@ -322,30 +374,30 @@ UNFIT = {
         r"no clients \['c33'\]; did you mean 'c3'",
     ),
     "a sequence beyond the context": (
-        {"conduct": replace(PLAIN, encoding=Encoding(max_length=65))},
+        {"settings": replace(PLAIN, encoding=Encoding(max_length=65))},
         DataError,
         "context",
     ),
     "nothing fits": (
-        {"conduct": replace(PLAIN, encoding=Encoding(max_length=3))},
+        {"settings": replace(PLAIN, encoding=Encoding(max_length=3))},
         DataError,
         "no client has a usable training example",
     ),
     "patience without evaluation": (
-        {"conduct": replace(PLAIN, stopping=EarlyStopping(2))},
+        {"settings": replace(PLAIN, stopping=EarlyStopping(2))},
         RecipeError,
         "evaluation.every",
     ),
     "patience without validation data": (
         {
-            "conduct": RunSettings(evaluation=MEASURED, stopping=EarlyStopping(2)),
+            "settings": RunSettings(evaluation=MEASURED, stopping=EarlyStopping(2)),
             "data": {id: replace(c, validation=()) for id, c in clients().items()},
         },
         DataError,
         "validation example",
     ),
     "no room for an answer": (
-        {"conduct": replace(PLAIN, evaluation=replace(MEASURED, max_new_tokens=64))},
+        {"settings": replace(PLAIN, evaluation=replace(MEASURED, max_new_tokens=64))},
         RecipeError,
         "leave no room",
     ),
@@ -357,7 +409,7 @@ def test_what_cannot_work_is_refused_before_there_is_a_folder(
     tmp_path, model, given, error, message
 ):
     with pytest.raises(error, match=message):
-        federation(tmp_path / "new" / "run", model=model, **given)
+        opened(tmp_path / "new" / "run", model=model, **given)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -369,19 +421,19 @@ def test_too_little_memory_or_disk_is_seen_before_there_is_a_folder(
     few = {"memory": lambda _: 10, "disk": lambda _: type("Usage", (), {"free": 10})}
     monkeypatch.setattr(f"polyrank.run.preflight.{names[what]}", few[what])
     with pytest.raises(PolyrankError, match="MiB"):
-        federation(tmp_path / "new" / "run", model=model, conduct=PLAIN)
+        opened(tmp_path / "new" / "run", model=model, settings=PLAIN)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_at_the_first_write_leaves_no_folder(tmp_path, model):
     with pytest.raises(RunError, match="cannot be made"):
-        federation(tmp_path / "run", model=model, attachments={"no/such/folder.toml": "x"})
+        opened(tmp_path / "run", model=model, files={"no/such/folder.toml": "x"})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_a_run_can_be_resumed(tmp_path, model):
     with pytest.raises(RunError, match="expected a run folder"):
-        federation(tmp_path, model=model, resume=True)
+        opened(tmp_path, model=model, resume=True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -407,10 +459,10 @@ def nan(update):
 
 def test_a_bad_update_is_counted_and_the_round_is_that_of_the_others(model):
     others = {id: client for id, client in clients().items() if id != "c1"}
-    alone = federation(model=model, data=others, conduct=replace(PLAIN, cohort=1))
-    spoiled = federation(
+    alone = opened(model=model, data=others, settings=replace(PLAIN, cohort=1))
+    spoiled = opened(
         model=model,
-        conduct=replace(PLAIN, cohort=1),
+        settings=replace(PLAIN, cohort=1),
         data=clients(),
         fleet=Fleet.table(alone.fleet.assigned | {"c1": "large"}, types=TYPES),
     )
@@ -423,8 +475,8 @@ def test_a_bad_update_is_counted_and_the_round_is_that_of_the_others(model):
 
 
 def test_updates_that_are_shortened_are_told_of_and_a_killed_round_tells_the_same(tmp_path, model):
-    conduct = replace(PLAIN, faults=Faults(clip_increment=0.05), weights=Weighting(most=0.3))
-    records, summary = play(federation(tmp_path / "whole", model=model, conduct=conduct))
+    run_settings = replace(PLAIN, faults=Faults(clip_increment=0.05), weights=Weighting(most=0.3))
+    records, summary = play(opened(tmp_path / "whole", model=model, settings=run_settings))
     assert all(0 < c < 1 for record in records for c in record.clipped.values())
     assert sum(len(record.clipped) for record in records) > 0
     for way in ("up", "down"):
@@ -432,12 +484,12 @@ def test_updates_that_are_shortened_are_told_of_and_a_killed_round_tells_the_sam
         assert told == [getattr(record, f"bytes_{way}") for record in records]
         assert sum(c[f"bytes_{way}"] for c in summary["clients"].values()) == sum(told)
     assert {c["rounds_joined"] for c in summary["clients"].values()} == {2}
-    with federation(tmp_path / "parts", model=model, conduct=conduct) as parts:
+    with opened(tmp_path / "parts", model=model, settings=run_settings) as parts:
         spoil(parts, lambda a: a.round == 2 and a.client == "c3", interrupt)
         with pytest.raises(InterruptedRunError):
             list(parts.rounds(2))
         assert any((tmp_path / "parts" / "updates").rglob("*.safetensors"))
-    play(federation(tmp_path / "parts", model=model, conduct=conduct, resume=True))
+    play(opened(tmp_path / "parts", model=model, settings=run_settings, resume=True))
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     told = [
         [timeless(json.loads(line)) for line in (path / "rounds.jsonl").read_text().splitlines()]
@@ -451,7 +503,7 @@ def interrupt(_):
 
 
 def test_a_client_that_diverges_does_not_stop_its_cohort(model, monkeypatch):
-    with federation(model=model, conduct=replace(PLAIN, cohort=4)) as parts:
+    with opened(model=model, settings=replace(PLAIN, cohort=4)) as parts:
         whole = engine.Job
 
         def job(client, assignment, *rest):
@@ -470,8 +522,8 @@ def test_a_client_that_diverges_does_not_stop_its_cohort(model, monkeypatch):
 def test_below_the_quorum_others_are_asked_and_the_failed_attempt_is_told_of(model):
     for seed in range(4):  # Drawn without regard to who failed, the two would meet again.
         faults = Faults(quorum=1.0, attempts=2)
-        conduct = replace(PLAIN, sampling=Sampling(number=2), faults=faults, seed=seed)
-        with federation(model=model, conduct=conduct) as parts:
+        run_settings = replace(PLAIN, sampling=Sampling(number=2), faults=faults, seed=seed)
+        with opened(model=model, settings=run_settings) as parts:
             spoil(parts, lambda a: a.attempt == 0, nan)
             (record,) = parts.rounds(1)
         assert record.attempt == 1
@@ -482,8 +534,8 @@ def test_below_the_quorum_others_are_asked_and_the_failed_attempt_is_told_of(mod
 
 
 def test_a_round_that_fails_in_every_attempt_changes_nothing(tmp_path, model):
-    conduct = replace(PLAIN, faults=Faults(quorum=0.6, attempts=3))
-    with federation(tmp_path / "run", model=model, conduct=conduct) as parts:
+    run_settings = replace(PLAIN, faults=Faults(quorum=0.6, attempts=3))
+    with opened(tmp_path / "run", model=model, settings=run_settings) as parts:
         list(parts.rounds(1))
         before = parts.adapter.factors.hash()
         spoil(parts, lambda a: a.client in ("c0", "c1"), nan)
@@ -495,8 +547,8 @@ def test_a_round_that_fails_in_every_attempt_changes_nothing(tmp_path, model):
 
 
 def test_the_server_may_keep_a_lower_rank_than_a_client_has(model):
-    conduct = replace(PLAIN, server_rank=2)
-    with federation(model=model, conduct=conduct, rule=FlexLoRA("delta")) as parts:
+    run_settings = replace(PLAIN, server_rank=2)
+    with opened(model=model, settings=run_settings, rule=FlexLoRA("delta")) as parts:
         records = list(parts.rounds(2))
         assert set(parts.adapter.factors.ranks.values()) == {2}
     assert all(record.discarded > 0 for record in records)
@@ -511,18 +563,18 @@ def test_a_type_may_leave_sites_alone(model):
     }
     names = ["attention", "everything", "attention", "everything"]
     fleet = Fleet.table(dict(zip(["c0", "c1", "c2", "c3"], names, strict=True)), types=types)
-    with federation(model=model, fleet=fleet) as parts:
+    with opened(model=model, fleet=fleet) as parts:
         (record,) = parts.rounds(1)
         assert set(record.evaluation["own_rank"]) == {"all", "attention", "everything"}
         assert len(parts.adapter.factors) == 3
         assert set(parts.ranks["c0"]) < set(parts.ranks["c1"])
         parts.finish()
     for rule in (FlexLoRA("tail-in-base"), FLoRA()):
-        with federation(model=model, fleet=fleet, rule=rule) as parts:
+        with opened(model=model, fleet=fleet, rule=rule) as parts:
             list(parts.rounds(3))
             parts.finish()
     only = Fleet.table(dict.fromkeys(fleet.assigned, "attention"), types=types)
-    with federation(model=model, fleet=only) as parts:
+    with opened(model=model, fleet=only) as parts:
         list(parts.rounds(1))
         parts.finish()
         assert all("down_proj" not in site for site in parts.adapter.factors)
@@ -532,7 +584,7 @@ def test_a_type_may_leave_sites_alone(model):
 
 
 def test_unseen_clients_are_never_trained_on(model):
-    with federation(model=model, data=clients(unseen=2)) as parts:
+    with opened(model=model, data=clients(unseen=2)) as parts:
         asked = []
         real = parts.engine.execute
         parts.engine.execute = lambda tasks, step: asked.extend(tasks) or real(tasks, step)
@@ -550,8 +602,8 @@ def test_sampling_few_of_many_deals_once_per_kind_of_client(model, monkeypatch):
         FlexLoRA, "deal_site", lambda self, *rest: dealt.append(1) or real(self, *rest)
     )
     evaluation = replace(MEASURED, generate=0)
-    conduct = RunSettings(sampling=Sampling(fraction=0.1), evaluation=evaluation, cohort=4)
-    with federation(model=model, data=data, conduct=conduct) as parts:
+    run_settings = RunSettings(sampling=Sampling(fraction=0.1), evaluation=evaluation, cohort=4)
+    with opened(model=model, data=data, settings=run_settings) as parts:
         (record,) = parts.rounds(1)
     assert len(record.clients) == 4
     # three kinds of clients, three sites: to reckon memory, for training, and for scoring
@@ -567,8 +619,8 @@ def test_sampling_few_of_many_deals_once_per_kind_of_client(model, monkeypatch):
     ],
 )
 def test_updates_weigh_by_examples_equally_or_capped(model, weighting, expected):
-    with federation(model=model, conduct=replace(PLAIN, weights=weighting)) as parts:
-        assert dict(parts._settings.weights) == expected
+    with opened(model=model, settings=replace(PLAIN, weights=weighting)) as parts:
+        assert dict(parts._round_settings.weights) == expected
 
 
 @pytest.mark.parametrize(("by", "cap"), [("capped", None), ("capped", 0), ("equal", 3)])
@@ -582,14 +634,14 @@ def test_a_cap_belongs_to_capped(by, cap):
 
 def scripted(parts, losses) -> None:
     """Let the validation losses after the rounds be these."""
-    real = parts._scorer.of_round
+    real = parts._evaluation.of_round
 
-    def of_round(state, number):
-        scores = real(state, number)
+    def of_round(state, number, *, last):
+        scores = real(state, number, last=last)
         scores["server"]["seen"]["loss"] = losses[number - 1]
         return scores
 
-    parts._scorer.of_round = of_round
+    parts._evaluation.of_round = of_round
 
 
 @pytest.mark.parametrize("killed_after", [None, 1, 2, 3, 4])
@@ -598,17 +650,17 @@ def test_patience_ends_the_run_and_the_best_is_the_result(tmp_path, model, resto
     losses = [3.0, 2.0, 2.5, None, 1.0]  # None: not finite, which is no progress either
     stopping = EarlyStopping(2, restore_best=restore)
     evaluation = replace(MEASURED, generate=0, own_rank=False)
-    conduct = RunSettings(evaluation=evaluation, cohort=4, stopping=stopping)
-    given = {"model": model, "conduct": conduct}
+    run_settings = RunSettings(evaluation=evaluation, cohort=4, stopping=stopping)
+    given = {"model": model, "settings": run_settings}
     hashes = {}
-    with federation(tmp_path / "run", **given) as parts:
+    with opened(tmp_path / "run", **given) as parts:
         scripted(parts, losses)
         for record in parts.rounds(killed_after or 5):
-            hashes[record.round] = parts.rule.adapter(parts._at.state).hash()
-    with federation(tmp_path / "run", **given, resume=True) as parts:
+            hashes[record.round] = parts.rule.adapter(parts.state).hash()
+    with opened(tmp_path / "run", **given, resume=True) as parts:
         scripted(parts, losses)
         for record in parts.rounds(5):
-            hashes[record.round] = parts.rule.adapter(parts._at.state).hash()
+            hashes[record.round] = parts.rule.adapter(parts.state).hash()
         summary = parts.finish()
         assert parts.adapter.factors.hash() == hashes[2 if restore else 4]
     assert sorted(hashes) == [1, 2, 3, 4]
@@ -620,8 +672,8 @@ def test_patience_ends_the_run_and_the_best_is_the_result(tmp_path, model, resto
 def test_a_gain_below_min_delta_is_none(model):
     evaluation = replace(MEASURED, generate=0, own_rank=False)
     stopping = EarlyStopping(2, min_delta=0.5)
-    conduct = RunSettings(evaluation=evaluation, cohort=4, stopping=stopping)
-    with federation(model=model, conduct=conduct) as parts:
+    run_settings = RunSettings(evaluation=evaluation, cohort=4, stopping=stopping)
+    with opened(model=model, settings=run_settings) as parts:
         scripted(parts, [3.0, 2.6, 2.51])
         assert [record.round for record in parts.rounds(9)] == [1, 2, 3]
 
@@ -629,8 +681,8 @@ def test_a_gain_below_min_delta_is_none(model):
 def test_the_summary_tells_when_the_target_was_reached(tmp_path, model):
     evaluation = replace(MEASURED, generate=0, own_rank=False)
     for target, expected in ((2.0, 2), (0.5, None)):
-        conduct = RunSettings(evaluation=evaluation, cohort=4, target_loss=target)
-        with federation(model=model, conduct=conduct) as parts:
+        run_settings = RunSettings(evaluation=evaluation, cohort=4, target_loss=target)
+        with opened(model=model, settings=run_settings) as parts:
             scripted(parts, [3.0, 2.0, 1.0])
             records = list(parts.rounds(3))
             told = parts.finish()["to_target"]

@@ -100,7 +100,7 @@ def test_scores_come_back_from_the_disk_bit_by_bit(tmp_path: Path) -> None:
 def test_a_resumed_round_has_the_scores_of_the_updates_that_were_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    conduct = RunSettings(evaluation=QUIET, cohort=1)
+    run_settings = RunSettings(evaluation=QUIET, cohort=1)
     seen: list[dict[str, dict[str, float]]] = []
     aggregate = Round.aggregate
 
@@ -111,7 +111,7 @@ def test_a_resumed_round_has_the_scores_of_the_updates_that_were_kept(
     monkeypatch.setattr(Round, "aggregate", note)
 
     def carried_out(folder: Path, fails_at: int | None) -> None:
-        with federations.federation(folder, conduct=conduct, resume=folder.exists()) as run:
+        with federations.opened(folder, settings=run_settings, resume=folder.exists()) as run:
             run.engine.scoring = Scoring(1)
             trained, execute = [], run.engine.execute
 

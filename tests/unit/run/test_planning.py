@@ -12,7 +12,7 @@ import torch
 
 import federations
 import plannings
-from plannings import CONDUCT, LOCAL, deep, federation, planning
+from plannings import CONDUCT, LOCAL, deep, opened, planning
 from polyrank.algebra import Adapter
 from polyrank.data import sizes
 from polyrank.data.types import Example
@@ -109,7 +109,7 @@ def test_scores_that_are_no_measure_are_refused_with_site_and_client(score: floa
 
 
 def test_a_client_whose_scores_are_not_finite_is_left_out_of_the_round() -> None:
-    with federation(threshold=ALWAYS) as run:
+    with opened(threshold=ALWAYS) as run:
         real = run.engine.execute
 
         def execute(tasks, on_step=None):
@@ -139,7 +139,7 @@ def ranks_by_round(run: Federation, rounds: int) -> list[dict[str, dict[str, int
 
 def test_ranks_change_at_the_next_round_and_not_before() -> None:
     trained: list[dict[str, int]] = []
-    with federation(threshold=ALWAYS, conduct=replace(CONDUCT, cohort=1)) as run:
+    with opened(threshold=ALWAYS, settings=replace(CONDUCT, cohort=1)) as run:
         real = run.engine.execute
 
         def execute(tasks, on_step=None):
@@ -157,7 +157,7 @@ def test_ranks_change_at_the_next_round_and_not_before() -> None:
 
 
 def test_without_a_move_past_the_threshold_all_rounds_have_the_first_ranks() -> None:
-    with federation(threshold=NEVER) as run:
+    with opened(threshold=NEVER) as run:
         first, *later = ranks_by_round(run, 3)
         assert later == [first] * 3
         assert run._at.importance.scores
@@ -165,7 +165,7 @@ def test_without_a_move_past_the_threshold_all_rounds_have_the_first_ranks() -> 
 
 
 def test_without_a_metric_nothing_is_scored_and_nothing_changes() -> None:
-    with federation(threshold=ALWAYS, metric=None) as run:
+    with opened(threshold=ALWAYS, metric=None) as run:
         assert run.engine.scoring.every == 0
         first, *later = ranks_by_round(run, 2)
         assert later == [first] * 2
@@ -173,30 +173,30 @@ def test_without_a_metric_nothing_is_scored_and_nothing_changes() -> None:
 
 
 def test_the_records_say_when_plans_were_made_anew_and_what_a_round_takes_by_the_model() -> None:
-    with federation(threshold=ALWAYS) as run:
-        assert run._planned is not None
+    with opened(threshold=ALWAYS) as run:
+        assert run.planned is not None
         expected = max(
-            run._planned.plans[name].seconds.round for name in run.fleet.assigned.values()
+            run.planned.plans[name].seconds.round for name in run.fleet.assigned.values()
         )
         first, second = run.rounds(2)
         assert first.planned_anew
         assert first.modelled_seconds == expected
         assert second.modelled_seconds != expected, "that of the plan that was followed"
-    with federation(threshold=NEVER) as run:
+    with opened(threshold=NEVER) as run:
         assert not any(record.planned_anew for record in run.rounds(2))
 
 
 @pytest.mark.parametrize("called", RULES)
 def test_a_plan_made_anew_changes_ranks_and_nothing_that_was_learnt(called: str) -> None:
     """The scores of round 1 are taken before plans are made, and again after."""
-    conduct = RunSettings(evaluation=replace(federations.MEASURED, own_rank=False), cohort=2)
-    with federation(called=called, threshold=ALWAYS, conduct=conduct) as run:
+    run_settings = RunSettings(evaluation=replace(federations.MEASURED, own_rank=False), cohort=2)
+    with opened(called=called, threshold=ALWAYS, settings=run_settings) as run:
         before = dict(run.ranks)
         (record,) = run.rounds(1)
         assert dict(run.ranks) != before
-        dealt = run.rule.adapter(run._at.state)
+        dealt = run.rule.adapter(run.state)
         assert sum(delta.norm() for delta in dealt.values()) > 0
-        again = run._scorer.of_round(run._at.state, 1)
+        again = run._evaluation.of_round(run.state, 1, last=False)
         assert again == record.evaluation
         saved = run.folder.load_checkpoint()
         assert saved.importance == run._at.importance
@@ -207,23 +207,23 @@ def test_a_plan_made_anew_changes_ranks_and_nothing_that_was_learnt(called: str)
 @pytest.mark.parametrize("called", EXACT)
 def test_clients_that_learn_nothing_at_their_new_ranks_leave_the_sum_as_it_is(called: str) -> None:
     model = deep(dtype=torch.float64)
-    with federation(called=called, threshold=ALWAYS, model=model) as run:
+    with opened(called=called, threshold=ALWAYS, model=model) as run:
         before = {client: dict(own) for client, own in run.ranks.items()}
         list(run.rounds(1))
         assert dict(run.ranks) != before
-        learnt = {site: d.dense() for site, d in run.rule.adapter(run._at.state).items()}
+        learnt = {site: d.dense() for site, d in run.rule.adapter(run.state).items()}
         run.engine.local = replace(run.engine.local, lr=1e-30)
         list(run.rounds(2))
-        for site, delta in run.rule.adapter(run._at.state).items():
+        for site, delta in run.rule.adapter(run.state).items():
             assert torch.allclose(delta.dense(), learnt[site], rtol=0, atol=FLOAT64)
 
 
 def test_a_device_may_be_cut_elsewhere_by_a_new_plan() -> None:
     """The phone affords a head of one block, and no more; its tail's ranks follow the scores."""
-    with federation(threshold=ALWAYS) as run:
+    with opened(threshold=ALWAYS) as run:
         assert run.fleet.cuts == {"phone": CutPoint(1)}
         list(run.rounds(2))
-        phone = run._planned.plans["phone"]  # type: ignore[union-attr]
+        phone = run.planned.plans["phone"]  # type: ignore[union-attr]
         assert phone.cut is not None
         assert phone.memory.total <= phone.device.memory_bytes
         assert run.fleet.cuts["phone"] == phone.cut
@@ -233,11 +233,11 @@ def test_devices_follow_their_schedule() -> None:
     made = planning(threshold=NEVER)
     later = Trace({2: {"c0": "station"}, 3: {"*": "laptop"}})
     made = replace(made, fleet=made.fleet.with_schedule(later))
-    with federation(planned=made) as run:
+    with opened(planned=made) as run:
         by_type = run.fleet.ranks_by_type(run.model.spec)
-        settings = run._settings
+        settings = run._round_settings
         found = [
-            [settings.affordable(client, number) for client in ("c0", "c1")] for number in (1, 2, 3)
+            [settings.ranks_of(client, number) for client in ("c0", "c1")] for number in (1, 2, 3)
         ]
         types = [("phone", "laptop"), ("station", "laptop"), ("laptop", "laptop")]
         assert found == [[by_type[name] for name in pair] for pair in types]
@@ -248,30 +248,30 @@ def test_devices_follow_their_schedule() -> None:
 
 @pytest.mark.parametrize(("force", "name"), [("weakest", "phone"), ("station", "station")])
 def test_all_clients_may_have_the_plan_of_one_device(force: str, name: str) -> None:
-    with federation(threshold=ALWAYS, force=force) as run:
+    with opened(threshold=ALWAYS, force=force) as run:
         assert set(run.fleet.assigned.values()) == {name}
         list(run.rounds(1))
         assert set(run.fleet.assigned.values()) == {name}
-        assert run._planned is not None
-        own = run._planned.plans[name]
+        assert run.planned is not None
+        own = run.planned.plans[name]
         assert all(dict(ranks) == dict(own.ranks) for ranks in run.ranks.values())
 
 
 def test_one_adapter_at_the_server_gets_the_same_ranks_from_all_plans() -> None:
     split = replace(CONDUCT.split, adapters="shared", in_flight=1)
-    conduct = replace(CONDUCT, split=split)
+    run_settings = replace(CONDUCT, split=split)
     model = deep()
-    made = planning(model, conduct=conduct, threshold=ALWAYS)
+    made = planning(model, run_settings=run_settings, threshold=ALWAYS)
     phone = made.devices["phone"]
     two_blocks = made.planner.cost.memory({}, CutPoint(2)).total
     tablet = replace(phone, name="tablet", memory_bytes=two_blocks + 3000)
     made = planning(
         model,
-        conduct=conduct,
+        run_settings=run_settings,
         threshold=ALWAYS,
         given={"phone": phone, "tablet": tablet},
     )
-    with federation(called="flexlora", planned=made, model=model, conduct=conduct) as run:
+    with opened(called="flexlora", planned=made, model=model, settings=run_settings) as run:
         list(run.rounds(2))
         ranks = run.fleet.ranks_by_type(model.spec)
         behind = [s.name for s in model.spec.sites if s.block == 2]
@@ -282,8 +282,8 @@ def test_one_adapter_at_the_server_gets_the_same_ranks_from_all_plans() -> None:
 
 
 def test_a_pooled_run_is_planned_and_scores_nothing() -> None:
-    conduct = replace(CONDUCT, pooled=True)
-    with federation(called="fedit", threshold=ALWAYS, conduct=conduct) as run:
+    run_settings = replace(CONDUCT, pooled=True)
+    with opened(called="fedit", threshold=ALWAYS, settings=run_settings) as run:
         (record,) = run.rounds(1)
         assert run.engine.scoring.every == 0
         assert record.modelled_seconds is None
@@ -296,7 +296,7 @@ def test_a_client_whose_device_cannot_take_part_ends_it_before_anything_is_writt
     made = planning()
     poor = {**made.devices, "phone": replace(made.devices["phone"], memory_bytes=1000)}
     with pytest.raises(RecipeError, match="phone: memory: the least that can be trained"):
-        federation(tmp_path / "run", planned=replace(made, devices=poor))
+        opened(tmp_path / "run", planned=replace(made, devices=poor))
     assert not (tmp_path / "run").exists()
 
 
@@ -313,12 +313,12 @@ def test_how_often_is_measured_on_the_largest_batch_with_the_fewest_adapted_bloc
         return 3
 
     monkeypatch.setattr("polyrank.run.replanning.scoring_interval", measured)
-    with federation(every="auto", metric="paper") as run:
+    with opened(every="auto", metric="paper") as run:
         assert run.engine.scoring.every == 3
         assert run.engine.scoring.metric == "paper"
-        assert run._planned is not None
+        assert run.planned is not None
         blocks = {site.name: site.block for site in run.model.spec.sites}
-        fewest = min(len({blocks[s] for s in plan.ranks}) for plan in run._planned.plans.values())
+        fewest = min(len({blocks[s] for s in plan.ranks}) for plan in run.planned.plans.values())
     (how,) = asked
     assert how["metric"] == "paper"
     assert len({blocks[site] for site in how["ranks"]}) == fewest  # type: ignore[attr-defined]
@@ -330,7 +330,7 @@ def test_a_run_that_goes_on_scores_as_often_as_it_began(
 ) -> None:
     how_often = "polyrank.run.replanning.scoring_interval"
     monkeypatch.setattr(how_often, lambda *_, **__: 5)
-    with federation(tmp_path / "run", every="auto") as run:
+    with opened(tmp_path / "run", every="auto") as run:
         list(run.rounds(1))
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["plan"]["score_every"] == 5
@@ -339,7 +339,7 @@ def test_a_run_that_goes_on_scores_as_often_as_it_began(
         raise AssertionError("measured again")
 
     monkeypatch.setattr(how_often, fails)
-    with federation(tmp_path / "run", every="auto", rest={"resume": True}) as run:
+    with opened(tmp_path / "run", every="auto", rest={"resume": True}) as run:
         assert run.engine.scoring.every == 5
         assert run.engine.scoring.metric == "channel"
 
@@ -354,10 +354,10 @@ def test_a_run_that_is_stopped_after_a_new_plan_ends_with_the_same_bytes(tmp_pat
             asked += 1
             return asked == stop_at
 
-        conduct = replace(CONDUCT, sampling=Sampling(number=3), cohort=1)
+        run_settings = replace(CONDUCT, sampling=Sampling(number=3), cohort=1)
         rest = {"stop": stop, "resume": (tmp_path / name).exists()}
-        with federation(
-            tmp_path / name, threshold=ALWAYS, conduct=conduct, called="flora:keep", rest=rest
+        with opened(
+            tmp_path / name, threshold=ALWAYS, settings=run_settings, called="flora:keep", rest=rest
         ) as run:
             list(run.rounds(3))
             run.finish()
@@ -379,19 +379,19 @@ def test_a_run_that_is_stopped_after_a_new_plan_ends_with_the_same_bytes(tmp_pat
 def test_other_devices_are_another_run(tmp_path: Path) -> None:
     from polyrank.errors import InexactResumeError
 
-    with federation(tmp_path / "run", threshold=NEVER) as run:
+    with opened(tmp_path / "run", threshold=NEVER) as run:
         list(run.rounds(1))
     made = planning(threshold=NEVER)
     richer = {n: replace(d, memory_bytes=d.memory_bytes + 1) for n, d in made.devices.items()}
     with pytest.raises(InexactResumeError, match=r"plan\.devices\.laptop\.memory"):
-        federation(tmp_path / "run", planned=replace(made, devices=richer), rest={"resume": True})
+        opened(tmp_path / "run", planned=replace(made, devices=richer), rest={"resume": True})
 
 
 def test_rules_are_told_of_every_rank_that_may_come() -> None:
     made = planning(threshold=ALWAYS)
-    with federation(planned=made, called="hetlora") as run:
+    with opened(planned=made, called="hetlora") as run:
         list(run.rounds(2))
-        state = run.rule.adapter(run._at.state)
+        state = run.rule.adapter(run.state)
         assert isinstance(state, Adapter)
         assert {site: delta.rank for site, delta in state.items()} == dict.fromkeys(
             run.model.spec.shapes, 4
@@ -400,12 +400,12 @@ def test_rules_are_told_of_every_rank_that_may_come() -> None:
 
 def test_new_plans_may_follow_the_spectra_of_what_was_learnt(tmp_path: Path) -> None:
     given = {"threshold": ALWAYS, "allocation": "spectrum", "called": "flexlora:delta"}
-    with federation(tmp_path / "run", **given) as run:
-        first = {name: plan.ranks for name, plan in run._planned.plans.items()}  # type: ignore[union-attr]
+    with opened(tmp_path / "run", **given) as run:
+        first = {name: plan.ranks for name, plan in run.planned.plans.items()}  # type: ignore[union-attr]
         list(run.rounds(1))
-        known, planned = run._at.importance, run._planned
+        known, planned = run._at.importance, run.planned
         assert planned is not None
-        for site, delta in run.rule.adapter(run._at.state).items():
+        for site, delta in run.rule.adapter(run.state).items():
             values = torch.linalg.svdvals(delta.dense())[:4]
             assert known.spectra[site] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-6)
         station = planned.plans["station"]
@@ -419,8 +419,8 @@ def test_new_plans_may_follow_the_spectra_of_what_was_learnt(tmp_path: Path) -> 
 
         even_again = run.planning.plans(Importance())["station"]  # type: ignore[union-attr]
         assert kept(station.ranks) > kept(even_again.ranks)
-    with federation(tmp_path / "run", **given, rest={"resume": True}) as run:
-        assert run._planned == planned, "what is kept is enough to plan the same again"
+    with opened(tmp_path / "run", **given, rest={"resume": True}) as run:
+        assert run.planned == planned, "what is kept is enough to plan the same again"
         list(run.rounds(2))
 
 
@@ -457,10 +457,10 @@ def test_memory_for_a_scored_step_is_looked_for_where_there_will_be_one(
         return 1
 
     monkeypatch.setattr("polyrank.run.preflight.slot_bytes", measured)
-    with federation(metric=metric):
+    with opened(metric=metric):
         assert asked == [metric is not None]
 
 
 def test_a_rule_of_one_rank_takes_plans_that_never_change() -> None:
-    with federation(called="fedit", metric=None, force="weakest") as run:
+    with opened(called="fedit", metric=None, force="weakest") as run:
         assert [record.rejected for record in run.rounds(2)] == [{}, {}]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import federations
-from federations import LOCAL, MEASURED, TYPES, clients, federation, one_block
+from federations import LOCAL, MEASURED, TYPES, clients, one_block, opened
 from polyrank.aggregation import FedIT, Full, deal
 from polyrank.algebra import distance
 from polyrank.data import sizes
@@ -32,12 +32,12 @@ def work(model):
     return prepare(clients(), model, Encoding())[0]
 
 
-def of(work, model, conduct=POOLED, local=LOCAL, **changes):
+def of(work, model, settings=POOLED, local=LOCAL, **changes):
     return population(
         work,
         dataclasses.replace(federations.fleet(clients()), **changes),
         local,
-        conduct,
+        settings,
         model.spec,
     )
 
@@ -71,10 +71,10 @@ def test_everyone_has_the_strongest_type_and_no_cut(work, model):
 def test_a_round_is_as_long_as_those_of_the_federated_clients_together(
     work, model, sampling, steps, epochs
 ):
-    conduct = dataclasses.replace(POOLED, sampling=sampling)
-    by_steps = of(work, model, conduct, LocalTraining(epochs=None, steps=3)).local
+    run_settings = dataclasses.replace(POOLED, sampling=sampling)
+    by_steps = of(work, model, run_settings, LocalTraining(epochs=None, steps=3)).local
     assert (by_steps.steps, by_steps.epochs) == (steps, None)
-    by_epochs = of(work, model, conduct, LocalTraining(epochs=2)).local
+    by_epochs = of(work, model, run_settings, LocalTraining(epochs=2)).local
     assert (by_epochs.steps, by_epochs.epochs) == (None, epochs)
 
 
@@ -93,10 +93,10 @@ def test_a_seen_client_without_a_type_is_named(work, model):
 def test_a_pooled_run_trains_everyone_once_a_round_and_measures_the_clients(tmp_path):
     model = one_block(dtype=torch.float64)
     local = LocalTraining(lr=0.02, batch=4, epochs=1)
-    given = {"model": model, "rule": FedIT(), "local": local, "conduct": POOLED}
-    with federation(tmp_path / "run", **given) as run:
+    given = {"model": model, "rule": FedIT(), "local": local, "settings": POOLED}
+    with opened(tmp_path / "run", **given) as run:
         [record] = run.rounds(1)
-        state = run.result_state
+        state = run.state
         summary = run.finish()
         before = run.rule.init(_spec(run))
         ranks = dict(run.ranks[EVERYONE])
@@ -119,17 +119,17 @@ def test_a_pooled_run_trains_everyone_once_a_round_and_measures_the_clients(tmp_
 def _spec(run):
     from polyrank.run import setup
 
-    return setup.fleet_spec(run._settings, run.fleet, run.model.spec, None)
+    return setup.fleet_spec(run._round_settings, run.fleet, run.model.spec, None)
 
 
 def test_a_pooled_run_goes_on_with_the_same_bytes(tmp_path):
-    given = {"rule": Full(), "conduct": POOLED}
-    with federation(tmp_path / "whole", **given) as run:
+    given = {"rule": Full(), "settings": POOLED}
+    with opened(tmp_path / "whole", **given) as run:
         list(run.rounds(3))
         whole = run.adapter.factors.hash()
-    with federation(tmp_path / "parts", **given) as run:
+    with opened(tmp_path / "parts", **given) as run:
         list(run.rounds(1))
-    with federation(tmp_path / "parts", **given, resume=True) as run:
+    with opened(tmp_path / "parts", **given, resume=True) as run:
         assert run.round == 1
         list(run.rounds(3))
         assert run.adapter.factors.hash() == whole

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from federations import LOCAL, QUIET, federation
+from federations import LOCAL, QUIET, opened
 from polyrank import config
 from polyrank.aggregation import DEFAULT, FlexLoRA, FLoRA, SLoRA, rule
 from polyrank.errors import RecipeError
@@ -120,10 +120,10 @@ def test_a_recipe_with_a_method_written_and_read_again_is_the_same(read, tmp_pat
 
 
 def test_what_a_rule_wraps_is_described_with_the_run(tmp_path):
-    conduct = RunSettings(evaluation=QUIET, cohort=2)
+    run_settings = RunSettings(evaluation=QUIET, cohort=2)
     rule = SLoRA(FlexLoRA("delta", split="balanced"), 1)
     local = replace(LOCAL, proximal=0.5)
-    with federation(tmp_path / "run", rule=rule, conduct=conduct, local=local) as run:
+    with opened(tmp_path / "run", rule=rule, settings=run_settings, local=local) as run:
         list(run.rounds(2))
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["options"]["rounds"] == 1

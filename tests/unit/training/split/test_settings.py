@@ -98,8 +98,8 @@ def test_a_round_knows_the_sites_of_its_split_clients_of_those_that_anyone_train
         of = (s for s in model.spec.sites if s.block in blocks)
         return {s.name for s in of if s.name.endswith(("q_proj", "v_proj"))}
 
-    assert made.held("a", 1) == held(0, 2)
-    assert made.held("b", 3) == held(0, 1)
+    assert made.sites_at("a", 1) == held(0, 2)
+    assert made.sites_at("b", 3) == held(0, 1)
     assert made.cut("b", 1) == CutPoint(2)
     beyond = replace(fleet, cuts={"v": CutPoint(3)})
     with pytest.raises(ModelError, match=r"fleet\.cuts\.v: .*within 1…2, as the model has 3"):

@@ -1,0 +1,67 @@
+"""Run folders whose rule is not one of polyrank's: what can be read, and what to do instead."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+import federations
+from polyrank.aggregation import FlexLoRA
+from polyrank.errors import InexactResumeError, RunError
+from polyrank.runner.inspect import adapter_of, look
+from runs import polyrank
+
+
+@dataclass(frozen=True)
+class Halved(FlexLoRA):
+    """A user's own rule: FlexLoRA under a name that no registry has."""
+
+    strength: float = 0.5
+
+    @property
+    def name(self) -> str:
+        return "halved"
+
+
+@dataclass(frozen=True)
+class Renamed(FlexLoRA):
+    @property
+    def name(self) -> str:
+        return "renamed"
+
+
+@pytest.fixture
+def run(tmp_path):
+    with federations.opened(tmp_path / "run", rule=Halved()) as opened:
+        list(opened.rounds(1))
+    return tmp_path / "run"
+
+
+def test_it_goes_on_in_python_with_the_same_rule_and_with_no_other(run):
+    with federations.opened(run, rule=Halved(), resume=True) as opened:
+        assert [record.round for record in opened.rounds(2)] == [2]
+    with pytest.raises(InexactResumeError, match=r"settings\.options\.strength: was 0\.5, is 0\.2"):
+        federations.opened(run, rule=replace(Halved(), strength=0.2), resume=True)
+    with pytest.raises(InexactResumeError, match=r"settings\.rule: was 'halved', is 'renamed'"):
+        federations.opened(run, rule=Renamed(), resume=True)
+
+
+def test_inspect_shows_its_rounds_and_says_whose_code_the_adapter_needs(run):
+    inspection = look(run)
+    assert [record.round for record in inspection.records] == [1]
+    assert inspection.factors is None
+    (note,) = inspection.notes
+    assert f"its rule {Halved.__module__}:Halved is code outside polyrank" in note
+    done = polyrank("inspect", run)
+    assert done.code == 0, done.err
+    assert "no round is finished" not in done.out
+
+
+@pytest.mark.parametrize("command", [["resume"], ["export"]])
+def test_commands_that_need_a_recipe_say_how_to_go_on_in_python(run, tmp_path, command):
+    target = [tmp_path / "out"] if command == ["export"] else []
+    done = polyrank(*command, run, *target)
+    assert done.code == 1
+    assert f"{run}: this run was made from Python" in done.err
+    assert f"federation.resume({str(run)!r})" in done.err
+    with pytest.raises(RunError, match="made from Python"):
+        adapter_of(run)
