@@ -1,5 +1,6 @@
 """Rules that turn clients' updates into the next global adapter. Pure: state in, state out."""
 
+from polyrank.aggregation.custom import code_allowed, is_custom
 from polyrank.aggregation.fedit import FedIT
 from polyrank.aggregation.ffa import FFA
 from polyrank.aggregation.flexlora import FlexLoRA
@@ -50,8 +51,10 @@ __all__ = [
     "State",
     "Train",
     "Update",
+    "code_allowed",
     "deal",
     "fixed",
+    "is_custom",
     "normalised",
     "rule",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 
 from polyrank.aggregation.choose import choose
+from polyrank.aggregation.custom import custom_rule, is_custom
 from polyrank.aggregation.fedit import FedIT
 from polyrank.aggregation.ffa import FFA
 from polyrank.aggregation.flexlora import FlexLoRA
@@ -49,11 +50,14 @@ OPTIONS = ("split", "factorisation", "gamma", "penalty", "reinitialise")
 def rule(name: str, options: Mapping[str, str | float | None] | None = None) -> Rule:
     """Return the rule of that name with its options; None leaves a rule's own default.
 
-    Names: the keys of `RULES` and `ALIASES`. Options: those of `OPTIONS` that the rule has as a
+    Names: the keys of `RULES` and `ALIASES`, and ``module:Class`` for a class of the user's own,
+    which is imported only within `code_allowed`. Options: those of `OPTIONS` that the rule has as a
     field; ``reinitialise`` false makes ``flora`` ``flora:keep``. Raises RuleError, with the nearest
     name, for an unknown name or value, for an option that the rule does not have, and for one that
     contradicts the name.
     """
+    if is_custom(name):
+        return custom_rule(name, {k: v for k, v in (options or {}).items() if v is not None})
     known = choose("rule", name, {**RULES, **{other: RULES[of] for other, of in ALIASES.items()}})
     given = {key: value for key, value in (options or {}).items() if value is not None}
     own = {field.name for field in fields(known)}.intersection(OPTIONS)  # type: ignore[arg-type]
