@@ -18,7 +18,7 @@
         ├── FolderExistsError  it holds something already
         ├── FolderInUseError   another process works in it
         ├── CheckpointError    no checkpoint in it can be read whole
-        ├── InexactResumeError the surroundings changed, so the same bytes cannot be promised
+        ├── InexactResumeError the environment changed, so the same bytes cannot be promised
         ├── RoundFailedError   too few usable updates, in every attempt at a round
         └── InterruptedRunError it was asked to stop, and what was done is saved
 

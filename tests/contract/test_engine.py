@@ -141,7 +141,7 @@ def test_assignments_of_every_kind_are_answered_acceptably_round_after_round(
     assert met == expected
 
 
-def test_what_is_trained_is_what_was_dealt(engine, round, monkeypatch):
+def test_training_starts_from_the_assignment(engine, round, monkeypatch):
     """A client that takes no step at all returns its assignment, bit by bit."""
     monkeypatch.setattr(
         engines, "train_cohort", untrained := lambda _, jobs, __: [Kept(j) for j in jobs]
@@ -257,7 +257,7 @@ def hashes(found) -> Mapping[str, str]:
 
 
 @pytest.mark.parametrize("cohort", [1, 3])
-def test_split_tasks_are_answered_acceptably_with_the_sites_that_were_dealt(deep, cohort):
+def test_split_tasks_are_answered_acceptably_with_the_sites_of_the_assignment(deep, cohort):
     engine, round = split_engine(deep, cohort)
     found = answers(engine, round)
     assert sorted(found) == round.clients

@@ -162,7 +162,7 @@ def resume(
     folder: RunFolderArgument,
     allow_inexact: Annotated[
         bool,
-        typer.Option("--allow-inexact", help="Go on in other surroundings; bytes may differ."),
+        typer.Option("--allow-inexact", help="Resume in another environment; bytes may differ."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

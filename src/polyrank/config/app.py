@@ -56,7 +56,7 @@ class AppSettings(Section):
     simulated machines, an absolute pattern such as `/data/clients/*.toml`; as many files as
     machines."""
     allow_inexact: bool = False
-    """Resume in other surroundings; bytes may differ."""
+    """Resume in another environment; bytes may differ."""
     split: SplitServer = SplitServer()
 
 

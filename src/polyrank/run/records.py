@@ -175,10 +175,13 @@ class RoundRecord:
         evaluated = "" if validation is None else f"  validation {validation:.4f}"
         if self.perplexity is not None:
             evaluated += f"  perplexity {self.perplexity:.3f}"
+        change = ""
+        if self.loss_change is not None:
+            change = f" ({self.loss_change:+.4f} for the clients that trained before)"
         carried = self.wire_up + self.wire_down
         wire = f" (wire {mebibytes(carried)})" if carried else ""
         return (
-            f"round {self.round}: loss {self.loss:.4f}{evaluated}"
+            f"round {self.round}: loss {self.loss:.4f}{change}{evaluated}"
             f"  {len(self.clients) - len(self.rejected)} clients"
             f"  up {mebibytes(self.bytes_up)}  down {mebibytes(self.bytes_down)}{wire}"
             f"  discarded {self.discarded:.2%}  {self.seconds['total']:.1f} s"

@@ -185,7 +185,7 @@ def test_one_client_that_is_not_finite_is_not_averaged_away():
     assert summarise([score(1.0)])["loss_se"] is None
 
 
-def test_own_rank_is_the_loss_with_what_each_client_is_dealt_next(model):
+def test_own_rank_is_the_loss_with_each_clients_next_assignment(model):
     run_settings = RunSettings(evaluation=replace(SETTINGS, own_rank=True), cohort=4)
     with opened(model=model, data=clients(seen=5), settings=run_settings) as parts:
         (record,) = parts.rounds(1)

@@ -119,7 +119,7 @@ def test_the_increment_is_bounded_not_the_update(bound, fits):
     round.accept(still)  # No increment at all fits every bound, however large the update is.
 
 
-def test_all_bytes_that_arrive_are_counted_and_all_that_are_dealt():
+def test_all_bytes_that_arrive_are_counted_and_all_that_are_sent():
     round = begin(clients=("a", "b"))
     round.accept(answer(round, "a"))
     with pytest.raises(UpdateError):
@@ -229,7 +229,7 @@ def test_a_quorum_is_a_share_of_those_asked(accepted, quorum, enough):
     assert round.enough(quorum) == bool(enough)
 
 
-def test_clients_of_equal_ranks_share_one_assignment_and_one_dealing(monkeypatch):
+def test_clients_of_equal_ranks_share_one_assignment_which_is_made_once(monkeypatch):
     dealt = []
     real = FlexLoRA.deal_site
     monkeypatch.setattr(
@@ -244,7 +244,7 @@ def test_clients_of_equal_ranks_share_one_assignment_and_one_dealing(monkeypatch
     assert sorted(dealt) == [("q", 1), ("q", 3), ("v", 2), ("v", 2)], "d was never asked for"
 
 
-def test_seeds_differ_by_client_round_and_attempt_and_the_dealing_only_by_round():
+def test_seeds_differ_by_client_round_and_attempt_and_those_of_assignments_only_by_round():
     chosen = settings()
     begun = begin(chosen)
     rounds = [

@@ -25,7 +25,7 @@ def refused(round: Round, update, message: str) -> None:
         round.accept(update)
 
 
-def test_an_accepted_update_is_not_turned_away():
+def test_an_accepted_update_is_not_among_the_rejections():
     round = begin()
     update = answer(round, "a")
     assert round.accept(update) is update
@@ -103,7 +103,7 @@ def test_who_answers_an_earlier_round_need_not_take_part_in_this_one():
     assert kinds(round) == [("d", "stale")]
 
 
-def test_long_reasons_are_cut_in_what_is_kept_of_them():
+def test_long_reasons_are_shortened():
     round = begin()
     round.fail(Failure("a", 2, 0, "because " * 100))
     assert len(round.rejections[0].reason) == 300
@@ -248,7 +248,7 @@ def test_an_update_beyond_all_numbers_is_refused_where_it_would_be_shortened():
     assert list(round.rejected) == ["b"]
 
 
-def test_an_update_judged_again_after_a_kill_is_shortened_the_same():
+def test_an_update_validated_again_after_a_kill_is_shortened_the_same():
     chosen = settings(clip_increment=0.3)
     round = begin(chosen)
     kept = {client: round.accept(far(round, client)) for client in "abcd"}
@@ -265,7 +265,7 @@ def test_an_update_judged_again_after_a_kill_is_shortened_the_same():
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_fixed_a_stays_as_dealt_where_b_is_shortened():
+def test_a_fixed_a_stays_as_sent_where_b_is_shortened():
     chosen = settings(FFA(), clip_increment=0.1)
     round = Round(chosen, FFA().init(FleetSpec(SHAPES, RANKS, {"q": 3, "v": 2}, 0)), 2, 0, ["b"])
     start = round.assignment("b").start

@@ -90,7 +90,7 @@ def test_a_rule_prunes_weighs_and_concludes():
     assert state.scalars == {"rounds": 1, "last": ["a", "b"]}
 
 
-def test_an_assignment_carries_what_the_rule_dealt_and_its_hash_covers_it():
+def test_an_assignment_carries_all_that_the_rule_made_and_its_hash_covers_it():
     assignment = begun("b").assignment("a")
     assert (assignment.train, assignment.penalty.strength) == ("b", 0.5)
     assert assignment.penalty.keep == {"q": 1}

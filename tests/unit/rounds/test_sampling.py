@@ -68,7 +68,7 @@ def test_clients_without_an_example_in_the_part_are_not_drawn(work, types):
     assert all(client.rows["validation"] for client in chosen.values())
 
 
-def test_a_run_scores_its_panels_and_no_other_clients():
+def test_a_run_scores_its_evaluation_subsets_and_no_other_clients():
     evaluation = replace(MEASURED, clients=3, final_clients=2)
     run_settings = RunSettings(evaluation=evaluation, cohort=4)
     with opened(data=clients(seen=8, unseen=4), settings=run_settings) as parts:

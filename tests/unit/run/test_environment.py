@@ -109,7 +109,7 @@ def test_every_difference_is_named_and_nothing_else():
     assert "--allow-inexact" in str(caught.value)
 
 
-def test_the_same_environment_are_kept_as_they_were():
+def test_the_same_environment_stays_as_it_was():
     now = {**OLD, "model": {"source": "moved", "fingerprint": "f"}}
     assert environment.carried_over(OLD, now, round=3, allow_inexact=False) == OLD
 

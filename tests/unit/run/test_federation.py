@@ -119,7 +119,7 @@ def test_a_run_goes_on_after_every_round_as_if_it_had_not_stopped(tmp_path, mode
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
-def test_updates_are_kept_no_longer_than_their_round(tmp_path, model):
+def test_updates_stay_no_longer_than_their_round(tmp_path, model):
     with opened(tmp_path / "run", model=model, settings=PLAIN) as parts:
         for _ in parts.rounds(2):
             assert list((tmp_path / "run" / "updates").iterdir()) == []
@@ -594,7 +594,7 @@ def test_unseen_clients_are_never_trained_on(model):
         assert len(parts.work["u0"].rows["test"]) == 7
 
 
-def test_sampling_few_of_many_deals_once_per_kind_of_client(model, monkeypatch):
+def test_sampling_few_of_many_makes_one_assignment_per_kind_of_client(model, monkeypatch):
     data = clients(seen=40, unseen=0, examples=1)
     dealt = []
     real = FlexLoRA.deal_site
@@ -646,7 +646,9 @@ def scripted(parts, losses) -> None:
 
 @pytest.mark.parametrize("killed_after", [None, 1, 2, 3, 4])
 @pytest.mark.parametrize("restore", [True, False])
-def test_patience_ends_the_run_and_the_best_is_the_result(tmp_path, model, restore, killed_after):
+def test_early_stopping_ends_the_run_and_the_best_is_the_result(
+    tmp_path, model, restore, killed_after
+):
     losses = [3.0, 2.0, 2.5, None, 1.0]  # None: not finite, which is no progress either
     stopping = EarlyStopping(2, restore_best=restore)
     evaluation = replace(MEASURED, generate=0, own_rank=False)

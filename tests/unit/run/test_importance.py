@@ -78,7 +78,7 @@ def test_bad_scores_are_refused_with_client_and_site(
     round.accept(update)
 
 
-def test_without_a_list_of_sites_those_that_were_dealt_may_be_scored() -> None:
+def test_without_a_list_of_sites_those_of_the_assignment_may_be_scored() -> None:
     engine, round = with_engine(score_every=1)
     round.settings = replace(round.settings, sites=None)
     round.accept(answers(engine, round)["c1"])

@@ -41,7 +41,7 @@ def test_a_record_of_before_there_were_cuts_can_be_read():
     assert (read.bytes_up, read.ranks) == (120, {"T1": 2, "T2": 1})
 
 
-def test_a_record_tells_who_was_turned_away_in_all_attempts():
+def test_a_record_has_the_rejections_of_all_attempts():
     made = record()
     assert made.turned_away == [
         {"client": "c", "kind": "invalid", "reason": "NaN"},
@@ -108,6 +108,9 @@ def test_a_record_is_one_line_for_people():
         record(bytes_down=3 * 2**20, wire_up=2**20, wire_down=2**20)
     )
     assert "wire" not in str(record(wire_up=0, wire_down=0))
+    assert "trained before" not in line
+    changed = str(record(last_losses={"a": 4.0}))
+    assert "loss 1.5000 (-1.0000 for the clients that trained before)" in changed
 
 
 def test_a_line_tells_the_perplexity_where_it_was_measured() -> None:
