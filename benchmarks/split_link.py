@@ -50,10 +50,11 @@ from polyrank.planning.cost import CostModel
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.workload import Workload
 from polyrank.sample import MODEL
+from polyrank.split_server.interface import OpenRound
 from polyrank.split_server.process import SplitServerProcess
 from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training import Job, LocalTraining, Trained, train_cohort
-from polyrank.training.split import SplitJob, SplitSettings, train_head, train_split
+from polyrank.training.split import SplitJob, SplitSettings, train_client_part, train_split
 from polyrank.transport import InProcessLinks
 from polyrank.transport.remote import Credentials, GrpcLink
 
@@ -136,7 +137,7 @@ class Bench:
     """A model, twice: here and in the split server's process."""
 
     model: LoadedModel
-    desk: SplitServerProcess
+    server: SplitServerProcess
     cut: CutPoint
     wire: str
     options: argparse.Namespace
@@ -171,7 +172,7 @@ class Watch:
 
     def __init__(self, bench: Bench):
         self._cuda = bench.model.device.type == "cuda"
-        self._warm, self._server = bench.options.warm, bench.desk.pid
+        self._warm, self._server = bench.options.warm, bench.server.pid
         self._marks: list[tuple[float, float, float]] = []
 
     def __call__(self) -> None:
@@ -209,7 +210,9 @@ def in_process(bench: Bench, job: Job, under_way: int) -> Taken:
         bench.model,
         [SplitJob(job, bench.cut, round=1)],
         settings_of(bench, under_way),
-        lambda tail: InProcessLinks(tail, bench.wire, bench.model.spec.hidden, most).link,
+        lambda server_part: (
+            InProcessLinks(server_part, bench.wire, bench.model.spec.hidden, most).link
+        ),
         cohort=1,
         on_step=watch,
     )
@@ -222,7 +225,7 @@ def loopback(bench: Bench, job: Job, under_way: int, delay: float = 0.0, mbit: f
     access = opened(bench, one)
     watch = Watch(bench)
     with between(access.address, delay, mbit * 1e6 / 8) as (address, carried):
-        trained = train_head(
+        trained = train_client_part(
             bench.model,
             one.at_client(bench.model),
             GrpcLink(replace(access, address=address)),
@@ -239,7 +242,7 @@ def direct(bench: Bench, job: Job, under_way: int) -> Taken:
     watch = Watch(bench)
     settings = settings_of(bench, under_way)
     return watch.taken(
-        train_head(bench.model, one.at_client(bench.model), link, settings, on_step=watch)
+        train_client_part(bench.model, one.at_client(bench.model), link, settings, on_step=watch)
     )
 
 
@@ -248,10 +251,11 @@ def settings_of(bench: Bench, under_way: int) -> SplitSettings:
 
 
 def opened(bench: Bench, one: SplitJob) -> Credentials:
-    """Return the way to a new tail of the client."""
-    tail = one.at_server(bench.model)
+    """Return the way to a new server part of the client."""
+    server_part = one.at_server(bench.model)
     most = bench.options.batch * bench.options.length
-    found = bench.desk.open(1, 0, [tail], Adapter({}), {NAME: most}, SECONDS)[NAME]
+    work = OpenRound(1, 0, [server_part], Adapter({}), {NAME: most}, SECONDS)
+    found = bench.server.open(work)[NAME]
     if isinstance(found, str):
         raise RuntimeError(found)
     return found
@@ -299,8 +303,8 @@ def measure(source: Path, options: argparse.Namespace) -> None:
             deterministic=True,
             threads=options.threads,
         )
-        with SplitServerProcess(settings) as desk:
-            bench = Bench(model, desk, cut, wire, options)
+        with SplitServerProcess(settings) as server:
+            bench = Bench(model, server, cut, wire, options)
             check(bench)
             steps(bench)
             line(bench)

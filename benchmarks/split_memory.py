@@ -6,11 +6,11 @@
 
 A random model is written to a temporary folder. Then three processes train one client's adapter: a
 *client* that has loaded the blocks below the cut and a *server* that has loaded the others, joined
-by a pipe, and afterwards one with the whole model, by `train_cohort`. Each reports the most memory
-that it ever had resident (VmHWM of Linux's /proc/self/status, libraries included) and, on a GPU,
-the most that torch has allocated there. The adapters of client and server together are compared
-with that of the whole. Exit status 1 if the client is not below its budget, that budget not below
-the weights of the whole model, or the adapters differ.
+by gRPC over TLS, and afterwards one with the whole model, by `train_cohort`. Each reports the most
+memory that it ever had resident (VmHWM of Linux's /proc/self/status, libraries included) and, on a
+GPU, the most that torch has allocated there. The adapters of client and server together are
+compared with that of the whole. Exit status 1 if the client is not below its budget, that budget
+not below the weights of the whole model, or the adapters differ.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -34,14 +32,18 @@ from safetensors.torch import load_file, save_file
 
 from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter, LowRank
+from polyrank.codecs import codec
 from polyrank.data.types import Encoded
 from polyrank.model import LoadedModel, Span, load_model
 from polyrank.planning import CutPoint
 from polyrank.training import Job, LocalTraining, train_cohort
-from polyrank.training.split import ServerParts, SplitJob, SplitSettings, train_head
-from polyrank.transport import Limits, PipeLink, codec, serve_pipe
+from polyrank.training.split import ServerParts, SplitJob, SplitSettings, train_client_part
+from polyrank.transport import FrameLimits
+from polyrank.transport.remote import Credentials, GrpcLink, SplitServer, new_identity
 
 NAME = "weakest"
+CREDENTIALS = "credentials.json"
+"""The file by which the client learns how to reach the server."""
 SCALE = 2.0
 MIB = 2**20
 WORDS = {"<pad>": 0, "</s>": 2, "<unk>": 3, "word": 4}
@@ -84,7 +86,7 @@ QUICK = Plan(layers=6, hidden=256, vocabulary=2048, cut=1)
 
 def main() -> int:
     if len(sys.argv) > 1 and sys.argv[1] in ROLES:
-        take_part(sys.argv[1], Path(sys.argv[2]), [int(number) for number in sys.argv[3:]])
+        take_part(sys.argv[1], Path(sys.argv[2]))
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=int, help="MiB; default: 70 %% of the whole weights")
@@ -166,34 +168,29 @@ def measure(work: Path, plan: Plan) -> tuple[dict[str, Process], float]:
     """
     (work / "plan.json").write_text(json.dumps(asdict(plan)))
     write_model(work, plan)
-    mine, theirs = Pipe()
-    run(work, plan, {"client": mine, "server": theirs})
-    run(work, plan, {"whole": None})
+    run(work, plan, ["client", "server"])
+    run(work, plan, ["whole"])
     roles = ("client", "server", "whole")
     found = {role: Process(**json.loads((work / f"{role}.json").read_text())) for role in roles}
     factors = {role: load_file(work / f"{role}.safetensors") for role in roles}
     return found, difference({**factors["client"], **factors["server"]}, factors["whole"])
 
 
-def run(work: Path, plan: Plan, roles: Mapping[str, Connection | None]) -> None:
+def run(work: Path, plan: Plan, roles: Sequence[str]) -> None:
     """Start a process for each role and wait until all are done, or one fails or takes too long."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(plan.threads), "HF_HUB_OFFLINE": "1"}
     started: dict[str, subprocess.Popen[bytes]] = {}
     deadline = time.monotonic() + plan.timeout
     try:
-        for role, end in roles.items():
-            numbers = [] if end is None else [end.fileno()]
+        for role in roles:
             with (work / f"{role}.log").open("wb") as log:
                 started[role] = subprocess.Popen(
-                    [sys.executable, __file__, role, str(work), *map(str, numbers)],
+                    [sys.executable, __file__, role, str(work)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    pass_fds=numbers,
                     env=environment,
                 )
-            if end is not None:
-                end.close()  # so that its process is the only one to hold it
         while any(one.poll() is None for one in started.values()):
             failed = [role for role, one in started.items() if one.poll() not in (None, 0)]
             if failed or time.monotonic() > deadline:
@@ -204,21 +201,18 @@ def run(work: Path, plan: Plan, roles: Mapping[str, Connection | None]) -> None:
                 said = (work / f"{role}.log").read_text()[-2000:]
                 raise RuntimeError(f"{role}: exit status {one.poll()} (None: stopped)\n{said}")
     finally:
-        for end in roles.values():
-            if end is not None:
-                end.close()
         for one in started.values():
             if one.poll() is None:
                 one.kill()
             one.wait()
 
 
-def take_part(role: str, work: Path, numbers: Sequence[int]) -> None:
+def take_part(role: str, work: Path) -> None:
     """Do what a process of this role does, and write its report and its factors."""
     plan = Plan(**json.loads((work / "plan.json").read_text()))
     torch.set_num_threads(plan.threads)
     imports, start = peak(), time.monotonic()
-    model, adapter, metrics = ROLES[role](work, plan, numbers)
+    model, adapter, metrics = ROLES[role](work, plan)
     held = [p for p in model.module.parameters() if not p.is_meta]
     on_device = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else 0
     done = Process(
@@ -247,30 +241,40 @@ def peak() -> int:
 Outcome = tuple[LoadedModel, Adapter, Mapping[str, float]]
 
 
-def client(work: Path, plan: Plan, numbers: Sequence[int]) -> Outcome:
-    (end,) = numbers
-    link = PipeLink(Connection(end), NAME, limits_of(plan))
+def client(work: Path, plan: Plan) -> Outcome:
     model = load_model(
         work / "base", device=plan.device, dtype=plan.dtype, spans=[Span(0, plan.cut)]
     )
     settings = SplitSettings(wire=plan.wire)  # type: ignore[arg-type]  # checked there
     one = SplitJob(job_of(model, plan), CutPoint(plan.cut), round=1)
-    trained = train_head(model, one, link, settings)
+    while not (work / CREDENTIALS).exists():
+        time.sleep(0.05)
+    credentials = Credentials.from_dict(json.loads((work / CREDENTIALS).read_text()))
+    trained = train_client_part(model, one, GrpcLink(credentials), settings)
     if trained.failure is not None:
         raise RuntimeError(trained.failure)
     return model, trained.adapter, trained.metrics
 
 
-def server(work: Path, plan: Plan, numbers: Sequence[int]) -> Outcome:
-    (end,) = numbers
+def server(work: Path, plan: Plan) -> Outcome:
     model = load_model(work / "base", device=plan.device, dtype=plan.dtype, spans=[Span(plan.cut)])
     own = SplitJob(job_of(model, plan), CutPoint(plan.cut), round=1)
-    with ServerParts(model, [own.at_server(model)]) as tails:
-        serve_pipe(tails, {NAME: Connection(end)}, limits_of(plan))
-        return model, tails.adapter(NAME), {}
+    limits = FrameLimits(plan.batch * plan.length, plan.hidden, codec(plan.wire))
+    with (
+        ServerParts(model, [own.at_server(model)]) as parts,
+        SplitServer("127.0.0.1:0", new_identity(["127.0.0.1"]), "benchmark") as listening,
+    ):
+        opened = listening.open([(parts, [NAME])], 1, 0, {NAME: limits}, float(plan.timeout))
+        partial = work / f"{CREDENTIALS}.part"
+        partial.write_text(json.dumps(opened[NAME].to_dict()))
+        partial.rename(work / CREDENTIALS)
+        while not (work / "client.json").exists():  # written when the client is done
+            time.sleep(0.05)
+        listening.close()
+        return model, parts.adapter(NAME), {}
 
 
-def whole(work: Path, plan: Plan, _: Sequence[int]) -> Outcome:
+def whole(work: Path, plan: Plan) -> Outcome:
     model = load_model(work / "base", device=plan.device, dtype=plan.dtype)
     (trained,) = train_cohort(model, [job_of(model, plan)])
     return model, trained.adapter, trained.metrics
@@ -280,10 +284,6 @@ ROLES = {"client": client, "server": server, "whole": whole}
 
 
 # --- the work -------------------------------------------------------------------------------------
-
-
-def limits_of(plan: Plan) -> Limits:
-    return Limits(plan.batch * plan.length, plan.hidden, codec(plan.wire))
 
 
 def job_of(model: LoadedModel, plan: Plan) -> Job:

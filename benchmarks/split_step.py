@@ -5,9 +5,9 @@
 
 Three tables. *A split step against the whole one*: the same clients on the same batches by
 `train_cohort`, and cut in two by `train_split` over links of this process, which write and read
-every message as bytes. *Eight tails*: the server's time alone, on activations recorded before, for
-one call of `ServerParts.answer` for all clients against a call for each. *Bytes*: what the
-links have counted, against what an uncut bf16 exchange of activations and gradients would take.
+every message as bytes. *Eight clients at the server*: its time alone, on activations recorded
+before, for one call of `ServerParts.answer` for all clients against a call for each. *Bytes*: what
+the links have counted, against what an uncut bf16 exchange of activations and gradients would take.
 
 All ways take turns in each repetition, in another order each time; the tables give medians and the
 median ratio within a repetition. First it is checked that cut and uncut clients learn the same. On
@@ -28,13 +28,14 @@ from local_training import SCALE, describe, make_clock, make_examples, make_job,
 
 from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter
+from polyrank.codecs import codec
 from polyrank.model import Cut, LoadedModel, load_model, wrap_model
 from polyrank.planning import CutPoint
 from polyrank.training import Job, LocalTraining, Trained, train_cohort
 from polyrank.training.batches import assemble
 from polyrank.training.split import (
     Activations,
-    At,
+    RequestId,
     Returned,
     ServerPartJob,
     ServerParts,
@@ -44,8 +45,8 @@ from polyrank.training.split import (
     Stepped,
     train_split,
 )
-from polyrank.training.split.packing import Rows
-from polyrank.transport import InProcessLinks, codec
+from polyrank.training.split.packing import PackedRows
+from polyrank.transport import InProcessLinks
 
 WIRES = ("float32", "bf16", "int8")
 Way = Callable[[], object]
@@ -66,7 +67,7 @@ def main() -> None:
     model = loaded(options)
     print(f"### {describe(model, options)}\n")
     steps(model, options, clock)
-    tails(model, options, clock)
+    server_parts(model, options, clock)
     traffic(model, options)
 
 
@@ -140,7 +141,7 @@ def split(model: LoadedModel, jobs: Sequence[Job], cut: CutPoint, wire: str) -> 
         model,
         [SplitJob(job, cut, round=1) for job in jobs],
         settings,
-        lambda tail: InProcessLinks(tail, wire, model.spec.hidden, most).link,
+        lambda server_part: InProcessLinks(server_part, wire, model.spec.hidden, most).link,
         cohort=len(jobs),
     )
 
@@ -195,7 +196,7 @@ def compared(whole: list[Trained], parts: list[Trained], jobs: list[Job], wire: 
 # --- the server's time alone ----------------------------------------------------------------------
 
 
-def tails(model: LoadedModel, options: argparse.Namespace, clock: Clock) -> None:
+def server_parts(model: LoadedModel, options: argparse.Namespace, clock: Clock) -> None:
     """Print the server's time for all clients in one call against a call for each."""
     count, steps = options.clients, options.steps
     jobs = make_jobs(model, options, count, steps)
@@ -206,7 +207,7 @@ def tails(model: LoadedModel, options: argparse.Namespace, clock: Clock) -> None
         tokens = sum(sum(one.lengths) for each in recorded for one in each)
         for shared in (False, True):
             mine = one_assignment(jobs) if shared else jobs
-            served = [tail_job(model, job, cut, steps) for job in mine]
+            served = [server_job(model, job, cut, steps) for job in mine]
             seconds = alternated_tails(model, served, recorded, shared, options.repeats, clock)
             speeds = [tokens / statistics.median(seconds[name]) for name in ("each", "all")]
             against = ratio(seconds["each"], seconds["all"])
@@ -241,7 +242,7 @@ def alternated_tails(
                     calls = [[one] for one in requests] if name == "each" else [requests]
                     for call in calls:
                         expect(end.answer(call), Returned)
-                    asked = [Step(one.at, 1.0) for one in requests]
+                    asked = [Step(one.id, 1.0) for one in requests]
                     # A shared set takes its step once all have asked, so they ask together.
                     alone = name == "each" and not shared
                     for step in [[one] for one in asked] if alone else [asked]:
@@ -267,19 +268,19 @@ def record(model: LoadedModel, job: Job, cut: CutPoint, step: int) -> Activation
     """Return what a client sends for a step of one microbatch, by the bare base's first blocks."""
     rows = job.examples[step * job.local.batch : (step + 1) * job.local.batch]
     batch = assemble(rows, model.tokenizer.pad_token_id, model.device)
-    packing = Rows([len(row.input_ids) for row in rows], model.device)
+    packing = PackedRows([len(row.input_ids) for row in rows], model.device)
     labels = torch.full((batch.input_ids.numel(),), -100, device=model.device)
     labels[batch.positions] = batch.targets
     with torch.no_grad():
         states = packing.packed(Cut(model, cut.lower).head(batch.input_ids))
-    at = At(job.client, 1, 0, step)
+    at = RequestId(job.client, 1, 0, step)
     lengths = tuple(packing.lengths)
     weight = 1.0 / len(batch.targets)
     # As they come off the wire: float32, in the memory of the processor.
     return Activations(at, True, weight, lengths, states.float().cpu(), labels[packing.index].cpu())
 
 
-def tail_job(model: LoadedModel, job: Job, cut: CutPoint, steps: int) -> ServerPartJob:
+def server_job(model: LoadedModel, job: Job, cut: CutPoint, steps: int) -> ServerPartJob:
     server = cut.at_server(model.spec.blocks)
     own = job.assignment.only({site.name for site in model.spec.sites if site.block in server})
     return ServerPartJob(job.client, 1, 0, cut, own, job.local, job.seed, steps)

@@ -13,11 +13,11 @@ from polyrank.planning import CutPoint
 from polyrank.training import LocalTraining
 from polyrank.training.split import (
     Activations,
-    At,
     Gradients,
     Refused,
     Reply,
     Request,
+    RequestId,
     Returned,
     ServerPartJob,
     ServerParts,
@@ -44,7 +44,7 @@ def model_of_three(architecture: str = "llama", **options: object) -> LoadedMode
     return tiny_loaded(architecture, num_hidden_layers=3, dtype=torch.float64, **options)
 
 
-def tail_job(
+def server_job(
     model: LoadedModel,
     client: str,
     cut: CutPoint = STRAIGHT,
@@ -74,7 +74,7 @@ def requests_of(model: LoadedModel, one: ServerPartJob) -> list[Request]:
         out, back = [], []
         weight = 1.0 / (3 + step)
         for micro in range(MICROBATCHES):
-            at = At(one.client, one.round, one.attempt, step, micro)
+            at = RequestId(one.client, one.round, one.attempt, step, micro)
             lengths = (4, 2, 3)[: 2 + (one.seed + micro) % 2]
             tokens, last = sum(lengths), micro + 1 == MICROBATCHES
             states = torch.randn(tokens, model.spec.hidden, generator=draw, dtype=torch.float64)
@@ -84,22 +84,22 @@ def requests_of(model: LoadedModel, one: ServerPartJob) -> list[Request]:
             out.append(Activations(at, last, weight, lengths, states, None if bent else labels))
             if bent:
                 back.append(Gradients(at, last, states.flip(0) / 10))
-        at = At(one.client, one.round, one.attempt, step)
+        at = RequestId(one.client, one.round, one.attempt, step)
         found += [*out, *back, Step(at, 1.0 / (1 + step))]
     return found
 
 
 def alone(model: LoadedModel, one: ServerPartJob) -> Adapter:
     """Return the adapter of a client that is served alone and makes no mistake."""
-    with ServerParts(model, [one]) as tails:
+    with ServerParts(model, [one]) as server_parts:
         for request in requests_of(model, one):
-            served(tails, request)
-        return tails.adapter(one.client)
+            served(server_parts, request)
+        return server_parts.adapter(one.client)
 
 
-def served(tails: ServerParts, *requests: Request) -> list[Reply]:
+def served(server_parts: ServerParts, *requests: Request) -> list[Reply]:
     """Return the answers to requests of which none is refused."""
-    replies = list(tails.answer(requests))
+    replies = list(server_parts.answer(requests))
     for reply in replies:
         assert not isinstance(reply, Refused), reply.reason
     return replies
@@ -124,7 +124,7 @@ def assert_equal(one: Adapter, other: Adapter, tolerance: float = 1e-12) -> None
 def assert_same_reply(one: Reply, other: Reply, tolerance: float = 0.0) -> None:
     """Hold two replies to say the same, to the bit or within a tolerance."""
     assert type(one) is type(other)
-    assert one.at == other.at
+    assert one.id == other.id
     if isinstance(one, Returned) and isinstance(other, Returned):
         torch.testing.assert_close(one.states, other.states, rtol=tolerance, atol=tolerance)
         for mine, its in ((one.loss, other.loss), (one.squared_norm, other.squared_norm)):

@@ -21,12 +21,13 @@ AT = 7
 
 def main(config: str, client: str, order: str, answer: str, phase: str = "", victim: str = "0"):
     from polyrank.remote.hosting import side_of
-    from polyrank.transport.remote import link
+    from polyrank.transport.pending import PendingFrame
+    from polyrank.transport.remote import GrpcLink
 
     def kill() -> None:
         os.kill(int(victim) or os.getpid(), signal.SIGKILL)
 
-    submit, result = link.GrpcLink.submit, link.GrpcTicket.result
+    submit, result = GrpcLink.submit, PendingFrame.result
     count = {"sent": 0, "came": 0}
 
     def submitting(self, request):
@@ -34,11 +35,11 @@ def main(config: str, client: str, order: str, answer: str, phase: str = "", vic
         now = count["sent"] == AT
         if now and phase == PHASES[0]:
             kill()
-        ticket = submit(self, request)
+        pending = submit(self, request)
         if now and phase == PHASES[1]:
             time.sleep(0.5)  # until it is on its way
             kill()
-        return ticket
+        return pending
 
     def receiving(self):
         found = result(self)
@@ -47,7 +48,7 @@ def main(config: str, client: str, order: str, answer: str, phase: str = "", vic
             kill()
         return found
 
-    link.GrpcLink.submit, link.GrpcTicket.result = submitting, receiving
+    GrpcLink.submit, PendingFrame.result = submitting, receiving
     side = side_of(json.loads(Path(config).read_text(encoding="utf-8")), {"client": client})
     made = side.answer("train", Path(order).read_bytes())
     if phase == PHASES[3]:

@@ -1,11 +1,8 @@
 """What every engine must give: a task's answer, true to its assignment, here and elsewhere."""
 
 import hashlib
-import threading
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
-from multiprocessing import Pipe
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from federations import LOCAL, clients, fleet, one_block
 from letters import Letters
 from polyrank.aggregation import RULES, FlexLoRA, HetLoRA, SLoRA
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
+from polyrank.codecs import codec
 from polyrank.errors import ModelError, ResourceError
 from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.rounds.messages import Failure
@@ -26,8 +24,9 @@ from polyrank.run.engine import InProcessEngine
 from polyrank.training import Job, prepare
 from polyrank.training.client_data import everywhere
 from polyrank.training.encoding import Encoding
-from polyrank.training.split import ServerParts, SplitJob, SplitSettings, train_head
-from polyrank.transport import InProcessLinks, Limits, PipeLink, codec, serve_pipe
+from polyrank.training.split import ServerParts, SplitJob, SplitSettings, train_client_part
+from polyrank.transport import FrameLimits, InProcessLinks
+from polyrank.transport.remote import GrpcLink, SplitServer, new_identity
 from remotes import Reached, machines
 from rules import ROWS
 
@@ -411,38 +410,36 @@ def test_memory_that_runs_out_in_a_split_cohort_is_told_the_same_way(deep, monke
 # --- the same bytes over another link ---
 
 
-def over_pipes(engine, task) -> tuple[Adapter, tuple[float, float]]:
-    """Return what one client and its server train on two copies of the base, over a pipe."""
+def over_grpc(engine, task) -> tuple[Adapter, tuple[float, float]]:
+    """Return what one client and its server train on two copies of the base, over gRPC."""
     at_client, at_server = four_blocks(), four_blocks()
     full = everywhere(task.assignment, at_client.spec)
     rows = engine.work[task.client].rows["train"]
     job = Job(task.client, full, rows, engine.local, task.seed)
     asked = SplitJob(job, task.cut, task.round, task.attempt)
-    mine, its = Pipe()
-    limits = Limits(1000, at_client.spec.hidden, codec(engine.split.wire))
-    with ExitStack() as attached:
-        tails = attached.enter_context(ServerParts(at_server, [asked.at_server(at_server)]))
-        serving = threading.Thread(target=serve_pipe, args=(tails, {task.client: its}, limits))
-        serving.start()
-        link = PipeLink(mine, task.client, limits)
-        trained = train_head(at_client, asked, link, engine.split)
+    limits = {task.client: FrameLimits(1000, at_client.spec.hidden, codec(engine.split.wire))}
+    with (
+        ServerParts(at_server, [asked.at_server(at_server)]) as parts,
+        SplitServer("127.0.0.1:0", new_identity(["127.0.0.1"]), "run") as server,
+    ):
+        opened = server.open([(parts, [task.client])], task.round, task.attempt, limits, 60.0)
+        trained = train_client_part(at_client, asked, GrpcLink(opened[task.client]), engine.split)
         assert trained.failure is None
-        serving.join(60)
-        assert not serving.is_alive()
-        adapter = Adapter({**trained.adapter, **tails.adapter(task.client)})
-    found = tuple(trained.metrics[name] for name in WIRE)
-    return adapter.restrict(task.assignment.start), found
+        server.close()
+        adapter = Adapter({**trained.adapter, **parts.adapter(task.client)})
+    carried = tuple(trained.metrics[name] for name in WIRE)
+    return adapter.restrict(task.assignment.start), carried
 
 
 @pytest.mark.parametrize("in_flight", [1, 3])
-def test_a_pipe_gives_the_bytes_of_the_link_in_process(deep, in_flight):
+def test_grpc_gives_the_bytes_of_the_link_in_process(deep, in_flight):
     """One client at a time, in float32: the very same bits, and as many bytes on the way."""
     engine, round = split_engine(deep, 1, in_flight=in_flight)
     engine.local = replace(LOCAL, batch=1, accumulation=4, clip=0.5)
     for client in ("c0", "c2", "c3", "c6", "c7"):
         task = round.task(client)
         (answer,) = engine.execute([task])
-        adapter, carried = over_pipes(engine, task)
+        adapter, carried = over_grpc(engine, task)
         assert adapter.hash() == answer.adapter.hash(), client
         assert carried == tuple(answer.metrics[name] for name in WIRE)
     assert adapter.hash() != round.assignment(client).start.hash()

@@ -153,7 +153,7 @@ def test_keeping_the_adapters_starts_each_round_at_the_sum_and_ends_elsewhere(ha
 
 
 @pytest.mark.parametrize("cuts", [[(2,)] * 5, [(2,), (1,), (3,), (1, 3), (2,)]])
-def test_a_shared_tail_descends_the_union_batch_and_heads_their_own(hand, cuts):
+def test_a_shared_server_part_descends_the_union_batch_and_client_parts_their_own(hand, cuts):
     network, clients = hand.problem(cuts, ranks=(2,) * 5)
     for client in clients:
         client.alpha = 4.0  # one adapter has one scale
@@ -364,13 +364,13 @@ def test_a_federation_of_split_clients_equals_hsplitlora_by_hand(hand, name, cut
     agree(ours, expected)
 
 
-def test_a_federation_with_one_tail_for_all_equals_splitlora_by_hand(hand):
+def test_a_federation_with_one_server_part_for_all_equals_splitlora_by_hand(hand):
     cuts = dict.fromkeys(EQUAL, CutPoint(2))
     ours, parts = library("flora", EQUAL, cuts, adapters="shared")
     agree(ours, by_hand(hand, parts, cuts, shared=True))
 
 
-def test_a_shared_tail_with_mixed_cuts_equals_the_one_by_hand(hand):
+def test_a_shared_server_part_with_mixed_cuts_equals_the_one_by_hand(hand):
     ours, parts = library("flora", EQUAL, CUTS, adapters="shared")
     agree(ours, by_hand(hand, parts, CUTS, shared=True))
 

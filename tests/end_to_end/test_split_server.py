@@ -16,7 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from desks import (
+from models import write_tiny
+from polyrank.errors import SplitServerError
+from polyrank.model import LoadedModel, load_model
+from polyrank.planning import CutPoint
+from polyrank.protocol.packet import pack
+from polyrank.split_server.interface import OpenRound, SplitServerHandle
+from polyrank.split_server.process import SplitServerProcess
+from polyrank.split_server.settings import HostedModel, SplitServerSettings
+from polyrank.training.job import Trained
+from polyrank.training.split import SplitJob
+from polyrank.transport.remote import Credentials, GrpcLink
+from split_servers import (
     ATTEMPT,
     CUTS,
     LOWEST,
@@ -28,23 +39,12 @@ from desks import (
     head_model,
     in_process,
     random_sums,
+    server_jobs,
     split_job,
-    tails_of,
     train_all,
     train_one,
     whole,
 )
-from models import write_tiny
-from polyrank.errors import SplitServerError
-from polyrank.model import LoadedModel, load_model
-from polyrank.planning import CutPoint
-from polyrank.protocol.packet import pack
-from polyrank.split_server.interface import SplitServerHandle
-from polyrank.split_server.process import SplitServerProcess
-from polyrank.split_server.settings import HostedModel, SplitServerSettings
-from polyrank.training.job import Trained
-from polyrank.training.split import SplitJob
-from polyrank.transport.remote import Credentials, GrpcLink
 
 SOON = 60.0
 
@@ -73,7 +73,7 @@ def settings_of(source: Path, **changes: object) -> SplitServerSettings:
 
 
 @pytest.fixture(scope="module")
-def desk(source: Path) -> Iterator[SplitServerProcess]:
+def server_process(source: Path) -> Iterator[SplitServerProcess]:
     with SplitServerProcess(settings_of(source), start=SOON, reply=SOON, restarts=1) as made:
         yield made
 
@@ -81,8 +81,8 @@ def desk(source: Path) -> Iterator[SplitServerProcess]:
 @pytest.fixture(autouse=True)
 def _closed(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    if "desk" in request.fixturenames:
-        request.getfixturevalue("desk").close()
+    if "server_process" in request.fixturenames:
+        request.getfixturevalue("server_process").close()
 
 
 def assert_gone(pid: int, seconds: float = 20.0) -> None:
@@ -101,16 +101,16 @@ def assert_gone(pid: int, seconds: float = 20.0) -> None:
 
 
 def opened(
-    desk: SplitServerHandle, model: LoadedModel, jobs: list[SplitJob], round: int = ROUND
+    server_process: SplitServerHandle, model: LoadedModel, jobs: list[SplitJob], round: int = ROUND
 ) -> dict[str, Credentials]:
-    """Open the tails of jobs, all of which must get one."""
-    tails = [replace(tail, round=round) for tail in tails_of(model, jobs)]
+    """Open the server parts of jobs, all of which must get one."""
+    server_parts = [replace(server_part, round=round) for server_part in server_jobs(model, jobs)]
     tokens = dict.fromkeys([one.job.client for one in jobs], TOKENS)
     merged = jobs[0].job.assignment.merged
-    found = desk.open(round, ATTEMPT, tails, merged, tokens, SOON)
-    accesses = {client: one for client, one in found.items() if isinstance(one, Credentials)}
-    assert accesses.keys() == tokens.keys(), found
-    return accesses
+    found = server_process.open(OpenRound(round, ATTEMPT, server_parts, merged, tokens, SOON))
+    credentials = {client: one for client, one in found.items() if isinstance(one, Credentials)}
+    assert credentials.keys() == tokens.keys(), found
+    return credentials
 
 
 def three(model: LoadedModel, **options: object) -> list[SplitJob]:
@@ -121,23 +121,23 @@ def three(model: LoadedModel, **options: object) -> list[SplitJob]:
 
 
 def trained_by(
-    desk: SplitServerHandle, source: Path, model: LoadedModel, jobs: list[SplitJob]
+    server_process: SplitServerHandle, source: Path, model: LoadedModel, jobs: list[SplitJob]
 ) -> None:
-    """Train jobs against the desk, and fail unless it gives what `train_split` gives."""
-    heads = train_all(source, jobs, opened(desk, model, jobs))
+    """Train jobs against the split server, and fail unless it gives what `train_split` gives."""
+    heads = train_all(source, jobs, opened(server_process, model, jobs))
     expected = in_process(model, jobs)
     for client, head in heads.items():
-        tail = desk.collect(client)
-        assert_identical(whole(head, tail), expected[client])
-        assert tail.traffic.up == head.metrics["wire_up"]
-        assert tail.traffic.down == head.metrics["wire_down"]
+        server_part = server_process.collect(client)
+        assert_identical(whole(head, server_part), expected[client])
+        assert server_part.traffic.up == head.metrics["wire_up"]
+        assert server_part.traffic.down == head.metrics["wire_down"]
 
 
 def test_clients_of_several_cuts_at_once_learn_the_bytes_that_one_process_gives(
-    desk: SplitServerProcess, source: Path, model: LoadedModel
+    server_process: SplitServerProcess, source: Path, model: LoadedModel
 ) -> None:
-    trained_by(desk, source, model, three(model))
-    status = desk.status()
+    trained_by(server_process, source, model, three(model))
+    status = server_process.status()
     assert status.keys() == CUTS.keys()
     for one in status.values():
         assert one.step == one.steps > 1
@@ -146,52 +146,56 @@ def test_clients_of_several_cuts_at_once_learn_the_bytes_that_one_process_gives(
 
 
 def test_what_is_merged_into_the_base_is_given_once_and_changes_no_byte(
-    desk: SplitServerProcess, source: Path, model: LoadedModel
+    server_process: SplitServerProcess, source: Path, model: LoadedModel
 ) -> None:
     merged = random_sums(model)
-    trained_by(desk, source, model, three(model, merged=merged))
-    desk.close()
-    trained_by(desk, source, model, three(model))  # and it is taken out again
+    trained_by(server_process, source, model, three(model, merged=merged))
+    server_process.close()
+    trained_by(server_process, source, model, three(model))  # and it is taken out again
 
 
 def test_a_client_that_leaves_has_no_update_and_the_others_go_on(
-    desk: SplitServerProcess, source: Path, model: LoadedModel
+    server_process: SplitServerProcess, source: Path, model: LoadedModel
 ) -> None:
     jobs = three(model)
-    accesses = opened(desk, model, jobs)
-    left = GrpcLink(accesses["a"])
+    credentials = opened(server_process, model, jobs)
+    left = GrpcLink(credentials["a"])
     left.close()
-    desk.leave("u")
+    server_process.leave("u")
     with pytest.raises(SplitServerError, match="took 0 of"):
-        desk.collect("a")
+        server_process.collect("a")
     with pytest.raises(SplitServerError, match="given this client up"):
-        desk.collect("u")
-    refused = train_one(head_model(source, jobs[2].cut), jobs[2], accesses["u"])
+        server_process.collect("u")
+    refused = train_one(head_model(source, jobs[2].cut), jobs[2], credentials["u"])
     assert refused.failure is not None
     assert "given this client up" in refused.failure
-    head = train_one(head_model(source, jobs[1].cut), jobs[1], accesses["b"])
+    head = train_one(head_model(source, jobs[1].cut), jobs[1], credentials["b"])
     expected = in_process(model, [jobs[1]])["b"]
-    assert_identical(whole(head, desk.collect("b")), expected)
+    assert_identical(whole(head, server_process.collect("b")), expected)
 
 
 def test_a_cut_below_the_blocks_that_are_held_is_a_reason_and_the_others_go_on(
-    source: Path, model: LoadedModel, desk: SplitServerProcess
+    source: Path, model: LoadedModel, server_process: SplitServerProcess
 ) -> None:
     jobs = [split_job(model, "a", CutPoint(1)), split_job(model, "b", CutPoint(3))]
-    tails = tails_of(model, jobs)
-    tails[0] = replace(tails[0], cut=CutPoint(2))  # it was dealt more than the server runs
-    found = desk.open(ROUND, ATTEMPT, tails, NOTHING, {"a": TOKENS, "b": TOKENS}, SOON)
+    server_parts = server_jobs(model, jobs)
+    server_parts[0] = replace(
+        server_parts[0], cut=CutPoint(2)
+    )  # its assignment has more than the server runs
+    found = server_process.open(
+        OpenRound(ROUND, ATTEMPT, server_parts, NOTHING, dict.fromkeys("ab", TOKENS), SOON)
+    )
     assert isinstance(found["a"], str)
-    assert "no tail was made" in found["a"]
+    assert "no server part was made" in found["a"]
     assert isinstance(found["b"], Credentials)
-    with pytest.raises(SplitServerError, match="no tail of it"):
-        desk.collect("a")
-    with pytest.raises(SplitServerError, match="no tail of it"):
-        desk.collect("nobody")
+    with pytest.raises(SplitServerError, match="no work open"):
+        server_process.collect("a")
+    with pytest.raises(SplitServerError, match="no work open"):
+        server_process.collect("nobody")
 
 
-def test_no_secret_and_no_path_is_in_the_command_line(desk: SplitServerProcess) -> None:
-    line = Path(f"/proc/{desk.pid}/cmdline")
+def test_no_secret_and_no_path_is_in_the_command_line(server_process: SplitServerProcess) -> None:
+    line = Path(f"/proc/{server_process.pid}/cmdline")
     if not line.exists():
         pytest.skip("reads Linux's /proc")
     assert line.read_bytes().split(b"\0")[1:] == [
@@ -220,11 +224,14 @@ def training(
 
 
 def test_a_server_that_dies_is_noticed_by_all_and_started_again_but_not_for_ever(
-    desk: SplitServerProcess, source: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+    server_process: SplitServerProcess,
+    source: Path,
+    model: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = split_job(model, "a", CUTS["a"], count=15)
-    old = opened(desk, model, [job])["a"]
-    killed = desk.pid
+    old = opened(server_process, model, [job])["a"]
+    killed = server_process.pid
     assert killed is not None
     os.kill(killed, signal.SIGINT)  # Ctrl-C is not for it
     head, seconds = training(source, job, old, 2, lambda: os.kill(killed, signal.SIGKILL))
@@ -232,45 +239,49 @@ def test_a_server_that_dies_is_noticed_by_all_and_started_again_but_not_for_ever
     assert seconds < 5 * old.patience  # it gave up; it did not wait for the round's end
     for _ in range(2):
         with pytest.raises(SplitServerError, match=r"is lost.*has died.*exit status is -9"):
-            desk.collect("a")
-    assert not any(one.connected for one in desk.status().values())
-    desk.leave("a")
-    desk.close()
+            server_process.collect("a")
+    assert not any(one.connected for one in server_process.status().values())
+    server_process.leave("a")
+    server_process.close()
 
-    trained_by(desk, source, model, [job])  # by another, which takes no token of the first
-    hanging = desk.pid
+    trained_by(
+        server_process, source, model, [job]
+    )  # by another, which takes no token of the first
+    hanging = server_process.pid
     assert hanging not in (None, killed)
     assert train_one(head_model(source, job.cut), job, old).failure is not None
 
     os.kill(hanging or 0, signal.SIGSTOP)
     with monkeypatch.context() as patched:
-        patched.setattr(desk, "_reply_in", 0.3)
+        patched.setattr(server_process, "_reply_in", 0.3)
         with pytest.raises(SplitServerError, match="no answer in time"):
-            desk.collect("a")
+            server_process.collect("a")
     assert_gone(hanging or 0)
-    assert desk.pid is None
-    found = desk.open(ROUND, 2, tails_of(model, [job]), NOTHING, {"a": TOKENS}, SOON)
+    assert server_process.pid is None
+    found = server_process.open(
+        OpenRound(ROUND, 2, server_jobs(model, [job]), NOTHING, {"a": TOKENS}, SOON)
+    )
     assert isinstance(found["a"], str)
-    assert f"was started 1 times more in round {ROUND}" in found["a"]
+    assert f"was restarted 1 times in round {ROUND}" in found["a"]
 
 
 def test_a_server_that_cannot_start_says_why(source: Path, model: LoadedModel) -> None:
     nowhere = replace(settings_of(source).model, source=str(source / "nowhere"))
-    with SplitServerProcess(settings_of(source, model=nowhere), start=SOON) as desk:
+    with SplitServerProcess(settings_of(source, model=nowhere), start=SOON) as server_process:
         with pytest.raises(SplitServerError, match=r"cannot start: .*nowhere is not one"):
-            desk.open(ROUND, ATTEMPT, [], NOTHING, {}, SOON)
-        assert desk.pid is None
+            server_process.open(OpenRound(ROUND, ATTEMPT, [], NOTHING, {}, SOON))
+        assert server_process.pid is None
 
 
 PARENT = """
 import subprocess, sys, time
 from pathlib import Path
-from polyrank.split_server.pipe import Control
+from polyrank.split_server.pipe import Pipe
 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
 child = subprocess.Popen([sys.executable, "-m", "polyrank.split_server.worker"], **pipes, bufsize=0)
-control = Control(child.stdout.fileno(), child.stdin.fileno())
-control.send(Path(sys.argv[1]).read_bytes())
-control.receive(2**20)
+pipe = Pipe(child.stdout.fileno(), child.stdin.fileno())
+pipe.send(Path(sys.argv[1]).read_bytes())
+pipe.receive(2**20)
 print(child.pid, flush=True)
 time.sleep(600)
 """

@@ -9,24 +9,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polyrank.codecs import codec
 from polyrank.errors import FrameError
 from polyrank.training.split import (
     Activations,
-    At,
     Gradients,
     Refused,
+    RequestId,
     Returned,
     Step,
     Stepped,
 )
-from polyrank.transport import Limits, codec, decode, encode
+from polyrank.transport import FrameLimits, decode, encode
 
 D = 3
 TOKENS = 6
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 FLOAT32 = st.floats(allow_nan=False, allow_infinity=False, width=32)
 U32 = st.integers(0, 2**32 - 1)
-ATS = st.builds(At, st.text(min_size=1, max_size=40), U32, U32, U32, U32)
+ATS = st.builds(RequestId, st.text(min_size=1, max_size=40), U32, U32, U32, U32)
 LENGTHS = st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple)
 TOKEN = st.one_of(st.just(-100), st.integers(0, 2**31 - 1))
 NORM = st.one_of(st.none(), st.floats(0, allow_nan=False, allow_infinity=False))
@@ -79,7 +80,7 @@ def parts(message):
 
 @given(MESSAGES)
 def test_reading_undoes_writing(message):
-    read = decode(encode(message, codec("float32")), Limits(TOKENS, D, codec("float32")))
+    read = decode(encode(message, codec("float32")), FrameLimits(TOKENS, D, codec("float32")))
     assert type(read) is type(message)
     assert parts(read) == parts(message)
 
@@ -89,14 +90,14 @@ def test_reading_undoes_writing_in_float64(message):
     if isinstance(message, Activations | Gradients | Returned):
         fields = {**message.__dict__, "states": message.states.double() / 3}
         message = type(message)(**fields)
-    read = decode(encode(message, codec("float64")), Limits(TOKENS, D, codec("float64")))
+    read = decode(encode(message, codec("float64")), FrameLimits(TOKENS, D, codec("float64")))
     assert type(read) is type(message)
     assert parts(read) == parts(message)
 
 
 def examples():
     torch.manual_seed(0)
-    at, here = At("client 1", 1, 0, 2, 3), torch.randn(5, D)
+    at, here = RequestId("client 1", 1, 0, 2, 3), torch.randn(5, D)
     return [
         Activations(at, True, 0.1, (2, 3), here, torch.tensor([1, -100, 2, 3, 4])),
         Activations(at, False, 0.1, (5,), here, None),
@@ -135,7 +136,7 @@ def mutated(frame, dice):
 @pytest.mark.parametrize("checksum", ["left", "made again"])
 def test_of_damaged_frames_nothing_but_frame_errors_and_valid_messages_come(wire, checksum):
     dice = random.Random(f"{wire} {checksum}")
-    limits = Limits(TOKENS, D, codec(wire))
+    limits = FrameLimits(TOKENS, D, codec(wire))
     frames = [encode(message, limits.codec) for message in examples()]
     read = refused = 0
     for _ in range(3000):
@@ -161,7 +162,7 @@ def test_of_damaged_frames_nothing_but_frame_errors_and_valid_messages_come(wire
 
 def test_random_bytes_are_refused():
     dice = random.Random(0)
-    limits = Limits(TOKENS, D, codec("bf16"))
+    limits = FrameLimits(TOKENS, D, codec("bf16"))
     for length in range(300):
         with pytest.raises(FrameError):
             decode(dice.randbytes(length), limits)

@@ -54,21 +54,21 @@ def _training(client: ModuleType) -> None:
     _before(client.ClientSide, "trained", begun)
 
 
-def _line(line: ModuleType) -> None:
+def _stream(stream: ModuleType) -> None:
     seen: set[Any] = set()
 
-    def replied(self: Any, stream: Any, part: Any) -> None:
+    def replied(self: Any, *_: Any) -> None:
         if self not in seen:
             seen.add(self)
             _note("WATCHED_SECRETS", self._secret.hex())
-            _event("replied", self.access.client, self.access.round)
+            _event("replied", self.credentials.client, self.credentials.round)
 
-    _before(line.Line, "_take_part", replied)
+    _before(stream.ReconnectingStream, "_receive_part", replied)
 
 
-def _access(access: ModuleType) -> None:
+def _credentials(credentials: ModuleType) -> None:
     _before(
-        access.Access,
+        credentials.Credentials,
         "__post_init__",
         lambda self: _note("WATCHED_SECRETS", self.token.hex()),
     )
@@ -89,8 +89,8 @@ def _identity(identity: ModuleType) -> None:
 CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "flwr.common.constant": _heartbeats,
     "polyrank.remote.client": _training,
-    "polyrank.transport.remote.reconnecting_stream": _line,
-    "polyrank.transport.remote.credentials": _access,
+    "polyrank.transport.remote.reconnecting_stream": _stream,
+    "polyrank.transport.remote.credentials": _credentials,
     "polyrank.transport.remote.identity": _identity,
 }
 """What is done to a module once it is loaded."""

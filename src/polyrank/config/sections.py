@@ -18,6 +18,7 @@ from polyrank.rounds import Faults, Sampling, Weighting
 from polyrank.run import EarlyStopping
 from polyrank.training import LocalSettings, LocalTraining, local_method
 from polyrank.training.split import SplitSettings
+from polyrank.training.split.settings import Wire
 
 Cohort = Annotated[Literal["auto"] | int, Expected("'auto' or a whole number")]
 
@@ -133,7 +134,7 @@ class SplitSection(Section):
     """How clients whose type is cut talk to the server, if any is; see
     [privacy](../explanation/privacy.md)."""
 
-    wire: Literal["float32", "bf16", "int8", "float64"] = "bf16"
+    wire: Wire = "bf16"
     """Format of the activations and gradients that travel: 4, 2, 1 or 8 bytes a number; `int8` has
     a scale per token and sends gradients in bf16. The last is for a float64 base."""
     adapters: Literal["own", "shared"] = "own"

@@ -20,10 +20,10 @@ from polyrank.planning.operations import Arithmetic, Operations
 from polyrank.planning.site_index import Ranks, SiteIndex
 from polyrank.planning.spec import ModelSpec
 from polyrank.planning.timing import Clock, Machine, Seconds, step_seconds
-from polyrank.planning.traffic import Wire, messages, step_traffic
+from polyrank.planning.traffic import WireBytes, messages, step_traffic
 from polyrank.planning.workload import Workload
 
-__all__ = ["CostModel", "Machine", "Memory", "Operations", "Seconds", "Wire"]
+__all__ = ["CostModel", "Machine", "Memory", "Operations", "Seconds", "WireBytes"]
 
 
 @dataclass(frozen=True)
@@ -110,20 +110,20 @@ class CostModel:
         self._places.check(ranks)
         return self._arithmetic.of(ranks, cut)
 
-    def wire(self, cut: CutPoint | None) -> Wire:
+    def wire(self, cut: CutPoint | None) -> WireBytes:
         """Return the bytes of an optimizer step on the link; none for a whole client.
 
         As the frames have it, but for the client's name in each of them.
         """
         return step_traffic(self.workload, self.anatomy.hidden, cut)
 
-    def adapter_bytes(self, ranks: Ranks, cut: CutPoint | None) -> Wire:
+    def adapter_bytes(self, ranks: Ranks, cut: CutPoint | None) -> WireBytes:
         """Return the bytes of a round's factors of the client's sites, down and up again."""
         self._places.check(ranks)
         count = self.spec.blocks
         blocks = range(count) if cut is None else cut.at_client(count)
         once = self._places.factors(ranks, blocks) * self.workload.factor_itemsize
-        return Wire(once, once)
+        return WireBytes(once, once)
 
     def seconds(
         self, ranks: Ranks, cut: CutPoint | None, device: Machine, server: Machine, steps: int

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from polyrank.errors import RecipeError
-from polyrank.planning.cost import Memory, Operations, Seconds, Wire
+from polyrank.planning.cost import Memory, Operations, Seconds, WireBytes
 from polyrank.planning.cut import CutPoint
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.fleet import Fleet, LoRAType
@@ -68,8 +68,8 @@ class Plan:
     cut: CutPoint | None
     memory: Memory
     operations: Operations
-    wire: Wire
-    adapters: Wire
+    wire: WireBytes
+    adapters: WireBytes
     seconds: Seconds
     feasible: bool
     reason: str

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from polyrank.planning.cut import CutPoint
-from polyrank.planning.traffic import Wire
+from polyrank.planning.traffic import WireBytes
 
 
 class Machine(Protocol):
@@ -98,7 +98,7 @@ def overlapped(stages: Sequence[float], under_way: int) -> float:
 def step_seconds(
     clock: Clock,
     operations: tuple[int, int],
-    wire: Wire,
+    wire: WireBytes,
     cut: CutPoint | None,
     messages: int,
     under_way: int,

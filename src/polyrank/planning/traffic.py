@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from polyrank.codecs import codec
 from polyrank.planning.cut import CutPoint
-from polyrank.planning.workload import WIRES, Workload
+from polyrank.planning.workload import Workload
 
 FRAME = 60
 """Bytes of a frame beside its contents and the client's name: the head and the checksum."""
 
 
 @dataclass(frozen=True)
-class Wire:
-    """Bytes from the client to the server and back."""
+class WireBytes:
+    """Bytes from a client to the server, `up`, and back, `down`."""
 
-    up: int
-    down: int
+    up: int = 0
+    down: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class Microbatch:
 def microbatch(workload: Workload, hidden: int, *, labels: bool) -> Microbatch:
     """Return the bytes of a microbatch's frames without the client's name.
 
-    P·d·b + 4P labels + 4 per row + 60, b bytes per number, and 4 per token beside int8.
+    The codec's bytes for P×d numbers, 4P for labels, 4 per row, and 60.
     """
     tokens = workload.batch * workload.length
-    activation, gradient = WIRES[workload.wire]
-    states = tokens * (hidden * activation.number + activation.token)
-    back = tokens * (hidden * gradient.number + gradient.token)
+    wire = codec(workload.wire)
+    states = wire.activations.nbytes(tokens, hidden)
+    back = wire.gradients.nbytes(tokens, hidden)
     return Microbatch(
         activations=FRAME + states + 4 * workload.batch + (4 * tokens if labels else 0),
         gradients=FRAME + back,
@@ -48,19 +49,19 @@ def microbatch(workload: Workload, hidden: int, *, labels: bool) -> Microbatch:
     )
 
 
-def step_traffic(workload: Workload, hidden: int, cut: CutPoint | None) -> Wire:
+def step_traffic(workload: Workload, hidden: int, cut: CutPoint | None) -> WireBytes:
     """Return the bytes of one optimizer step without the client's name in each frame.
 
     All microbatches, and `Step` with its answer. None for a whole client.
     """
     if cut is None:
-        return Wire(0, 0)
+        return WireBytes(0, 0)
     one = microbatch(workload, hidden, labels=cut.upper is None)
     up, down = one.activations, one.gradients
     if cut.upper is not None:
         up, down = up + one.gradients, down + one.middle
     count = workload.accumulation
-    return Wire(count * up + FRAME, count * down + FRAME)
+    return WireBytes(count * up + FRAME, count * down + FRAME)
 
 
 def messages(workload: Workload, cut: CutPoint | None) -> int:

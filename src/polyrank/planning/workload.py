@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from polyrank.codecs import CODECS
 from polyrank.errors import RecipeError
 
 
@@ -20,7 +21,7 @@ class Workload:
     site that a machine holds keeps its output and gradients go down to the first block; operations
     and seconds are those of the others.
 
-    Of split clients: `wire` is the number format on the link, `in_flight` how many microbatches are
+    Of split clients: `wire` is the codec of the link, `in_flight` how many microbatches are
     under way at once. `checkpointing` says whether blocks are computed again in the backward pass.
 
     Raises RecipeError for counts that cannot be.
@@ -61,27 +62,11 @@ class Workload:
                 f"workload.targets: expected at most the {self.length} tokens of a row, got "
                 f"{self.targets}"
             )
-        if self.wire not in WIRES:
-            raise RecipeError(f"workload.wire: expected one of {sorted(WIRES)}, got {self.wire!r}")
+        if self.wire not in CODECS:
+            known = ", ".join(CODECS)
+            raise RecipeError(f"workload.wire: expected one of {known}, got {self.wire!r}")
 
     @property
     def under_way(self) -> int:
         """Microbatches whose activations a split client holds at once."""
         return min(self.in_flight, self.accumulation)
-
-
-@dataclass(frozen=True)
-class Coding:
-    """Bytes per number and, beside them, per token."""
-
-    number: int
-    token: int = 0
-
-
-WIRES = {
-    "float64": (Coding(8), Coding(8)),
-    "float32": (Coding(4), Coding(4)),
-    "bf16": (Coding(2), Coding(2)),
-    "int8": (Coding(1, 4), Coding(2)),
-}
-"""How activations and gradients are written, by the name of the wire format."""

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from polyrank.codecs import octets
 from polyrank.errors import PacketError
 from polyrank.protocol import json_fields as reading
 from polyrank.protocol.json_fields import Fields, refusal, shown
 from polyrank.protocol.size_limits import SizeLimits
-from polyrank.transport.codec import octets
 
 SCHEMA = "1"
 """Version of the layout; another one is refused."""

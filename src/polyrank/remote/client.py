@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Protocol
 
 from polyrank.aggregation import Update
+from polyrank.codecs import codec
 from polyrank.data import Encoded, sizes
 from polyrank.errors import DataError, FrameError, PolyrankError
 from polyrank.evaluation.clients import ClientMetrics
@@ -35,8 +36,8 @@ from polyrank.run.engine import InProcessEngine
 from polyrank.run.environment import PACKAGES, config_fingerprint
 from polyrank.training import Job, LocalTraining, Scoring, Trained
 from polyrank.training.client_data import ClientWork, Part, everywhere, fingerprint
-from polyrank.training.split import SplitJob, SplitSettings, train_head
-from polyrank.transport import Limits, codec
+from polyrank.training.split import SplitJob, SplitSettings, train_client_part
+from polyrank.transport import FrameLimits
 
 
 class Models(Protocol):
@@ -209,7 +210,7 @@ class ClientSide:
         job = Job(task.client, dealt, rows, self.local, task.seed, scoring)
         asked = SplitJob(job, task.cut, task.round, task.attempt)
         began = time.perf_counter()
-        trained: Trained = train_head(
+        trained: Trained = train_client_part(
             model, asked, GrpcLink(order.access), self.split, on_step=self._until(order)
         )
         if trained.failure is not None:
@@ -225,7 +226,9 @@ class ClientSide:
             importance=trained.importance,
         )
 
-    def _check_limits(self, limits: Limits, model: LoadedModel, rows: Sequence[Encoded]) -> None:
+    def _check_limits(
+        self, limits: FrameLimits, model: LoadedModel, rows: Sequence[Encoded]
+    ) -> None:
         """Raise FrameError unless frames are as large as this client's work makes them."""
         most = self.local.batch * max(size.tokens for size in sizes(rows))
         wanted = codec(self.split.wire)

@@ -16,7 +16,7 @@ from polyrank.remote.message_channel import Message, MessageChannel, Reply
 from polyrank.remote.progress import AnswerProgress
 from polyrank.rounds.engine import CutOf, OnStep
 from polyrank.rounds.messages import Failure, FailureKind, TrainTask
-from polyrank.split_server.interface import ClientStatus, SplitServerHandle
+from polyrank.split_server.interface import ClientStatus, OpenRound, SplitServerHandle
 from polyrank.training import Job, LocalTraining, Scoring
 from polyrank.training.client_data import ClientWork, everywhere
 from polyrank.training.split import ServerPartJob, SplitJob, SplitSettings
@@ -203,9 +203,10 @@ class RemoteEngine:
             * max(size.tokens for size in sizes(self._work[task.client].rows["train"]))
             for task in tasks
         }
-        merged = tasks[0].assignment.merged
         first = tasks[0]
-        return self._desk.open(first.round, first.attempt, jobs, merged, tokens, self._seconds)
+        merged = first.assignment.merged
+        work = OpenRound(first.round, first.attempt, jobs, merged, tokens, self._seconds)
+        return self._desk.open(work)
 
     def _tail_job(self, task: TrainTask) -> ServerPartJob:
         if task.cut is None:

@@ -40,6 +40,7 @@ from polyrank.runner.runner import Outcome, complete, flower_resumes, resumable
 from polyrank.split_server.interface import SplitServerHandle
 from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training import ClientWork
+from polyrank.transport import ServingSettings
 
 WIDTH = 120
 """Columns of what is shown, which Flower keeps as its log."""
@@ -319,8 +320,7 @@ class RemoteParts:
                 cohort=1 if engine == "auto" else engine,
                 deterministic=recipe.engine.deterministic,
                 threads=recipe.engine.threads,
-                gather=split.gather,
-                silence=split.silence,
+                serving=ServingSettings(gather=split.gather, silence=split.silence),
                 patience=split.patience,
             )
         )

@@ -1,3 +1,3 @@
-"""The process that trains the server-side parts of split clients' models."""
+"""The process that trains the server-side parts of split clients: its parent, and itself."""
 
 __all__ = []

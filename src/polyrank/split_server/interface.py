@@ -1,4 +1,4 @@
-"""The split server as the engine sees it."""
+"""The split server as the run's engine sees it: what it is asked to train, and what it returns."""
 
 from __future__ import annotations
 
@@ -7,14 +7,32 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from polyrank.algebra import Adapter, Delta, Dense
-from polyrank.training.split import ServerPartJob, Traffic
+from polyrank.planning.traffic import WireBytes
+from polyrank.training.split import ServerPartJob
 
 if TYPE_CHECKING:  # It needs gRPC, and an engine without split clients does not.
     from polyrank.transport.remote.credentials import Credentials
 
 
 @dataclass(frozen=True)
-class Collected:
+class OpenRound:
+    """The server's work in one round and attempt.
+
+    The assignments of `jobs` come without what is merged into the base: `merged` is the same for
+    all clients and given once. `tokens` is the most tokens of a frame, by client. Clients may
+    connect for `seconds`, the time until the round's deadline.
+    """
+
+    round: int
+    attempt: int
+    jobs: Sequence[ServerPartJob]
+    merged: Adapter[Dense]
+    tokens: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ServerPartResult:
     """What the server has trained for one client: of its own sites alone, on the CPU.
 
     `importance` is the mean score per site, empty if none was measured; `traffic` the bytes of the
@@ -23,14 +41,14 @@ class Collected:
 
     adapter: Adapter[Delta]
     importance: Mapping[str, float] = field(default_factory=dict)
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: WireBytes = field(default_factory=WireBytes)
 
 
 @dataclass(frozen=True)
 class ClientStatus:
     """How far a split client is: `step` of `steps` taken at the server, bytes of frames so far.
 
-    `connected` says that it has been heard of and has not left.
+    `connected` says that the client has sent something and has not left.
     """
 
     connected: bool
@@ -41,48 +59,38 @@ class ClientStatus:
 
 
 class SplitServerHandle(Protocol):
-    """Opens tails for a round's split clients, and hands out what was trained of them."""
+    """Trains the server-side parts of a round's split clients."""
 
-    def open(
-        self,
-        round: int,
-        attempt: int,
-        jobs: Sequence[ServerPartJob],
-        merged: Adapter[Dense],
-        tokens: Mapping[str, int],
-        seconds: float,
-    ) -> Mapping[str, Credentials | str]:
-        """Return how each client reaches its tail, or the reason why it has none.
+    def open(self, work: OpenRound) -> Mapping[str, Credentials | str]:
+        """Return, by client, how it reaches the server, or the reason why it cannot.
 
-        The jobs come without what is merged into the base, which is the same for all and given
-        once. `tokens` is the most tokens of a client's frame, `seconds` the time until the deadline
-        of the round. A split server that is not there is started; one that had worked before and
-        cannot be started again is the reason that every client gets.
+        Ends the round that is open. Starts the server if it does not run; if it has run before and
+        cannot be started again, that is the reason of every client.
 
         Raises SplitServerError if it cannot be started the first time: then the settings are wrong.
         """
         ...
 
-    def collect(self, client: str) -> Collected:
+    def collect(self, client: str) -> ServerPartResult:
         """Return what was trained for a client that has taken all its steps.
 
-        Raises SplitServerError if it has not, or the server has died since `open`: what it had
-        trained in this round is lost then, for all of its clients.
+        Raises SplitServerError if it has not taken them, or if the server has died since `open`:
+        the round's training is then lost for all of its clients.
         """
         ...
 
     def status(self) -> Mapping[str, ClientStatus]:
-        """Return how far each client of the round is; what was last known, without waiting."""
+        """Return how far each client of the round is, as last known; waits for nothing."""
         ...
 
     def leave(self, client: str) -> None:
-        """Give up a client's unfinished tail, whose stream is ended with a reason; never raises."""
+        """Discard a client's unfinished work and end its stream with a reason; never raises."""
         ...
 
     def close(self) -> None:
-        """End the round or the attempt, and all that was trained and not collected; never raises.
+        """End the round and discard what was not collected; never raises.
 
-        The server stays for the next `open`.
+        The server keeps running for the next `open`.
         """
         ...
 

@@ -1,7 +1,9 @@
 """Blocks of bytes between a process and its child, over two pipes.
 
-A block is its length (u64, little-endian) and its bytes. The reader says how long one may be, and
-refuses a longer one before it makes room for it. Nothing here waits longer than it was told.
+A block is its length (u64, little-endian) and its bytes. The reader gives the most bytes of a
+block, and a longer one is refused before memory is taken for it. Every call has a time limit.
+`multiprocessing.connection` bounds lengths too, but not time: once a block has begun, its
+`recv_bytes` and `send_bytes` wait for ever for the rest.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ _LENGTH = 8
 
 
 class Pipe:
-    """One end: a file descriptor to read from, and one to write to; both are its own from now on.
+    """One end: a file descriptor to read from, and one to write to; `close` closes both.
 
-    One thread at a time may use it. After an error it is of no more use.
+    One thread at a time may use it. After an error it cannot be used any more.
     """
 
     def __init__(self, reading: int, writing: int):
@@ -29,8 +31,8 @@ class Pipe:
     def send(self, block: bytes, seconds: float | None = None) -> None:
         """Write a block.
 
-        Raises SplitServerError if the other end has closed, or does not take it all within so many
-        seconds (None: waits on).
+        Raises SplitServerError if the other end has closed, or has not read the whole block within
+        `seconds` (None: no limit).
         """
         end = _end(seconds)
         for part in (len(block).to_bytes(_LENGTH, "little"), block):
@@ -45,9 +47,10 @@ class Pipe:
                     raise SplitServerError(f"the other end has closed ({error})") from error
 
     def receive(self, most: int, seconds: float | None = None) -> bytearray | None:
-        """Return the next block, of at most so many bytes; None if the other end has closed.
+        """Return the next block; None if the other end has closed.
 
-        Raises SplitServerError if it is longer, ends half-way, or does not come in time.
+        Raises SplitServerError if it has more than `most` bytes, ends half-way, or has not come
+        within `seconds` (None: no limit).
         """
         end = _end(seconds)
         head = self._read(_LENGTH, end)
@@ -68,7 +71,7 @@ class Pipe:
         self._reading = self._writing = -1
 
     def _read(self, length: int, end: float | None) -> bytearray:
-        """Return so many bytes, or fewer if the other end closes."""
+        """Return `length` bytes, or fewer if the other end closes."""
         block = bytearray(length)
         view, at = memoryview(block), 0
         while at < length:

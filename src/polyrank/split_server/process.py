@@ -1,36 +1,34 @@
-"""The split server in a process of its own, as the process that starts it handles it."""
+"""The split server in a process of its own: started, asked, and started again when it dies."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from polyrank.algebra import Adapter, Dense
 from polyrank.errors import FrameError, PacketError, SplitServerError
 from polyrank.protocol.json_fields import Fields
 from polyrank.protocol.packet import Packet, pack
-from polyrank.split_server.interface import ClientStatus, Collected
-from polyrank.split_server.messages import Dealt, manner, write_job, write_merged
+from polyrank.split_server.interface import ClientStatus, OpenRound, ServerPartResult
+from polyrank.split_server.messages import ExpectedResult, write_round
 from polyrank.split_server.settings import SplitServerSettings
 from polyrank.split_server.subprocess_handle import ANSWERS, SubprocessHandle
-from polyrank.training.split import ServerPartJob
 from polyrank.transport.remote.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
 
 class SplitServerProcess:
-    """Starts the split server, asks it, and sees it die: a `Desk`.
+    """Runs the split server in a child process: a `SplitServerHandle`.
 
-    It is started by the first `open`, and again by one that finds it dead, at most `restarts` times
-    in one round. It may take `start` seconds to load its model, and `reply` seconds for an answer;
-    one that takes longer is ended. Its standard error goes to this module's log. It ends with this
-    process, however this process ends. Linux and macOS.
+    The first `open` starts the server; an `open` that finds it dead starts it again, at most
+    `restarts` times in one round. The server may take `start` seconds to load its model and `reply`
+    seconds for an answer, and is killed if it takes longer. Its standard error goes to this
+    module's log. It ends with this process, however this process ends. Linux and macOS.
     """
 
     def __init__(
@@ -41,14 +39,16 @@ class SplitServerProcess:
         reply: float = 300.0,
         restarts: int = 2,
     ):
-        self._settings, self._start_in, self._reply_in = settings, start, reply
+        self._settings, self._start_seconds, self._reply_seconds = settings, start, reply
         self._restarts = restarts
         self._lock = threading.Lock()
         self._child: SubprocessHandle | None = None
-        self._served = False
-        self._again: tuple[int, int] = (-1, 0)
-        self._dealt: dict[str, Dealt] = {}
-        self._lost: str | None = None
+        self._has_run = False
+        self._restarted: tuple[int, int] = (-1, 0)
+        """The last round in which the server was started, and how often it was a restart."""
+        self._expected: dict[str, ExpectedResult] = {}
+        self._death: str | None = None
+        """Why the server that had this round's work has died."""
         self._status: dict[str, ClientStatus] = {}
 
     def __enter__(self) -> SplitServerProcess:
@@ -74,61 +74,51 @@ class SplitServerProcess:
         child = self._child
         return None if child is None else child.address
 
-    def open(  # noqa: D102
-        self,
-        round: int,
-        attempt: int,
-        jobs: Sequence[ServerPartJob],
-        merged: Adapter[Dense],
-        tokens: Mapping[str, int],
-        seconds: float,
-    ) -> Mapping[str, Credentials | str]:
+    def open(self, work: OpenRound) -> Mapping[str, Credentials | str]:  # noqa: D102
         with self._lock:
-            self._dealt, self._lost, self._status = {}, None, {}
+            self._expected, self._death, self._status = {}, None, {}
             while True:
                 try:
-                    child = self._there(round)
+                    child = self._running_child(work.round)
                 except SplitServerError as error:
-                    if not self._served:
+                    if not self._has_run:
                         raise
                     log.error("%s", error)
-                    return {job.client: str(error) for job in jobs}
+                    return {job.client: str(error) for job in work.jobs}
                 try:
-                    found = self._asked_to_open(
-                        child, round, attempt, jobs, merged, tokens, seconds
-                    )
+                    credentials = self._ask_to_open(child, work)
                 except SplitServerError as error:
-                    if child.ended:  # It had died, or did so at this.
+                    if child.ended:  # It had died before, or dies of this.
                         continue
-                    return {job.client: str(error) for job in jobs}
-                self._dealt = {
-                    job.client: Dealt.of(job)
-                    for job in jobs
-                    if not isinstance(found[job.client], str)
+                    return {job.client: str(error) for job in work.jobs}
+                self._expected = {
+                    job.client: ExpectedResult.of(job)
+                    for job in work.jobs
+                    if not isinstance(credentials[job.client], str)
                 }
-                return found
+                return credentials
 
-    def collect(self, client: str) -> Collected:  # noqa: D102
+    def collect(self, client: str) -> ServerPartResult:  # noqa: D102
         with self._lock:
-            dealt = self._dealt.get(client)
-            if dealt is None:
-                raise SplitServerError(f"client {client!r}: no tail of it is open")
-            child = self._living(f"client {client!r}: what the server trained for it is lost")
-            block = self._ask(child, "collect", dealt.bounds.nbytes, client=client)
+            expected = self._expected.get(client)
+            if expected is None:
+                raise SplitServerError(f"client {client!r}: it has no work open at the server")
+            child = self._child_of_round(client)
+            block = self._ask(child, "collect", expected.size_limits.nbytes, client=client)
             try:
-                return dealt.read(block)
+                return expected.read(block)
             except PacketError as error:
-                raise SplitServerError(f"client {client!r}, its tail: {error}") from error
+                raise SplitServerError(f"client {client!r}, its server part: {error}") from error
 
     def leave(self, client: str) -> None:  # noqa: D102
         with self._lock:
-            if client in self._dealt and self._child is not None and not self._child.ended:
+            if client in self._expected and self._child is not None and not self._child.ended:
                 with suppress(SplitServerError):
                     self._ask(self._child, "leave", client=client)
 
     def close(self) -> None:  # noqa: D102
         with self._lock:
-            self._dealt, self._status = {}, {}
+            self._expected, self._status = {}, {}
             if self._child is not None and not self._child.ended:
                 with suppress(SplitServerError):
                     self._ask(self._child, "close")
@@ -136,108 +126,95 @@ class SplitServerProcess:
     def stop(self) -> None:  # noqa: D102
         with self._lock:
             child, self._child = self._child, None
-            self._dealt, self._status = {}, {}
+            self._expected, self._status = {}, {}
             if child is not None:
                 child.stop()
 
     def status(self) -> Mapping[str, ClientStatus]:
         """Return how far each client of the round is; never raises, and waits for no other call.
 
-        While the server is busy with another question it is what was last known, and without a
-        server nobody is connected.
+        While the server is busy with another question this is what was last known. Without a
+        server no client is connected.
         """
         if self._lock.acquire(blocking=False):
             try:
                 child = self._child
                 if child is None or child.ended:
-                    gone = {c: replace(one, connected=False) for c, one in self._status.items()}
-                    self._status = gone
-                elif self._dealt:
+                    self._status = {
+                        client: replace(status, connected=False)
+                        for client, status in self._status.items()
+                    }
+                elif self._expected:
                     with suppress(SplitServerError, PacketError):
                         self._status = _statuses(self._ask(child, "status"))
             finally:
                 self._lock.release()
         return dict(self._status)
 
-    def _there(self, round: int) -> SubprocessHandle:
-        """Return a child that lives, started now if there was none."""
+    def _running_child(self, round: int) -> SubprocessHandle:
+        """Return the child, started if it does not run; SplitServerError if it cannot start."""
         if self._child is not None and not self._child.ended:
             return self._child
-        again = self._again[1] if self._again[0] == round else 0
-        if self._served and again >= self._restarts:
+        restarts = self._restarted[1] if self._restarted[0] == round else 0
+        if self._has_run and restarts >= self._restarts:
             raise SplitServerError(
-                f"the split server was started {again} times more in round {round}, and has died "
+                f"the split server was restarted {restarts} times in round {round}, and has died "
                 f"each time; {self._child.why() if self._child else 'it cannot start'}"
             )
-        self._again = (round, again + self._served)
+        self._restarted = (round, restarts + self._has_run)
         if self._child is not None:
             self._child.stop()
         self._child = SubprocessHandle()
         try:
-            self._child.start(self._settings, self._start_in)
+            self._child.start(self._settings, self._start_seconds)
         except BaseException:
             self._child.stop()
             raise
         log.info("split server %d listens at %s", self._child.process.pid, self._child.address)
-        self._served = True
+        self._has_run = True
         return self._child
 
-    def _living(self, lost: str) -> SubprocessHandle:
-        """Return the child that has this round's tails; SplitServerError if it has died."""
+    def _child_of_round(self, client: str) -> SubprocessHandle:
+        """Return the child that has this round's work; SplitServerError if it has died."""
         child = self._child
         if child is None or child.ended:
-            self._lost = self._lost or (child.why() if child else "it was stopped")
-        if child is None or self._lost is not None:
-            raise SplitServerError(f"{lost}: the split server has died; {self._lost}")
+            self._death = self._death or (child.why() if child else "it was stopped")
+        if child is None or self._death is not None:
+            raise SplitServerError(
+                f"client {client!r}: what the server trained for it is lost: the split server has "
+                f"died; {self._death}"
+            )
         return child
 
-    def _asked_to_open(
-        self,
-        child: SubprocessHandle,
-        round: int,
-        attempt: int,
-        jobs: Sequence[ServerPartJob],
-        merged: Adapter[Dense],
-        tokens: Mapping[str, int],
-        seconds: float,
+    def _ask_to_open(
+        self, child: SubprocessHandle, work: OpenRound
     ) -> dict[str, Credentials | str]:
-        wanted = {site for job in jobs for site in job.assignment.start}
-        sums = [(site, dense) for site, dense in merged.items() if site in wanted]
-        about = {
-            "round": round,
-            "attempt": attempt,
-            "tokens": {job.client: tokens[job.client] for job in jobs},
-            "seconds": seconds,
-            "merged": len(sums),
-            "jobs": [manner(job) for job in jobs],
-        }
-        blocks = [write_job(job) for job in jobs]
-        child.send(pack("question", {"what": "open", "about": about}, {}), self._reply_in)
-        for site, dense in sums:
-            child.send(write_merged(site, dense), self._reply_in)
-        for block in blocks:
-            child.send(block, self._reply_in)
-        fields = child.answer("opened", self._reply_in).fields.table("clients")
-        found: dict[str, Credentials | str] = {}
-        for client, one, _ in fields.named():
+        fields, packets = write_round(work)
+        child.send(pack("question", {"what": "open", "about": fields}, {}), self._reply_seconds)
+        for packet in packets:
+            child.send(packet, self._reply_seconds)
+        answer = child.answer("opened", self._reply_seconds).fields.table("clients")
+        opened: dict[str, Credentials | str] = {}
+        for client, given, _ in answer.named():
             try:
-                found[client] = one if isinstance(one, str) else Credentials.from_dict(one)
+                opened[client] = given if isinstance(given, str) else Credentials.from_dict(given)
             except FrameError as error:
-                found[client] = f"the split server gave no way to its tail: {error}"
-        return {job.client: found.get(job.client, "the split server forgot it") for job in jobs}
+                opened[client] = f"the split server gave credentials that cannot be: {error}"
+        missing = "the split server gave no credentials"
+        return {job.client: opened.get(job.client, missing) for job in work.jobs}
 
     def _ask(
         self, child: SubprocessHandle, what: str, most: int = ANSWERS.nbytes, **about: Any
     ) -> bytearray:
         """Ask a question and return the packet of its answer."""
-        child.send(pack("question", {"what": what, **about}, {}), self._reply_in)
-        return child.receive(self._reply_in, most)
+        child.send(pack("question", {"what": what, **about}, {}), self._reply_seconds)
+        return child.receive(self._reply_seconds, most)
 
 
 def _statuses(block: bytearray) -> dict[str, ClientStatus]:
-    found = {}
-    for client, one, place in Packet(block, "status", ANSWERS).fields.table("clients").named():
-        table = Fields(one, place)
-        numbers = {name: table.whole(name) for name in ("step", "steps", "up", "down")}
-        found[client] = ClientStatus(connected=table.flag("connected"), **numbers)
-    return found
+    statuses = {}
+    for client, given, place in Packet(block, "status", ANSWERS).fields.table("clients").named():
+        fields = Fields(given, place)
+        numbers = {name: fields.whole(name) for name in ("step", "steps", "up", "down")}
+        statuses[client] = ClientStatus(connected=fields.flag("connected"), **numbers)
+    return statuses

@@ -1,4 +1,4 @@
-"""What the split server's process is to hold and to serve."""
+"""Settings of the split server's process: the model that it holds, and how it serves clients."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 from polyrank.errors import RecipeError, SplitServerError
 from polyrank.model import LoadedModel, Span, load_model
 from polyrank.training.split import SplitSettings
+from polyrank.transport.serving import ServingSettings
 
 
 @dataclass(frozen=True)
 class HostedModel:
-    """A model of which only the blocks from `lower` on are held, in a U-shape those below `upper`.
+    """A model of which only some blocks are loaded: those from `lower` on and below `upper`.
 
-    `lower` is the lowest cut of all clients, `upper` the highest upper one if all clients have one.
-    The others are those of `load_model`.
+    `lower` is the lowest cut of all clients, `upper` the highest upper cut if all clients have one
+    (U-shape), else None: to the last block. The other fields are those of `load_model`.
     """
 
     source: str
@@ -49,16 +50,15 @@ class HostedModel:
 class SplitServerSettings:
     """All that the split server's process is told, once, when it starts.
 
-    `run` is the run's id. `listen` is the address that it binds to, and no other (port 0: a free
-    one), `address` what clients dial (default: the bound one), and `hosts` the names and addresses
-    that its certificate is for (default: the one that clients dial). Up to `cohort` clients of one
-    cut with adapters of their own are trained in one pass, once their frames are there or `gather`
-    seconds after the first; `deterministic` trains each alone, and clients that share an adapter
-    one after the other. A client that is silent for `silence` seconds has left; `patience` is how
-    many seconds a client waits for an answer, and at most `streams` clients are connected.
-    `threads` are torch's; 0: its own choice.
+    `run` is the run's id. The server binds to `listen` alone (port 0: a free one); clients dial
+    `address` (default: the bound one). The certificate is for `hosts` (names and IP addresses;
+    default: the host that clients dial). Up to `cohort` clients of one cut with adapters of their
+    own are trained in one pass; with `deterministic` each is trained alone, and clients that share
+    an adapter one after the other. A client waits `patience` seconds for an answer. `threads` are
+    torch's; 0: its own choice. The `credit` and `turns` of `serving` follow from the other
+    settings.
 
-    Raises RecipeError if `deterministic` meets another cohort than 1, or a number is out of range.
+    Raises RecipeError if `deterministic` is set and the cohort is not 1, or a number is negative.
     """
 
     model: HostedModel
@@ -70,10 +70,8 @@ class SplitServerSettings:
     cohort: int = 1
     deterministic: bool = False
     threads: int = 0
-    gather: float = 0.02
-    silence: float = 60.0
+    serving: ServingSettings = field(default_factory=ServingSettings)
     patience: float = 60.0
-    streams: int = 256
 
     def __post_init__(self) -> None:
         if self.cohort < 1 or (self.deterministic and self.cohort != 1):
@@ -81,7 +79,7 @@ class SplitServerSettings:
                 f"split server: expected a cohort of 1 or more, and of 1 where the run is "
                 f"deterministic; got {self.cohort}"
             )
-        for name in ("gather", "silence", "patience", "threads"):
+        for name in ("patience", "threads"):
             if not getattr(self, name) >= 0:
                 raise RecipeError(
                     f"split server, {name}: expected 0 or more, got {getattr(self, name)}"
@@ -89,7 +87,7 @@ class SplitServerSettings:
 
     @property
     def certified(self) -> list[str]:
-        """The names that the certificate is for."""
+        """The hosts that the certificate is for."""
         dialled = self.address or self.listen
         host, _, port = dialled.rpartition(":")
         whole = bool(host) and port.isdigit() and (":" not in host or host.endswith("]"))
@@ -100,10 +98,14 @@ class SplitServerSettings:
         return asdict(self)
 
     @staticmethod
-    def from_dict(found: Mapping[str, Any]) -> SplitServerSettings:
-        """Return what `to_dict` gave; SplitServerError for anything else."""
+    def from_dict(given: Mapping[str, Any]) -> SplitServerSettings:
+        """Return the settings that `to_dict` wrote; SplitServerError for anything else."""
         try:
-            model, split = HostedModel(**found["model"]), SplitSettings(**found["split"])
-            return SplitServerSettings(**{**found, "model": model, "split": split})
+            parts = {
+                "model": HostedModel(**given["model"]),
+                "split": SplitSettings(**given["split"]),
+                "serving": ServingSettings(**given["serving"]),
+            }
+            return SplitServerSettings(**{**given, **parts})
         except (TypeError, KeyError) as error:
             raise SplitServerError(f"split server, settings: not readable: {error}") from error

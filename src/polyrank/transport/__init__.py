@@ -1,21 +1,15 @@
-"""How the messages of split training travel: codec, frames, and links that carry them."""
+"""How the messages of split training travel: as frames, over links."""
 
-from polyrank.transport.codec import CODECS, Codec, Coding, codec
 from polyrank.transport.frames import decode, encode
 from polyrank.transport.in_process import InProcessLink, InProcessLinks
-from polyrank.transport.layout import Limits
-from polyrank.transport.pipe import PipeLink, serve_pipe
+from polyrank.transport.layout import FrameLimits
+from polyrank.transport.serving import ServingSettings
 
 __all__ = [
-    "CODECS",
-    "Codec",
-    "Coding",
+    "FrameLimits",
     "InProcessLink",
     "InProcessLinks",
-    "Limits",
-    "PipeLink",
-    "codec",
+    "ServingSettings",
     "decode",
     "encode",
-    "serve_pipe",
 ]

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from polyrank.codecs import octets
 from polyrank.data.collate import IGNORED
 from polyrank.errors import FrameError
-from polyrank.transport.codec import octets
 
 
 def check_count(value: int, place: str) -> None:

@@ -6,7 +6,7 @@ A frame is, little-endian and without gaps:
     version    u8  1
     kind       u8  1 Activations, 2 Gradients, 3 Step, 4 Returned, 5 Stepped, 6 Refused
     flags      u8  1 last, 2 labels follow, 4 has a loss, 8 has a squared norm
-    coding     u8  of the states: 1 float64, 2 float32, 3 bf16, 4 int8; 0 without states
+    format     u8  number format of the states, see `polyrank.codecs`; 0 without states
     round      u32
     attempt    u32
     step       u32
@@ -19,7 +19,7 @@ A frame is, little-endian and without gaps:
     width      u32 d, numbers of a token
     sequences  u32 rows of the microbatch (Activations); else 0
     then the name and the reason (UTF-8), the lengths (u32 each), the labels (i32 each), the states
-    (see `codec`), and the CRC-32 of all before it (u32)
+    (in their format), and the CRC-32 of all before it (u32)
 
 The checksum finds accidents, not attacks: whoever can write a frame can write its checksum. So
 `decode` believes nothing: each size is compared with the limits and with the frame's real length
@@ -34,18 +34,18 @@ import zlib
 import torch
 from torch import Tensor
 
+from polyrank.codecs import Codec, NumberFormat, number_formats
 from polyrank.errors import FrameError
 from polyrank.training.split.messages import (
     Activations,
-    At,
     Gradients,
     Refused,
     Request,
+    RequestId,
     Returned,
     Step,
     Stepped,
 )
-from polyrank.transport.codec import Codec, Coding
 from polyrank.transport.fields import (
     check_count,
     check_lengths,
@@ -58,7 +58,6 @@ from polyrank.transport.fields import (
 )
 from polyrank.transport.layout import (
     CHECKSUM,
-    CODINGS_BY_NUMBER,
     HEAD,
     KINDS,
     LABELS,
@@ -71,16 +70,16 @@ from polyrank.transport.layout import (
     REASON_BYTES,
     VERSION,
     WITH_STATES,
+    FrameLimits,
     Head,
-    Limits,
     Message,
     expect,
     read_head,
 )
 
 
-def coding_of(message: Message, codec: Codec, answers: Request | None = None) -> Coding:
-    """Return the coding of a message's states.
+def format_of(message: Message, codec: Codec, answers: Request | None = None) -> NumberFormat:
+    """Return the number format of a message's states.
 
     What is returned for the activations of a U-shape are activations again; every other answer is a
     gradient.
@@ -98,7 +97,7 @@ def encode(message: Message, codec: Codec, answers: Request | None = None) -> by
     Raises FrameError for a message that no frame can hold: numbers that are not finite, negative
     counts, shapes that do not fit together, too long a name.
     """
-    at, place = message.at, f"{type(message).__name__} of {message.at}"
+    at, place = message.id, f"{type(message).__name__} of {message.id}"
     for name in ("round", "attempt", "step", "micro"):
         check_count(getattr(at, name), f"{place}: {name}")
     client = write_text(at.client, NAME_BYTES, f"{place}: the client's name")
@@ -124,11 +123,11 @@ def encode(message: Message, codec: Codec, answers: Request | None = None) -> by
             whole = message.reason.encode("utf-8", "replace")[:REASON_BYTES]
             reason = whole.decode("utf-8", "ignore").encode()  # no half of a character at the end
     check_numbers(first, second, place)
-    rows, width, coding, payload = 0, 0, 0, memoryview(b"")
+    rows, width, format, payload = 0, 0, 0, memoryview(b"")
     if states is not None:
         rows, width = shape(states, place)
-        how = coding_of(message, codec, answers)
-        coding, payload = how.number, how.encode(states, place)
+        numbers = format_of(message, codec, answers)
+        format, payload = numbers.number, numbers.encode(states, place)
     if isinstance(message, Activations):
         check_lengths(lengths, rows, place)
     head = HEAD.pack(
@@ -136,7 +135,7 @@ def encode(message: Message, codec: Codec, answers: Request | None = None) -> by
         VERSION,
         NUMBERS[type(message)],
         flags,
-        coding,
+        format,
         at.round,
         at.attempt,
         at.step,
@@ -157,7 +156,7 @@ def encode(message: Message, codec: Codec, answers: Request | None = None) -> by
     return b"".join((*parts, CHECKSUM.pack(checksum)))
 
 
-def decode(frame: bytes | bytearray | memoryview, limits: Limits) -> Message:
+def decode(frame: bytes | bytearray | memoryview, limits: FrameLimits) -> Message:
     """Return the message of a frame.
 
     Raises FrameError for everything that `encode` would not have written under these limits; the
@@ -175,7 +174,7 @@ def decode(frame: bytes | bytearray | memoryview, limits: Limits) -> Message:
     start += head.client
     reason = read_text(view[start : start + head.reason], "reason")
     start += head.reason
-    at = At(client, head.round, head.attempt, head.step, head.micro)
+    at = RequestId(client, head.round, head.attempt, head.step, head.micro)
     place = f"{kind.__name__} of {at}"
     check_numbers(head.first, head.second, place)
     _unused(head, kind, place)
@@ -191,7 +190,7 @@ def decode(frame: bytes | bytearray | memoryview, limits: Limits) -> Message:
     states = torch.empty(0, 0)
     if kind in WITH_STATES:
         payload = view[start : -CHECKSUM.size]
-        states = CODINGS_BY_NUMBER[head.coding].decode(payload, head.rows, head.width, place)
+        states = number_formats()[head.format].decode(payload, head.rows, head.width, place)
 
     last = bool(head.flags & LAST)
     message: Message

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 
+from polyrank.codecs import codec
 from polyrank.errors import FrameError
-from polyrank.training.split.link import ServerPart, Traffic
-from polyrank.training.split.messages import Request, Returned, Stepped
-from polyrank.transport.awaited import Awaited, write_request
-from polyrank.transport.codec import codec
-from polyrank.transport.layout import Limits
-from polyrank.transport.serving import Serving
+from polyrank.planning.traffic import WireBytes
+from polyrank.training.split.link import ServerPart
+from polyrank.training.split.messages import Request
+from polyrank.transport.layout import FrameLimits
+from polyrank.transport.pending import PendingFrame, write_request
+from polyrank.transport.serving import FrameServer
 
 
 class InProcessLinks:
-    """Links of many clients to one tail, whose requests it answers together.
+    """Links of many clients to one server part, which answers their requests together.
 
-    Requests wait until someone needs an answer. Then the oldest request of every client goes to the
-    tail in one call, again and again until none is left: so the tails of several clients train in
+    Requests wait until a client needs an answer. Then the oldest request of every client goes to
+    the server part in one call, again and again until none is left: so several clients train in
     one pass. `codec_name` is the wire, `width` that of the model, `tokens` the most that a
     microbatch holds. Not thread-safe: all links are to be used from one thread.
     """
 
-    def __init__(self, tail: ServerPart, codec_name: str, width: int, tokens: int) -> None:
-        self.limits = Limits(tokens, width, codec(codec_name))
-        self._serving = Serving(tail, self.limits)
+    def __init__(self, server_part: ServerPart, codec_name: str, width: int, tokens: int) -> None:
+        self.limits = FrameLimits(tokens, width, codec(codec_name))
+        self._server = FrameServer(server_part, defaultdict(lambda: self.limits))
         self._open: dict[str, InProcessLink] = {}
 
     def link(self, client: str) -> InProcessLink:
@@ -40,103 +41,76 @@ class InProcessLinks:
         self._open[link.client] = link
 
     def leave(self, link: InProcessLink) -> None:
-        """Forget a link; the tail of unfinished work is discarded."""
+        """Forget a link; the server part discards the client's unfinished work."""
         if self._open.get(link.client) is link:
             del self._open[link.client]
-            self._serving.leave(link.client)
+            self._server.leave(link.client)
 
     def drain(self) -> None:
-        """Have all requests answered that wait, the oldest of every client in one call."""
-        while True:
-            frames = {
-                client: link.hand_over() for client, link in self._open.items() if link.waiting
-            }
-            for client, reply in self._serving.answer(frames):
-                self._open[client].handed_over.popleft().deliver(reply)
-            if not frames:
-                return
+        """Have all waiting requests answered, the oldest of every client in one call."""
+        while frames := {
+            client: link.next_frame() for client, link in self._open.items() if link.waiting
+        }:
+            for client, reply in self._server.answer(frames):
+                self._open[client].receive(reply)
+        for client, reply in self._server.answer({}):  # a client that has left was waited for
+            self._open[client].receive(reply)
 
 
 class InProcessLink:
-    """A client's link to a tail in the same process. Not thread-safe; see `InProcessLinks`.
+    """A client's link to a server part in the same process. Not thread-safe.
 
-    `limits` are what the client holds to: those of `InProcessLinks`, unless the two disagree.
+    `limits` are those that the client keeps: of `InProcessLinks`, unless the two disagree.
     """
 
-    def __init__(self, links: InProcessLinks, client: str, limits: Limits) -> None:
-        self.client = client
-        self.limits = limits
-        self.links = links
-        self.waiting: deque[Ticket] = deque()
-        self.handed_over: deque[Ticket] = deque()
-        self.closed = False
-        self._up = 0
-        self._down = 0
+    def __init__(self, links: InProcessLinks, client: str, limits: FrameLimits) -> None:
+        self.client, self.limits = client, limits
+        self.waiting: deque[bytes] = deque()
+        """Frames that no server part has seen yet."""
+        self._links = links
+        self._unanswered: deque[PendingFrame] = deque()
+        self._closed = False
+        self._up = self._down = 0
         links.enter(self)
 
-    def submit(self, request: Request) -> Ticket:
+    def submit(self, request: Request) -> PendingFrame:
         """Encode a request and queue it; FrameError if it cannot be sent, or after `close`."""
-        if self.closed:
-            raise FrameError(f"{request.at}: the link is closed; open a new one")
+        if self._closed:
+            raise FrameError(f"{request.id}: the link is closed; open a new one")
         frame = write_request(request, self.limits)
         self._up += len(frame)
-        ticket = Ticket(self, Awaited.of(request), frame)
-        self.waiting.append(ticket)
-        return ticket
+        pending = PendingFrame(request, self.limits, lambda: self._answer(pending))
+        self.waiting.append(frame)
+        self._unanswered.append(pending)
+        return pending
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> WireBytes:
         """The bytes of all requests that were submitted and all replies that came."""
-        return Traffic(self._up, self._down)
+        return WireBytes(self._up, self._down)
 
-    def hand_over(self) -> bytes:
-        """Return the oldest request that waits, whose answer is then awaited."""
-        self.handed_over.append(self.waiting.popleft())
-        return self.handed_over[-1].take()
+    def next_frame(self) -> bytes:
+        """Hand over the oldest request that waits."""
+        return self.waiting.popleft()
 
-    def received(self, count: int) -> None:
-        """Count the bytes of a reply."""
-        self._down += count
+    def receive(self, frame: bytes) -> None:
+        """Take the reply to the oldest request without one."""
+        self._down += len(frame)
+        self._unanswered.popleft().deliver(frame)
 
     def close(self) -> None:
-        """Give the link up: what waits is dropped, and the tail of unfinished work discarded."""
-        if not self.closed:
-            self.closed = True
+        """Close the link: waiting requests are dropped, and unfinished work is discarded."""
+        if not self._closed:
+            self._closed = True
             self.waiting.clear()
-            self.handed_over.clear()
-            self.links.leave(self)
+            self._unanswered.clear()
+            self._links.leave(self)
 
-
-class Ticket:
-    """An answer that is on its way through an `InProcessLink`."""
-
-    def __init__(self, link: InProcessLink, awaited: Awaited, request: bytes) -> None:
-        self._link = link
-        self._awaited = awaited
-        self._request = request
-        self._reply: bytes | None = None
-        self._answer: Returned | Stepped | None = None
-
-    def take(self) -> bytes:
-        """Hand the request over; it is not kept."""
-        request, self._request = self._request, b""
-        return request
-
-    def deliver(self, reply: bytes) -> None:
-        """Keep the reply until it is asked for."""
-        self._link.received(len(reply))
-        self._reply = reply
-
-    def result(self) -> Returned | Stepped:
-        """Return the answer, having all waiting requests answered if need be."""
-        if self._answer is None:
-            if self._reply is None:
-                self._link.links.drain()
-            if self._reply is None:
-                raise FrameError(
-                    f"{self._awaited.at}: no answer came: the link was closed or the tail failed "
-                    "before it was answered, or it waits for clients that have not asked yet"
-                )
-            self._answer = self._awaited.read(self._reply, self._link.limits)
-            self._reply = b""
-        return self._answer
+    def _answer(self, pending: PendingFrame) -> None:
+        """Have all waiting requests answered, this one among them."""
+        self._links.drain()
+        if pending in self._unanswered or self._closed:
+            raise FrameError(
+                "the link was closed or the server part failed before the request was answered, "
+                "or the request waits for clients that have not asked yet"
+            )

@@ -6,6 +6,7 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from polyrank.codecs import Codec, number_formats
 from polyrank.errors import FrameError
 from polyrank.training.split.messages import (
     Activations,
@@ -17,7 +18,6 @@ from polyrank.training.split.messages import (
     Step,
     Stepped,
 )
-from polyrank.transport.codec import CODINGS, Codec
 
 Message = Request | Reply
 
@@ -33,7 +33,6 @@ LONGEST_WAIT = 31 * 24 * 3600.0
 HEAD = struct.Struct("<4sBBBBIIIIddHHIII")
 CHECKSUM = struct.Struct("<I")
 LAST, LABELS, LOSS, NORM = 1, 2, 4, 8
-CODINGS_BY_NUMBER = {coding.number: coding for coding in CODINGS}
 KINDS: dict[int, type[Message]] = {
     1: Activations,
     2: Gradients,
@@ -54,7 +53,7 @@ class Head(NamedTuple):
     version: int
     kind: int
     flags: int
-    coding: int
+    format: int
     round: int
     attempt: int
     step: int
@@ -69,7 +68,7 @@ class Head(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Limits:
+class FrameLimits:
     """What both ends have agreed on: the most tokens of a frame, their width d, and the codec."""
 
     tokens: int
@@ -80,15 +79,15 @@ class Limits:
     def nbytes(self) -> int:
         """The length of the longest frame that can be valid."""
         states = max(
-            coding.nbytes(self.tokens, self.width)
-            for coding in (self.codec.activations, self.codec.gradients)
+            format.nbytes(self.tokens, self.width)
+            for format in (self.codec.activations, self.codec.gradients)
         )
         lengths_and_labels = 8 * self.tokens
         fixed = HEAD.size + CHECKSUM.size
         return fixed + NAME_BYTES + max(REASON_BYTES, lengths_and_labels + states)
 
 
-def read_head(view: memoryview, limits: Limits) -> Head:
+def read_head(view: memoryview, limits: FrameLimits) -> Head:
     """Check all that decides sizes, and that they add up to the frame's length."""
     least = HEAD.size + CHECKSUM.size
     expect(len(view) >= least, "length", f"at least {least} bytes", len(view))
@@ -110,16 +109,16 @@ def read_head(view: memoryview, limits: Limits) -> Head:
             Gradients: (limits.codec.gradients,),
             Returned: (limits.codec.activations, limits.codec.gradients),
         }[kind]
-        names = " or ".join(sorted({coding.name for coding in agreed}))
-        coding = CODINGS_BY_NUMBER.get(head.coding)
-        came = f"number {head.coding}" if coding is None else coding.name
-        if coding is None or coding not in agreed:
-            raise FrameError(f"frame, coding: expected {names}, as agreed; {came} came")
+        names = " or ".join(sorted({format.name for format in agreed}))
+        format = number_formats().get(head.format)
+        came = f"number {head.format}" if format is None else format.name
+        if format is None or format not in agreed:
+            raise FrameError(f"frame, format: expected {names}, as agreed; {came} came")
         expect(0 < head.rows <= limits.tokens, "tokens", f"1 to {limits.tokens}", head.rows)
         expect(head.width == limits.width, "width", limits.width, head.width)
-        states = coding.nbytes(head.rows, head.width)
+        states = format.nbytes(head.rows, head.width)
     else:
-        expect(head.coding == head.rows == head.width == 0, "states", "none", "some")
+        expect(head.format == head.rows == head.width == 0, "states", "none", "some")
     most = head.rows if kind is Activations else 0
     expect(head.sequences <= most, "sequences", f"at most {most}", head.sequences)
 

@@ -6,6 +6,7 @@ import pytest
 
 from jobs import examples, job
 from models import tiny_loaded
+from polyrank.codecs import CODECS
 from polyrank.model.anatomy import anatomy_of
 from polyrank.planning import CutPoint
 from polyrank.planning.cost import CostModel
@@ -24,7 +25,7 @@ def costs(model, **options) -> CostModel:
     return CostModel(anatomy_of(model), model.spec, load)
 
 
-@pytest.mark.parametrize("wire", ["float64", "float32", "bf16", "int8"])
+@pytest.mark.parametrize("wire", CODECS)
 @pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)], ids=str)
 def test_bytes_on_the_wire_are_those_that_links_carry(wire, cut):
     """Exactly, but for the client's name in each frame."""

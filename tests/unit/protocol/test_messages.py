@@ -167,11 +167,14 @@ def test_a_packet_is_a_safetensors_file():
 
 
 def test_an_order_of_a_split_client_tells_the_way_to_its_tail():
-    access = pytest.importorskip("polyrank.transport.remote").Access
-    from polyrank.transport import Limits, codec
+    access = pytest.importorskip("polyrank.transport.remote").Credentials
+    from polyrank.codecs import codec
+    from polyrank.transport import FrameLimits
 
     pem = b"-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n"
-    way = access("host:1234", pem, "run", 3, 1, "c0", b"t" * 32, Limits(8, 4, codec("bf16")), 9.5)
+    way = access(
+        "host:1234", pem, "run", 3, 1, "c0", b"t" * 32, FrameLimits(8, 4, codec("bf16")), 9.5
+    )
     order = replace(samples.order(CutPoint(1, 3)), access=way)
     data = write_order(order)
     same(order, read_order(data))

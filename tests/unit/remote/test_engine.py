@@ -9,6 +9,7 @@ from letters import After, Clock, Letters, Lost
 from models import tiny_loaded
 from polyrank.aggregation import FLoRA, Update
 from polyrank.algebra import Adapter
+from polyrank.codecs import codec
 from polyrank.errors import RoundFailedError, SplitServerError
 from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.protocol import ClientPolicy, SizeLimits, read_answer, read_order, write_answer
@@ -17,9 +18,9 @@ from polyrank.rounds.messages import Failure
 from polyrank.rounds.settings import Faults
 from polyrank.run import RunSettings
 from polyrank.run import engine as engines
-from polyrank.split_server.interface import Collected
+from polyrank.split_server.interface import ServerPartResult
 from polyrank.training.split import SplitSettings
-from polyrank.transport import Limits, codec
+from polyrank.transport import FrameLimits
 from polyrank.transport.remote import Credentials, new_identity
 from remotes import Reached, ask, away, machine, machines, orders, post
 
@@ -276,7 +277,8 @@ class Counter:
         self.access, self.lose = access, lose
         self.asked: list[tuple[str, object]] = []
 
-    def open(self, round, attempt, jobs, merged, tokens, seconds):
+    def open(self, work):
+        jobs = work.jobs
         self.asked.append(("open", [job.client for job in jobs]))
         if self.access is None:
             raise SplitServerError("the split server cannot start: no such model")
@@ -291,7 +293,7 @@ class Counter:
         self.asked.append(("collect", client))
         if client in self.lose:
             raise SplitServerError(f"client {client!r}: the split server has died")
-        return Collected(Adapter({}))
+        return ServerPartResult(Adapter({}))
 
     def status(self):
         return {}
@@ -347,7 +349,7 @@ ACCESS = Credentials(
     new_identity(["127.0.0.1"]).certificate,
     *("run", 1, 0, "c0"),
     b"0" * 32,
-    Limits(64, 16, codec("float32")),
+    FrameLimits(64, 16, codec("float32")),
     5.0,
 )
 
@@ -454,9 +456,9 @@ def test_a_split_client_refuses_a_cut_beyond_its_terms(terms, cut, reason):
 @pytest.mark.parametrize(
     "limits",
     [
-        Limits(10**6, 16, codec("float32")),
-        Limits(8, 32, codec("float32")),
-        Limits(8, 16, codec("bf16")),
+        FrameLimits(10**6, 16, codec("float32")),
+        FrameLimits(8, 32, codec("float32")),
+        FrameLimits(8, 16, codec("bf16")),
     ],
 )
 def test_a_split_client_opens_no_stream_for_larger_frames_than_its_own_work_makes(limits):

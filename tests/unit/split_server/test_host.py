@@ -1,4 +1,4 @@
-"""The tails of a round on one model: grouped, merged once, apart from each other; real sockets."""
+"""The server parts of a round on one model, over real sockets: grouped, merged once, separate."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,8 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from by_hand import alone, model_of_three, requests_of, served, tail_job
-from desks import (
+from by_hand import alone, model_of_three, requests_of, served, server_job
+from grpc_rounds import Raw
+from models import write_tiny
+from polyrank.algebra import distance
+from polyrank.errors import FrameError, RecipeError, SplitServerError
+from polyrank.model import LoadedModel, load_model
+from polyrank.planning import CutPoint
+from polyrank.split_server.host import ServerPartHost
+from polyrank.split_server.interface import OpenRound
+from polyrank.split_server.settings import HostedModel, SplitServerSettings
+from polyrank.training.job import Trained
+from polyrank.training.split import ServerParts, SplitJob, SplitSettings
+from polyrank.transport import ServingSettings
+from split_servers import (
     ATTEMPT,
     CUTS,
     LOWEST,
@@ -18,21 +30,11 @@ from desks import (
     assert_identical,
     in_process,
     random_sums,
+    server_jobs,
     split_job,
-    tails_of,
     train_all,
     whole,
 )
-from models import write_tiny
-from polyrank.algebra import distance
-from polyrank.errors import FrameError, RecipeError, SplitServerError
-from polyrank.model import LoadedModel, load_model
-from polyrank.planning import CutPoint
-from polyrank.split_server.host import ServerPartHost
-from polyrank.split_server.settings import HostedModel, SplitServerSettings
-from polyrank.training.job import Trained
-from polyrank.training.split import ServerParts, SplitJob, SplitSettings
-from remote import Raw
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def hosting(
 def opened(host: ServerPartHost, model: LoadedModel, jobs: Sequence[SplitJob]) -> dict[str, object]:
     tokens = dict.fromkeys([one.job.client for one in jobs], TOKENS)
     merged = jobs[0].job.assignment.merged
-    return host.open(ROUND, ATTEMPT, tails_of(model, jobs), merged, tokens, 60.0)
+    return host.open(OpenRound(ROUND, ATTEMPT, server_jobs(model, jobs), merged, tokens, 60.0))
 
 
 def trained(
@@ -88,7 +90,7 @@ def assert_close(found: Trained, expected: Trained, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("cuts", [CUTS, {"a": CutPoint(2), "b": CutPoint(2), "c": CutPoint(2)}])
-def test_tails_whose_calls_interleave_train_as_if_each_were_alone(
+def test_server_parts_whose_calls_interleave_train_as_if_each_were_alone(
     cuts: dict[str, CutPoint],
 ) -> None:
     """Between its calls no `ServerParts` acts on the model, also where it keeps graphs."""
@@ -98,23 +100,25 @@ def test_tails_whose_calls_interleave_train_as_if_each_were_alone(
             client: CutPoint(1, 2) if cut.upper else CutPoint(min(cut.lower, 2))
             for client, cut in cuts.items()
         }
-        jobs = [tail_job(model, c, cut, seed=i) for i, (c, cut) in enumerate(cuts.items())]
+        jobs = [server_job(model, c, cut, seed=i) for i, (c, cut) in enumerate(cuts.items())]
         expected = {one.client: alone(model, one).hash() for one in jobs}
         with ExitStack() as stack:
-            tails = {one.client: stack.enter_context(ServerParts(model, [one])) for one in jobs}
+            server_parts = {
+                one.client: stack.enter_context(ServerParts(model, [one])) for one in jobs
+            }
             left = {one.client: requests_of(model, one) for one in jobs}
             while any(left.values()):
                 for client, requests in left.items():
                     if requests:
-                        served(tails[client], requests.pop(0))
-            found = {client: one.adapter(client).hash() for client, one in tails.items()}
+                        served(server_parts[client], requests.pop(0))
+            found = {client: one.adapter(client).hash() for client, one in server_parts.items()}
         assert found == expected
 
 
 @pytest.mark.parametrize(
     ("adapters", "dtype"), [("own", "float32"), ("own", "bfloat16"), ("shared", "float32")]
 )
-def test_sums_merged_once_for_all_tails_give_the_bits_of_train_split(
+def test_sums_merged_once_for_all_server_parts_give_the_bits_of_train_split(
     base: Callable[[str], Path], dtype: str, adapters: str
 ) -> None:
     """On weights of the adapters' precision and on others, where M x is added and rounded once."""
@@ -137,7 +141,7 @@ def test_a_cohort_and_a_shared_adapter_give_what_one_process_gives_up_to_roundin
     model = load_model(source, device="cpu", dtype=dtype)
     own = SplitSettings(wire="float64")
     same = [split_job(model, c, CutPoint(2), seed=i, count=5 + i) for i, c in enumerate("abc")]
-    found = trained(source, same, dtype, own, cohort=2, gather=5.0)
+    found = trained(source, same, dtype, own, cohort=2, serving=ServingSettings(gather=5.0))
     for client, one in in_process(model, same, own).items():
         assert_close(found[client], one, 1e-9)
 
@@ -148,7 +152,7 @@ def test_a_cohort_and_a_shared_adapter_give_what_one_process_gives_up_to_roundin
         replace(one, cut=cut, job=replace(one.job, assignment=replace(start, merged=merged)))
         for one, cut in zip(same, CUTS.values(), strict=True)
     ]
-    found = trained(source, unlike, dtype, shared, cohort=2, gather=0.05)
+    found = trained(source, unlike, dtype, shared, cohort=2, serving=ServingSettings(gather=0.05))
     for client, one in in_process(model, unlike, shared).items():
         assert_close(found[client], one, 1e-9)
 
@@ -177,12 +181,15 @@ def test_clients_of_one_cut_are_grouped_in_their_order_and_a_bad_one_spoils_no_o
     names = ["e", "a", "d", "b", "c"]
     cuts = dict.fromkeys(names, CutPoint(2)) | {"b": CutPoint(3)}
     jobs = [split_job(model, name, cuts[name], seed=i) for i, name in enumerate(names)]
-    tails = tails_of(model, jobs)
-    tails[2] = replace(tails[2], assignment=tails[3].assignment)  # d: of another cut's sites
+    server_parts = server_jobs(model, jobs)
+    server_parts[2] = replace(
+        server_parts[2], assignment=server_parts[3].assignment
+    )  # d: of another cut's sites
     with hosting(source, "float32", SplitSettings(), cohort=3) as host:
         before = {name: p.data_ptr() for name, p in host._model.module.named_parameters()}
         merged = random_sums(model)
-        found = host.open(ROUND, ATTEMPT, tails, merged, dict.fromkeys(names, TOKENS), 60.0)
+        tokens = dict.fromkeys(names, TOKENS)
+        found = host.open(OpenRound(ROUND, ATTEMPT, server_parts, merged, tokens, 60.0))
         assert {name for name, one in found.items() if isinstance(one, str)} == {"d"}
         assert {group.clients for group in host._groups.values()} == {
             ("e",),
@@ -190,13 +197,13 @@ def test_clients_of_one_cut_are_grouped_in_their_order_and_a_bad_one_spoils_no_o
             ("c",),
             ("b",),
         }
-        good = [tail for tail in tails if tail.client != "d"]
-        host.open(ROUND, ATTEMPT, good, merged, dict.fromkeys(names, TOKENS), 60.0)
+        good = [server_part for server_part in server_parts if server_part.client != "d"]
+        host.open(OpenRound(ROUND, ATTEMPT, good, merged, tokens, 60.0))
         assert {group.clients for group in host._groups.values()} == {("e", "a", "c"), ("b",)}
         host.close()
         assert before == {name: p.data_ptr() for name, p in host._model.module.named_parameters()}
         assert host.status() == {}
-        with pytest.raises(SplitServerError, match="no tail of it"):
+        with pytest.raises(SplitServerError, match="no server part in this round"):
             host.collect("a")
 
 
@@ -211,8 +218,8 @@ def test_an_address_in_use_and_settings_that_cannot_be_are_refused(
     made = SplitServerSettings(HostedModel(str(source), 1), "run")
     with pytest.raises(RecipeError, match="cohort of 1"):
         replace(made, deterministic=True, cohort=2)
-    with pytest.raises(RecipeError, match="silence"):
-        replace(made, silence=-1.0)
+    with pytest.raises(RecipeError, match="patience"):
+        replace(made, patience=-1.0)
     assert SplitServerSettings.from_dict(made.to_dict()) == made
     with pytest.raises(SplitServerError, match="not readable"):
         SplitServerSettings.from_dict({**made.to_dict(), "more": 1})

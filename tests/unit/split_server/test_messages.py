@@ -6,32 +6,33 @@ from dataclasses import replace
 import pytest
 import torch
 
-from by_hand import BENT, LOCAL, STRAIGHT, model_of_three, tail_job
+from by_hand import BENT, LOCAL, STRAIGHT, model_of_three, server_job
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import PacketError
-from polyrank.split_server.interface import Collected
+from polyrank.planning.traffic import WireBytes
+from polyrank.split_server.interface import ServerPartResult
 from polyrank.split_server.messages import (
-    Dealt,
-    manner,
+    ExpectedResult,
     read_job,
     read_merged,
+    training_fields,
     write_job,
     write_merged,
 )
 from polyrank.training import Scoring
-from polyrank.training.split import ServerPartJob, Traffic
+from polyrank.training.split import ServerPartJob
 
 MODEL = model_of_three()
 
 
 def job(cut=STRAIGHT) -> ServerPartJob:
-    made = tail_job(MODEL, "Zoë", cut, frozen=3, seed=4)
+    made = server_job(MODEL, "Zoë", cut, frozen=3, seed=4)
     local = replace(LOCAL, betas=(0.8, 0.95), clip=None)
     return replace(made, scoring=Scoring(3, "paper"), local=local)
 
 
 def through(one: ServerPartJob) -> ServerPartJob:
-    return read_job(write_job(one), json.loads(json.dumps(manner(one))))
+    return read_job(write_job(one), json.loads(json.dumps(training_fields(one))))
 
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT])
@@ -58,7 +59,7 @@ def test_jobs_of_other_kinds_come_back_too() -> None:
 
 def test_training_that_cannot_be_read_is_refused() -> None:
     one = job()
-    told = manner(one)
+    told = training_fields(one)
     wrong = [
         None,
         {},
@@ -83,25 +84,25 @@ def test_sums_come_back_as_they_were_and_nothing_else_passes_for_one() -> None:
         read_merged(write_job(job()))
 
 
-def test_what_was_trained_comes_back_and_nothing_that_was_not_dealt() -> None:
+def test_what_was_trained_comes_back_and_nothing_that_was_not_asked_for() -> None:
     one = job()
-    dealt = Dealt.of(one)
+    expected = ExpectedResult.of(one)
     trained = one.assignment.start.scale(1.5)
     scores = {site: float(i) for i, site in enumerate(trained)}
-    given = Collected(trained, scores, Traffic(123, 2**40))
-    back = dealt.read(dealt.write(given))
+    given = ServerPartResult(trained, scores, WireBytes(123, 2**40))
+    back = expected.read(expected.write(given))
     assert back.adapter.hash() == trained.hash()
     assert (back.importance, back.traffic) == (given.importance, given.traffic)
 
     for other in (replace(one, client="b"), replace(one, round=9), replace(one, attempt=5)):
         with pytest.raises(PacketError, match="what was trained of"):
-            dealt.read(Dealt.of(other).write(given))
-    with pytest.raises(PacketError, match="sites that were dealt"):
-        dealt.read(dealt.write(replace(given, importance={"elsewhere": 1.0})))
+            expected.read(ExpectedResult.of(other).write(given))
+    with pytest.raises(PacketError, match="sites of the job"):
+        expected.read(expected.write(replace(given, importance={"elsewhere": 1.0})))
     site = next(iter(trained))
     fewer = one.assignment.only(set(trained) - {site})
-    less = Dealt.of(replace(one, assignment=fewer))
+    less = ExpectedResult.of(replace(one, assignment=fewer))
     with pytest.raises(PacketError):
-        less.read(dealt.write(given))
+        less.read(expected.write(given))
     with pytest.raises(PacketError, match="length"):
-        dealt.read(bytes(dealt.bounds.nbytes + 1))
+        expected.read(bytes(expected.size_limits.nbytes + 1))

@@ -14,7 +14,7 @@ MIB = 2**20
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Pipe, Pipe]]:
-    """Two controls that are joined."""
+    """Two pipes that are joined."""
     (one_reads, other_writes), (other_reads, one_writes) = os.pipe(), os.pipe()
     one, other = Pipe(one_reads, one_writes), Pipe(other_reads, other_writes)
     yield one, other
@@ -49,11 +49,11 @@ def test_a_block_that_is_too_long_is_refused_before_it_is_read(
 
 def test_a_length_that_no_memory_has_is_refused() -> None:
     reading, writing = os.pipe()
-    control = Pipe(reading, os.dup(writing))
+    pipe = Pipe(reading, os.dup(writing))
     os.write(writing, b"\xff" * 8)
     with pytest.raises(SplitServerError, match="at most 100 bytes"):
-        control.receive(100, 1)
-    control.close()
+        pipe.receive(100, 1)
+    pipe.close()
     os.close(writing)
 
 
@@ -61,18 +61,18 @@ def test_the_end_is_seen_between_blocks_and_within_one() -> None:
     for sent, ended in ((b"", None), ((9).to_bytes(8, "little") + b"half", "ended after 4")):
         reading, writing = os.pipe()
         spare, closed = os.pipe()
-        control = Pipe(reading, closed)
+        pipe = Pipe(reading, closed)
         os.write(writing, sent)
         os.close(writing)
         if ended is None:
-            assert control.receive(100, 1) is None
+            assert pipe.receive(100, 1) is None
         else:
             with pytest.raises(SplitServerError, match=ended):
-                control.receive(100, 1)
+                pipe.receive(100, 1)
         os.close(spare)
         with pytest.raises(SplitServerError, match="the other end has closed"):
-            control.send(b"x", 1)
-        control.close()
+            pipe.send(b"x", 1)
+        pipe.close()
 
 
 def test_nobody_waits_for_an_end_that_is_silent(ends: tuple[Pipe, Pipe]) -> None:
@@ -83,7 +83,7 @@ def test_nobody_waits_for_an_end_that_is_silent(ends: tuple[Pipe, Pipe]) -> None
         other.send(bytes(MIB), 0.05)  # nobody reads, and a pipe holds less
 
 
-def test_a_closed_control_is_of_no_use(ends: tuple[Pipe, Pipe]) -> None:
+def test_a_closed_pipe_is_of_no_use(ends: tuple[Pipe, Pipe]) -> None:
     one, _ = ends
     one.close()
     one.close()

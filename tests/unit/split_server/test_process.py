@@ -14,6 +14,7 @@ from polyrank.algebra import Adapter
 from polyrank.errors import SplitServerError
 from polyrank.protocol.packet import pack
 from polyrank.split_server import subprocess_handle as handle
+from polyrank.split_server.interface import OpenRound
 from polyrank.split_server.process import SplitServerProcess
 from polyrank.split_server.settings import HostedModel, SplitServerSettings
 
@@ -34,7 +35,7 @@ Made = Callable[..., SplitServerProcess]
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Return a function that gives the desk of a script, which can `take()` and `give(NAME)`."""
+    """Return a function that gives the handle of a script, which can `take()` and `give(NAME)`."""
     blocks = {
         "ready": pack("ready", {"address": "127.0.0.1:1"}, {}),
         "opened": pack("opened", {"clients": {}}, {}),
@@ -44,22 +45,22 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     }
     for name, block in blocks.items():
         (tmp_path / name).write_bytes(block)
-    desks = []
+    handles = []
 
     def make(script: str, **options: float) -> SplitServerProcess:
         command = [sys.executable, "-c", COMMON + script, str(tmp_path)]
         monkeypatch.setattr(handle, "COMMAND", command)
-        desks.append(SplitServerProcess(SETTINGS, **{"start": 30.0, "reply": 30.0, **options}))
-        return desks[-1]
+        handles.append(SplitServerProcess(SETTINGS, **{"start": 30.0, "reply": 30.0, **options}))
+        return handles[-1]
 
     yield make
     monkeypatch.setattr(handle, "SECONDS_TO_STOP", 0.2)
-    for one in desks:
+    for one in handles:
         one.stop()
 
 
-def opened(desk: SplitServerProcess, round: int = 1):
-    return desk.open(round, 0, [], NONE, {}, 60.0)
+def opened(server: SplitServerProcess, round: int = 1):
+    return server.open(OpenRound(round, 0, [], NONE, {}, 60.0))
 
 
 def assert_gone(pid: int | None) -> None:
@@ -83,20 +84,20 @@ def test_stopping_leaves_no_process(
     made: Made, monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
     monkeypatch.setattr(handle, "SECONDS_TO_STOP", 0.3)
-    desk = made(SERVING + after)
-    assert desk.pid is None
-    assert opened(desk) == {}
-    assert desk.address == "127.0.0.1:1"
-    pid = desk.pid
-    desk.stop()
+    server = made(SERVING + after)
+    assert server.pid is None
+    assert opened(server) == {}
+    assert server.address == "127.0.0.1:1"
+    pid = server.pid
+    server.stop()
     assert_gone(pid)
-    assert desk.pid is None
-    desk.stop()
-    desk.close()
-    desk.leave("a")
-    assert desk.status() == {}
-    with pytest.raises(SplitServerError, match="no tail of it is open"):
-        desk.collect("a")
+    assert server.pid is None
+    server.stop()
+    server.close()
+    server.leave("a")
+    assert server.status() == {}
+    with pytest.raises(SplitServerError, match="no work open"):
+        server.collect("a")
 
 
 @pytest.mark.parametrize(
@@ -114,60 +115,60 @@ def test_stopping_leaves_no_process(
 def test_a_process_that_cannot_start_is_an_error_and_leaves_nothing(
     made: Made, script: str, message: str
 ) -> None:
-    desk = made(script)
+    server = made(script)
     with pytest.raises(SplitServerError, match=f"(?s){message}"):
-        opened(desk)
-    assert desk.pid is None
-    assert desk._child is not None
-    assert_gone(desk._child.process.pid)
+        opened(server)
+    assert server.pid is None
+    assert server._child is not None
+    assert_gone(server._child.process.pid)
 
 
 def test_its_last_lines_are_told(made: Made) -> None:
-    desk = made("[print(f'line {i}', file=sys.stderr) for i in range(30)]; sys.exit(3)")
+    server = made("[print(f'line {i}', file=sys.stderr) for i in range(30)]; sys.exit(3)")
     with pytest.raises(SplitServerError) as caught:
-        opened(desk)
+        opened(server)
     lines = str(caught.value).splitlines()
     assert [line.strip() for line in lines[1:]] == [f"line {i}" for i in range(10, 30)]
     assert "exit status is 3" in lines[0]
 
 
 def test_one_that_takes_too_long_is_ended(made: Made) -> None:
-    desk = made("time.sleep(600)", start=0.3)
+    server = made("time.sleep(600)", start=0.3)
     with pytest.raises(SplitServerError, match="no answer in time"):
-        opened(desk)
-    assert desk._child is not None
-    assert_gone(desk._child.process.pid)
+        opened(server)
+    assert server._child is not None
+    assert_gone(server._child.process.pid)
 
 
 def test_one_that_had_worked_is_started_again_a_bounded_number_of_times_in_a_round(
     made: Made, tmp_path: Path
 ) -> None:
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x');"
-    desk = made(count + "take(); give('ready'); take()", restarts=2)
-    assert opened(desk) == {}  # nobody asks, and nobody gets an answer
+    server = made(count + "take(); give('ready'); take()", restarts=2)
+    assert opened(server) == {}  # nobody asks, and nobody gets an answer
     assert len((tmp_path / "count").read_text()) == 3
-    assert opened(desk) == {}
+    assert opened(server) == {}
     assert len((tmp_path / "count").read_text()) == 3
-    assert opened(desk, round=2) == {}
+    assert opened(server, round=2) == {}
     assert len((tmp_path / "count").read_text()) == 5
 
 
 def test_a_failure_of_a_question_is_no_death(made: Made) -> None:
-    desk = made("take(); give('ready'); take(); give('failed'); take(); give('opened'); take()")
-    assert opened(desk) == {}
-    pid = desk.pid
+    server = made("take(); give('ready'); take(); give('failed'); take(); give('opened'); take()")
+    assert opened(server) == {}
+    pid = server.pid
     assert pid is not None
-    assert opened(desk) == {}
-    assert desk.pid == pid
+    assert opened(server) == {}
+    assert server.pid == pid
 
 
 def test_death_is_seen_without_asking(made: Made) -> None:
-    desk = made(SERVING + "sys.exit(5)")
-    opened(desk)
+    server = made(SERVING + "sys.exit(5)")
+    opened(server)
     end = time.monotonic() + 30
-    while desk.pid is not None and time.monotonic() < end:
+    while server.pid is not None and time.monotonic() < end:
         time.sleep(0.01)
-    assert desk.pid is None
+    assert server.pid is None
 
 
 @pytest.mark.parametrize(
@@ -191,7 +192,7 @@ def test_a_busy_process_ends_when_its_parent_is_killed_though_its_input_stays_op
     busy = (
         "import os, threading, time, polyrank.split_server.worker as tails\n"
         "parent = int(os.environ['PARENT'])\n"
-        "threading.Thread(target=tails._watch, args=(parent,), daemon=True).start()\n"
+        "threading.Thread(target=tails._watch_parent, args=(parent,), daemon=True).start()\n"
         "print(os.getppid() == parent, flush=True)\n"
         "end = time.monotonic() + 60\n"
         "while time.monotonic() < end: pass"

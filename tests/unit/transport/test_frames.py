@@ -8,23 +8,24 @@ from dataclasses import replace
 import pytest
 import torch
 
+from polyrank.codecs import codec
 from polyrank.errors import FrameError
 from polyrank.training.split import (
     Activations,
-    At,
     Gradients,
     Refused,
+    RequestId,
     Returned,
     Step,
     Stepped,
 )
-from polyrank.transport import Limits, codec, decode, encode
+from polyrank.transport import FrameLimits, decode, encode
 from polyrank.transport.layout import HEAD, NAME_BYTES, REASON_BYTES
 
 D = 4
 WIRE = codec("float32")
-LIMITS = Limits(8, D, WIRE)
-AT = At("Zoë/7", 3, 1, 5, 2)
+LIMITS = FrameLimits(8, D, WIRE)
+AT = RequestId("Zoë/7", 3, 1, 5, 2)
 STATES = torch.arange(5 * D).reshape(5, D).float()
 LABELS = torch.tensor([7, -100, 0, 31999, 2**31 - 1])
 SENT = Activations(AT, True, 0.25, (2, 3), STATES, LABELS)
@@ -43,7 +44,7 @@ FIELDS = {  # where a head's fields begin, and how they are written; as document
     "version": (4, "B"),
     "kind": (5, "B"),
     "flags": (6, "B"),
-    "coding": (7, "B"),
+    "format": (7, "B"),
     "round": (8, "I"),
     "first": (24, "d"),
     "second": (32, "d"),
@@ -106,8 +107,8 @@ def test_the_length_of_a_frame_is_what_its_parts_add_up_to():
 
 def test_the_longest_frames_are_inside_the_limit():
     for wire in ("float64", "float32", "bf16", "int8"):
-        limits = Limits(8, D, codec(wire))
-        name = At("x" * NAME_BYTES, 0, 0, 0)
+        limits = FrameLimits(8, D, codec(wire))
+        name = RequestId("x" * NAME_BYTES, 0, 0, 0)
         longest = Activations(name, True, 1.0, (1,) * 8, torch.zeros(8, D), torch.zeros(8).long())
         for message in (longest, Refused(name, "x" * REASON_BYTES), Returned(name, longest.states)):
             frame = encode(message, limits.codec)
@@ -127,7 +128,7 @@ def test_in_a_u_shape_int8_goes_both_ways_where_activations_go():
     to_whole = encode(Returned(AT, STATES), wire, SENT)
     to_gradients = encode(Returned(AT, STATES), wire, EXAMPLES["gradients"])
     assert [frame[7] for frame in (up, to_u, to_whole, to_gradients)] == [4, 4, 3, 3]
-    limits = Limits(8, D, wire)
+    limits = FrameLimits(8, D, wire)
     for frame in (up, to_u, to_whole, to_gradients):
         decode(frame, limits)
 
@@ -141,7 +142,7 @@ REFUSED = {
     "an unknown flag": (changed(encode(SENT, WIRE), "flags", 16), "flags"),
     "flags of another kind": (changed(encode(Stepped(AT), WIRE), "flags", 1), "flags"),
     "a loss in a request": (changed(encode(SENT, WIRE), "flags", 5), "flags"),
-    "an unknown coding": (changed(encode(SENT, WIRE), "coding", 9), "float32, as agreed; number 9"),
+    "an unknown format": (changed(encode(SENT, WIRE), "format", 9), "float32, as agreed; number 9"),
     "no name": (changed(encode(SENT, WIRE), "client", 0), "name"),
     "too long a name": (changed(encode(SENT, WIRE), "client", 65535), "name"),
     "a reason in a request": (changed(encode(SENT, WIRE), "reason", 1), "reason"),
@@ -200,25 +201,25 @@ def test_another_wire_than_the_agreed_one_is_refused(kind, wire):
 
 
 def test_gradients_as_int8_are_refused():
-    limits = Limits(8, D, codec("int8"))
-    frame = changed(encode(EXAMPLES["gradients"], limits.codec), "coding", 4)
+    limits = FrameLimits(8, D, codec("int8"))
+    frame = changed(encode(EXAMPLES["gradients"], limits.codec), "format", 4)
     with pytest.raises(FrameError, match="expected bf16, as agreed; int8 came"):
         decode(frame, limits)
 
 
 def test_one_token_more_than_agreed_is_refused():
     frame = encode(SENT, WIRE)
-    decode(frame, Limits(5, D, WIRE))
+    decode(frame, FrameLimits(5, D, WIRE))
     with pytest.raises(FrameError, match=r"expected (at most .* bytes|1 to 4)"):
-        decode(frame, Limits(4, D, WIRE))
+        decode(frame, FrameLimits(4, D, WIRE))
 
 
 WRONG = {
-    "a negative step": replace(SENT, at=At("a", 0, 0, -1)),
-    "too large a round": replace(SENT, at=At("a", 2**32, 0, 0)),
-    "no name": replace(SENT, at=At("", 0, 0, 0)),
-    "too long a name": replace(SENT, at=At("ä" * NAME_BYTES, 0, 0, 0)),
-    "a name that UTF-8 cannot hold": replace(SENT, at=At("\ud800", 0, 0, 0)),
+    "a negative step": replace(SENT, id=RequestId("a", 0, 0, -1)),
+    "too large a round": replace(SENT, id=RequestId("a", 2**32, 0, 0)),
+    "no name": replace(SENT, id=RequestId("", 0, 0, 0)),
+    "too long a name": replace(SENT, id=RequestId("ä" * NAME_BYTES, 0, 0, 0)),
+    "a name that UTF-8 cannot hold": replace(SENT, id=RequestId("\ud800", 0, 0, 0)),
     "a weight that is NaN": replace(SENT, weight=math.nan),
     "an infinite factor": Step(AT, math.inf),
     "a negative norm": Returned(AT, STATES, 1.0, -1.0),

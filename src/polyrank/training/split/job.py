@@ -1,4 +1,4 @@
-"""What each end of a split client's work is asked to do."""
+"""The work of a split client, and of the server for that client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polyrank.training.settings import LocalTraining
 
 @dataclass(frozen=True)
 class SplitJob:
-    """A job of a round and attempt whose client runs only some blocks, those that `cut` says."""
+    """A job of a round and attempt whose client runs only some blocks: `cut` says which."""
 
     job: Job
     cut: CutPoint
@@ -23,10 +23,10 @@ class SplitJob:
 
     def at_client(self, model: LoadedModel) -> SplitJob:
         """Return the job with the assignment of the client's own sites."""
-        return self.changed(self._of(model, self.cut.at_client(model.spec.blocks)))
+        return self.with_assignment(self._of(model, self.cut.at_client(model.spec.blocks)))
 
     def at_server(self, model: LoadedModel) -> ServerPartJob:
-        """Return what the server is to train for it."""
+        """Return the server's job for this client."""
         return ServerPartJob(
             client=self.job.client,
             round=self.round,
@@ -39,7 +39,7 @@ class SplitJob:
             scoring=self.job.scoring,
         )
 
-    def changed(self, assignment: Assignment) -> SplitJob:
+    def with_assignment(self, assignment: Assignment) -> SplitJob:
         """Return the job with another assignment."""
         return replace(self, job=replace(self.job, assignment=assignment))
 

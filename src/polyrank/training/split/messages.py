@@ -1,4 +1,4 @@
-"""What passes between a split client and the server that holds its tail."""
+"""The messages between a split client and the server that holds the rest of its model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, order=True)
-class At:
-    """Which request: of which client, in which round and attempt, optimizer step and microbatch.
-
-    Steps and microbatches count from 0.
-    """
+class RequestId:
+    """A request's client, round, attempt, optimizer step and microbatch; all count from 0."""
 
     client: str
     round: int
@@ -29,7 +26,7 @@ class At:
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """A microbatch at the lower cut, without padding.
+    """The client's activations of a microbatch at the lower cut, without padding.
 
     `lengths` are the tokens per row, P in all; `states` P×d, row after row. `labels` (int64, P) are
     the tokens to be predicted at these positions, −100 where there is no loss; None in a U-shape,
@@ -38,7 +35,7 @@ class Activations:
     microbatch.
     """
 
-    at: At
+    id: RequestId
     last: bool
     weight: float
     lengths: tuple[int, ...]
@@ -50,7 +47,7 @@ class Activations:
 class Gradients:
     """U-shape, the way back: the gradient of the step's mean loss at the upper cut, P×d."""
 
-    at: At
+    id: RequestId
     last: bool
     states: Tensor
 
@@ -59,22 +56,22 @@ class Gradients:
 class Step:
     """Both ends take their optimizer step now, gradients times `factor`, the common clip factor."""
 
-    at: At
+    id: RequestId
     factor: float
 
 
 @dataclass(frozen=True, eq=False)
 class Returned:
-    """The answer to `Activations` and `Gradients`: P×d.
+    """The reply to `Activations` and `Gradients`: P×d.
 
     The gradient of the step's mean loss at the lower cut, or, to the activations of a U-shape, what
     enters the block at the upper cut. `loss` is the summed loss of the microbatch, where the server
-    computes it. `squared_norm` is that of the tail's gradient over the whole step, before clipping,
-    in the last answer before `Step`; None before, and where tails share one adapter, which clips
-    itself.
+    computes it. `squared_norm` is that of the server part's gradient over the whole step, before
+    clipping, in the last reply before `Step`; None before, and where clients share one adapter,
+    which the server clips by its own norm.
     """
 
-    at: At
+    id: RequestId
     states: Tensor
     loss: float | None = None
     squared_norm: float | None = None
@@ -82,16 +79,16 @@ class Returned:
 
 @dataclass(frozen=True)
 class Stepped:
-    """The answer to `Step`: the tail's step is taken."""
+    """The reply to `Step`: the server has taken the step."""
 
-    at: At
+    id: RequestId
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The answer to a request that cannot be served, and why; nothing of it was applied."""
+    """The reply to a request that cannot be served, and why; nothing of it was applied."""
 
-    at: At
+    id: RequestId
     reason: str
 
 

@@ -1,4 +1,4 @@
-"""A microbatch of the clients' end: through the heads, to the server and back."""
+"""Microbatches at the clients' end: through the clients' blocks, to the server and back."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from polyrank.model import Cohort, Cut, LoadedModel, Part, losses_then_gradient
 from polyrank.model.routing import Routing
 from polyrank.seeds import generator
 from polyrank.training.batches import TargetBatch, assemble
-from polyrank.training.split.link import Pending
-from polyrank.training.split.member import SplitClient
-from polyrank.training.split.messages import Activations, At, Gradients
-from polyrank.training.split.packing import Rows, gradient_of
+from polyrank.training.split.client import SplitClient
+from polyrank.training.split.link import PendingReply
+from polyrank.training.split.messages import Activations, Gradients, RequestId
+from polyrank.training.split.packing import PackedRows, gradient_of
 from polyrank.training.split.protect import bounded, noised
 from polyrank.training.split.settings import SplitSettings
 
 
 class Microbatches:
-    """Runs microbatches of clients of one cut; their heads' gradients add up in the cohort."""
+    """Runs microbatches of clients of one cut; the gradients of their own factors add up."""
 
     def __init__(self, model: LoadedModel, cut: Cut, cohort: Cohort, settings: SplitSettings):
         self._model, self._cut, self._cohort, self._settings = model, cut, cohort, settings
@@ -31,78 +31,80 @@ class Microbatches:
     def send(
         self, step: int, micro: int, groups: Mapping[SplitClient, list[list[Encoded]]]
     ) -> InFlightBatch | None:
-        """Run the heads and send what comes out; None if nobody is there to send."""
-        members = [one for one in groups if one.working]
-        if not members:
+        """Run the first blocks and send their activations; None if no client is working."""
+        clients = [client for client in groups if client.working]
+        if not clients:
             return None
-        taken = [groups[one][micro] for one in members]
-        lengths = [tuple(len(row.input_ids) for row in rows) for rows in taken]
+        rows_of = [groups[client][micro] for client in clients]
+        lengths = [tuple(len(row.input_ids) for row in rows) for rows in rows_of]
         routing = self._cohort.route(
             [
-                Part(one.slot, len(each), max(each), (step, micro), one.course.scored(step))
-                for one, each in zip(members, lengths, strict=True)
+                Part(client.slot, len(own), max(own), (step, micro), client.progress.scored(step))
+                for client, own in zip(clients, lengths, strict=True)
             ]
         )
-        rows = [row for each in taken for row in each]
-        batch = assemble(rows, self._model.tokenizer.pad_token_id, self._model.device)
-        packing = Rows([n for each in lengths for n in each], self._model.device)
-        counts = [sum(each) for each in lengths]
+        all_rows = [row for rows in rows_of for row in rows]
+        batch = assemble(all_rows, self._model.tokenizer.pad_token_id, self._model.device)
+        packing = PackedRows([n for own in lengths for n in own], self._model.device)
+        counts = [sum(own) for own in lengths]
         hidden = packing.packed(self._cut.head(batch.input_ids)).split(counts)
         self._cohort.rest()
         labels = _labels(batch, packing).split(counts)
-        legs = []
-        for i, one in enumerate(members):
-            at, last = one.at(step, micro), micro + 1 == len(groups[one])
-            out = self._protected(hidden[i], one, step, micro)
-            own = labels[i] if self._cut.upper is None else None
-            message = Activations(at, last, one.course.weight, lengths[i], out.detach(), own)
-            targets = sum(row.targets for row in taken[i])
-            legs.append(PendingRequest(one, at, last, out, targets, one.send(message)))
-        return InFlightBatch(legs, routing, packing, batch)
+        requests = []
+        for i, client in enumerate(clients):
+            id, last = client.request_id(step, micro), micro + 1 == len(groups[client])
+            out = self._protected(hidden[i], client, step, micro)
+            sent_labels = labels[i] if self._cut.upper is None else None
+            weight = client.progress.weight
+            message = Activations(id, last, weight, lengths[i], out.detach(), sent_labels)
+            targets = sum(row.targets for row in rows_of[i])
+            requests.append(PendingRequest(client, id, last, out, targets, client.send(message)))
+        return InFlightBatch(requests, routing, packing, batch)
 
     def receive(self, micro: InFlightBatch) -> None:
-        """Take the answers to a microbatch, and run the heads back."""
+        """Wait for the replies to a microbatch, and run the first blocks back."""
         if self._cut.upper is not None:
-            self._through_the_end(micro)
+            self._run_last_blocks(micro)
         ends, gradients = [], []
-        for leg in micro.legs:
-            back = leg.answer()
-            if back is not None and leg.out.requires_grad:
-                ends.append(leg.out)
-                gradients.append(back.to(leg.out))
+        for request in micro.requests:
+            back = request.receive()
+            if back is not None and request.out.requires_grad:
+                ends.append(request.out)
+                gradients.append(back.to(request.out))
         if ends:
             self._cohort.reroute(micro.routing)
             torch.autograd.backward(ends, gradients)
             self._cohort.rest()
 
-    def _protected(self, states: Tensor, one: SplitClient, step: int, micro: int) -> Tensor:
-        """Return what may leave the client."""
-        sent = bounded(states, self._settings.clip)
+    def _protected(self, states: Tensor, client: SplitClient, step: int, micro: int) -> Tensor:
+        """Return the activations as they may leave the client: bounded, with noise."""
+        bound = bounded(states, self._settings.clip)
         if not self._settings.noise:
-            return sent
-        source = generator(one.job.seed, "noise", step, micro)
-        return noised(sent, self._settings.noise, source)
+            return bound
+        source = generator(client.job.seed, "noise", step, micro)
+        return noised(bound, self._settings.noise, source)
 
-    def _through_the_end(self, micro: InFlightBatch) -> None:
+    def _run_last_blocks(self, micro: InFlightBatch) -> None:
         """U-shape: run the last blocks with the loss, and send the gradients to the server.
 
-        Who has failed stays in the batch, with zeros; what comes of them is not used.
+        A client that has given up stays in the batch, with zeros; its results are not used.
         """
-        answers = [leg.answer() for leg in micro.legs]
-        if all(states is None for states in answers):
+        requests = micro.requests
+        returned = [request.receive() for request in requests]
+        if all(states is None for states in returned):
             return
         packed = torch.cat(
             [
-                torch.zeros_like(leg.out)
+                torch.zeros_like(request.out)
                 if states is None
                 else states.to(device=self._model.device, dtype=self._model.dtype)
-                for leg, states in zip(micro.legs, answers, strict=True)
+                for request, states in zip(requests, returned, strict=True)
             ]
         )
         hidden = micro.packing.padded(packed.detach()).requires_grad_()
-        targets = [leg.targets for leg in micro.legs]
+        targets = [request.targets for request in requests]
         weights = torch.tensor(
-            [leg.member.course.weight for leg in micro.legs], dtype=self._cohort.dtype
+            [request.client.progress.weight for request in requests], dtype=self._cohort.dtype
         )
         share = weights.repeat_interleave(torch.tensor(targets)).to(self._model.device)
         self._cohort.reroute(micro.routing)
@@ -111,44 +113,45 @@ class Microbatches:
         logits.backward(logits.detach())
         self._cohort.rest()
         summed = torch.stack([part.sum() for part in losses.split(targets)]).tolist()
-        counts = [len(leg.out) for leg in micro.legs]
+        counts = [len(request.out) for request in requests]
         back = micro.packing.packed(gradient_of(hidden)).split(counts)
-        for leg, loss, states in zip(micro.legs, summed, back, strict=True):
-            if leg.member.working:
-                leg.member.add_loss(loss)
-                leg.pending = leg.member.send(Gradients(leg.at, leg.last, states))
+        for request, loss, states in zip(requests, summed, back, strict=True):
+            client = request.client
+            if client.working:
+                client.add_loss(loss)
+                request.pending = client.send(Gradients(request.id, request.last, states))
 
 
 @dataclass(eq=False)
 class PendingRequest:
-    """One client's share of a microbatch under way: what went `out`, P×d, and the answer to it.
+    """One client's share of a microbatch in flight: the states `out` (P×d) and the reply to them.
 
     `targets` are the tokens with a loss among its P.
     """
 
-    member: SplitClient
-    at: At
+    client: SplitClient
+    id: RequestId
     last: bool
     out: Tensor
     targets: int
-    pending: Pending | None
+    pending: PendingReply | None
 
-    def answer(self) -> Tensor | None:
+    def receive(self) -> Tensor | None:
         """Wait for the states that come back; None if the client has given up."""
-        return self.member.take(self.pending, self.at, self.out.shape)
+        return self.client.receive(self.pending, self.id, self.out.shape)
 
 
 @dataclass(eq=False)
 class InFlightBatch:
-    """A microbatch that waits for its answers, and what autograd will need then."""
+    """A microbatch that waits for its replies, with what the backward pass needs then."""
 
-    legs: Sequence[PendingRequest]
+    requests: Sequence[PendingRequest]
     routing: Routing
-    packing: Rows
+    packing: PackedRows
     batch: TargetBatch
 
 
-def _labels(batch: TargetBatch, packing: Rows) -> Tensor:
+def _labels(batch: TargetBatch, packing: PackedRows) -> Tensor:
     """Return per token of the packed rows the token that follows, or `IGNORED`."""
     whole = torch.full((batch.input_ids.numel(),), IGNORED, device=batch.targets.device)
     whole[batch.positions] = batch.targets

@@ -1,4 +1,4 @@
-"""Factors of each client's own at the server, trained in one pass with those of the others."""
+"""Factors of each client's own at the server, trained in one pass with the other clients'."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from polyrank.training.local import slot_of
 from polyrank.training.optimizer import ClientOptimizer
 from polyrank.training.scoring import Scored
 from polyrank.training.split.messages import Activations, Step
-from polyrank.training.split.session import Session
-from polyrank.training.split.trainer import Outcome
+from polyrank.training.split.request_sequence import RequestSequence
+from polyrank.training.split.trainer import StepFailure
 
 
 class OwnAdapters:
-    """A slot and an optimizer for each client: a `Trainer`."""
+    """A slot and an optimizer for each client: an `AdapterTrainer`."""
 
-    def __init__(self, model: LoadedModel, sessions: Mapping[str, Session], merged: Adapter[Dense]):
-        self._jobs = {client: session.job for client, session in sessions.items()}
+    def __init__(
+        self,
+        model: LoadedModel,
+        sequences: Mapping[str, RequestSequence],
+        merged: Adapter[Dense],
+    ):
+        self._jobs = {client: sequence.job for client, sequence in sequences.items()}
         jobs = list(self._jobs.values())
         self._slots = {client: k for k, client in enumerate(self._jobs)}
         slots = [slot_of(job.assignment, job.local, job.seed) for job in jobs]
         scored = any(job.scoring.every for job in jobs)
         self.cohort = Cohort(model, slots, merged, scored=scored)
-        self._learners = [
+        self._optimizers = [
             ClientOptimizer(self.cohort.parameters(k), job.local, job.steps)
             for k, job in enumerate(jobs)
         ]
@@ -39,13 +44,13 @@ class OwnAdapters:
     def parts(self, group: Sequence[Activations]) -> list[Part]:  # noqa: D102
         return [
             Part(
-                slot=self._slots[one.at.client],
-                rows=len(one.lengths),
-                length=max(one.lengths),
-                draw=(one.at.step, one.at.micro),
-                scored=self._scored(one),
+                slot=self._slots[request.id.client],
+                rows=len(request.lengths),
+                length=max(request.lengths),
+                draw=(request.id.step, request.id.micro),
+                scored=self._scored(request),
             )
-            for one in group
+            for request in group
         ]
 
     def share(self, weight: float) -> float:  # noqa: D102
@@ -58,23 +63,23 @@ class OwnAdapters:
         if not clients:
             return {}
         self.cohort.add_penalties([self._slots[client] for client in clients])
-        learners = [self._learners[self._slots[client]] for client in clients]
-        for learner in learners:
-            learner.pull_back()
-        norms = torch.stack([learner.norm() for learner in learners]).tolist()
+        optimizers = [self._optimizers[self._slots[client]] for client in clients]
+        for optimizer in optimizers:
+            optimizer.pull_back()
+        norms = torch.stack([optimizer.norm() for optimizer in optimizers]).tolist()
         return {client: norm * norm for client, norm in zip(clients, norms, strict=True)}
 
     def waits_for(self, group: Sequence[Step]) -> list[str]:  # noqa: ARG002, D102
         return []
 
-    def step(self, group: Sequence[Step]) -> list[Outcome]:  # noqa: D102
-        for one in group:
-            client, slot = one.at.client, self._slots[one.at.client]
-            if self._scored(one):
+    def step(self, group: Sequence[Step]) -> list[StepFailure]:  # noqa: D102
+        for request in group:
+            client, slot = request.id.client, self._slots[request.id.client]
+            if self._scored(request):
                 metric = self._jobs[client].scoring.metric
                 self._importance[client].note(self.cohort.scores(slot, metric))
-            self._learners[slot].scale(one.factor)
-            self._learners[slot].step(one.at.step)
+            self._optimizers[slot].scale(request.factor)
+            self._optimizers[slot].step(request.id.step)
             self.cohort.zero_gradients([slot])
         return [None] * len(group)
 
@@ -82,4 +87,4 @@ class OwnAdapters:
         return self._importance[client].mean()
 
     def _scored(self, request: Activations | Step) -> bool:
-        return self._jobs[request.at.client].scoring.at(request.at.step)
+        return self._jobs[request.id.client].scoring.at(request.id.step)

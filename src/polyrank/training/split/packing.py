@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 
-class Rows:
-    """The rows of one batch: B of them, T the longest, P tokens in all.
+class PackedRows:
+    """The lengths of a batch's B rows, of which T is the longest and P the sum.
 
-    `index` holds, for each token of the packed rows, its place in the flattened B·T.
+    `index` (P) is the position of each packed token in the flattened B·T.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device):
         self.lengths, self.longest = list(lengths), max(lengths)
         columns = torch.arange(self.longest)
-        there = columns < torch.tensor(self.lengths).view(-1, 1)
-        self.index = there.flatten().nonzero()[:, 0].to(device)
+        is_token = columns < torch.tensor(self.lengths).view(-1, 1)
+        self.index = is_token.flatten().nonzero()[:, 0].to(device)
 
     def packed(self, padded: Tensor) -> Tensor:
         """Return B×T×… as P×…, rows one after the other."""
@@ -32,6 +32,6 @@ class Rows:
 
 
 def gradient_of(leaf: Tensor) -> Tensor:
-    """Return the gradient that has reached a leaf, which forgets it; zeros if none has."""
+    """Return the gradient of a leaf and clear it; zeros if the leaf has none."""
     gradient, leaf.grad = leaf.grad, None
     return torch.zeros_like(leaf) if gradient is None else gradient

@@ -13,113 +13,119 @@ from polyrank.data.collate import IGNORED
 from polyrank.model import Cut, LoadedModel, losses_then_gradient
 from polyrank.model.routing import Routing
 from polyrank.training.split.messages import Activations, Gradients, Returned
-from polyrank.training.split.packing import Rows, gradient_of
-from polyrank.training.split.trainer import Trainer
+from polyrank.training.split.packing import PackedRows, gradient_of
+from polyrank.training.split.trainer import AdapterTrainer
 
-Passed = Returned | str
-"""What a client is answered, or what of its pass was not finite."""
+PassResult = Returned | str
+"""The reply to a client, or what was not finite in its pass."""
 
 
 class Passes:
-    """Runs the blocks behind one cut, and has their gradients added to what `trainer` trains.
+    """Runs the blocks behind one cut; their gradients are added to the factors of `trainer`.
 
-    Where clients add to one sum, a pass with something that is not finite leaves the sum as it was,
-    and those who came together are passed one by one, so that only the culprit fails.
+    Where clients add to one sum, a pass with a number that is not finite leaves the sum as it was,
+    and the clients of that pass are run again one by one, so that only the culprit fails.
     """
 
-    def __init__(self, model: LoadedModel, cut: Cut, trainer: Trainer):
+    def __init__(self, model: LoadedModel, cut: Cut, trainer: AdapterTrainer):
         self._model, self._cut, self._trainer = model, cut, trainer
-        self._kept: dict[tuple[str, int], _Batch] = {}
+        self._in_flight: dict[tuple[str, int], _Batch] = {}
 
-    def through(self, group: Sequence[Activations]) -> list[Passed]:
-        """Run tails with the loss, and back."""
-        batch, before = self._begun(group), self._copied()
-        labels = torch.cat([one.labels for one in group if one.labels is not None])
+    def through(self, group: Sequence[Activations]) -> list[PassResult]:
+        """Run the last blocks with the loss, forward and back."""
+        batch, before = self._batch_of(group), self._copy_sums()
+        labels = torch.cat([request.labels for request in group if request.labels is not None])
         labels = labels.to(self._model.device)
         wanted = labels != IGNORED
         counts = torch.stack([part.sum() for part in wanted.split(batch.counts)]).tolist()
-        weights = [self._trainer.share(one.weight) for one in group]
+        weights = [self._trainer.share(request.weight) for request in group]
         share = torch.tensor(weights, dtype=self._trainer.cohort.dtype)
         share = share.repeat_interleave(torch.tensor(counts)).to(self._model.device)
         logits = self._cut.tail(batch.hidden, batch.rows.index[wanted])
         losses = losses_then_gradient(logits, labels[wanted], share)
         logits.backward(logits.detach())
         summed = torch.stack([part.sum() for part in losses.split(counts)]).tolist()
-        passed = self._returned(batch, group, summed)
-        if not self._restored(passed, before) or len(group) == 1:
-            return passed
-        return [self.through([one])[0] for one in group]
+        results = self._replies(batch, group, summed)
+        if not self._restore_sums(results, before) or len(group) == 1:
+            return results
+        return [self.through([request])[0] for request in group]
 
-    def forward(self, group: Sequence[Activations]) -> list[Passed]:
-        """Run the middles of a U-shape, and keep the graph for the way back."""
-        if self._trainer.sums() and len(group) > 1:  # One that diverges would spoil the others'.
-            return [self.forward([one])[0] for one in group]
-        batch = self._begun(group)
+    def forward(self, group: Sequence[Activations]) -> list[PassResult]:
+        """U-shape: run the middle blocks forward, and keep the graph for the way back."""
+        if (
+            self._trainer.sums() and len(group) > 1
+        ):  # A client that diverges would spoil the others.
+            return [self.forward([request])[0] for request in group]
+        batch = self._batch_of(group)
         out = batch.rows.packed(self._cut.middle(batch.hidden)).split(batch.counts)
-        batch.waiting = {one.at.client: states for one, states in zip(group, out, strict=True)}
-        passed: list[Passed] = []
-        for one, states, finite in zip(group, out, _finite(out), strict=True):
+        batch.waiting = {
+            request.id.client: states for request, states in zip(group, out, strict=True)
+        }
+        results: list[PassResult] = []
+        for request, states, finite in zip(group, out, _finite(out), strict=True):
             if finite:
-                self._kept[one.at.client, one.at.micro] = batch
-                passed.append(Returned(one.at, states.detach()))
+                self._in_flight[request.id.client, request.id.micro] = batch
+                results.append(Returned(request.id, states.detach()))
             else:
-                passed.append("what enters the block at the upper cut")
-        return passed
+                results.append("what enters the block at the upper cut")
+        return results
 
-    def backward(self, group: Sequence[Gradients]) -> list[Passed]:
-        """Run back through the middles, one pass for those that went forward together."""
-        found: dict[int, list[Gradients]] = {}
-        for one in group:
-            found.setdefault(id(self._kept[one.at.client, one.at.micro]), []).append(one)
-        passed: dict[str, Passed] = {}
-        for together in found.values():
-            names = [one.at.client for one in together]
-            passed |= zip(names, self._back(together), strict=True)
-        return [passed[one.at.client] for one in group]
+    def backward(self, group: Sequence[Gradients]) -> list[PassResult]:
+        """U-shape: run the middle blocks back, in the groups that went forward together."""
+        by_batch: dict[int, list[Gradients]] = {}
+        for request in group:
+            by_batch.setdefault(
+                id(self._in_flight[request.id.client, request.id.micro]), []
+            ).append(request)
+        results: dict[str, PassResult] = {}
+        for together in by_batch.values():
+            names = [request.id.client for request in together]
+            results |= zip(names, self._back(together), strict=True)
+        return [results[request.id.client] for request in group]
 
     def drop(self, client: str) -> None:
-        """Forget the passes of a client that wait for their way back."""
-        self._kept = {key: batch for key, batch in self._kept.items() if key[0] != client}
+        """Drop a client's passes that have not gone back."""
+        self._in_flight = {key: batch for key, batch in self._in_flight.items() if key[0] != client}
 
-    def _begun(self, group: Sequence[Activations]) -> _Batch:
-        """Bring the clients' rows into one batch, their states a leaf of autograd."""
-        rows = Rows([n for one in group for n in one.lengths], self._model.device)
-        packed = torch.cat([one.states.detach() for one in group])
+    def _batch_of(self, group: Sequence[Activations]) -> _Batch:
+        """Return the clients' rows as one batch, their states a leaf of autograd."""
+        rows = PackedRows([n for request in group for n in request.lengths], self._model.device)
+        packed = torch.cat([request.states.detach() for request in group])
         hidden = rows.padded(packed.to(device=self._model.device, dtype=self._model.dtype))
         return _Batch(
-            clients=[one.at.client for one in group],
-            weights=[one.weight for one in group],
-            counts=[sum(one.lengths) for one in group],
+            clients=[request.id.client for request in group],
+            weights=[request.weight for request in group],
+            counts=[sum(request.lengths) for request in group],
             rows=rows,
             hidden=hidden.requires_grad_(),
             routing=self._trainer.cohort.route(self._trainer.parts(group)),
         )
 
-    def _back(self, group: Sequence[Gradients]) -> list[Passed]:
-        batch = self._kept[group[0].at.client, group[0].at.micro]
-        before = self._copied()
+    def _back(self, group: Sequence[Gradients]) -> list[PassResult]:
+        batch = self._in_flight[group[0].id.client, group[0].id.micro]
+        before = self._copy_sums()
         self._trainer.cohort.reroute(batch.routing)
         ends, gradients = [], []
-        for one in group:
-            weight = batch.weights[batch.clients.index(one.at.client)]
-            end = batch.waiting.pop(one.at.client)
+        for request in group:
+            weight = batch.weights[batch.clients.index(request.id.client)]
+            end = batch.waiting.pop(request.id.client)
             ends.append(end)
-            gradients.append(one.states.to(end) * (self._trainer.share(weight) / weight))
+            gradients.append(request.states.to(end) * (self._trainer.share(weight) / weight))
         torch.autograd.backward(ends, gradients, retain_graph=bool(batch.waiting))
-        for one in group:
-            del self._kept[one.at.client, one.at.micro]
-        passed = self._returned(batch, group, [None] * len(group))
-        self._restored(passed, before)
-        return passed
+        for request in group:
+            del self._in_flight[request.id.client, request.id.micro]
+        results = self._replies(batch, group, [None] * len(group))
+        self._restore_sums(results, before)
+        return results
 
-    def _returned(
+    def _replies(
         self,
         batch: _Batch,
         group: Sequence[Activations | Gradients],
         losses: Sequence[float | None],
-    ) -> list[Passed]:
-        """Return the gradients of the batch's rows to those who asked."""
-        by_client = zip(
+    ) -> list[PassResult]:
+        """Return each client of the group the gradient of its rows in the batch."""
+        rows_of = zip(
             batch.clients,
             batch.weights,
             batch.rows.packed(gradient_of(batch.hidden)).split(batch.counts),
@@ -127,48 +133,48 @@ class Passes:
         )
         scaled = {
             client: states * (weight / self._trainer.share(weight))
-            for client, weight, states in by_client
+            for client, weight, states in rows_of
         }
-        mine = [scaled[one.at.client] for one in group]
+        own = [scaled[request.id.client] for request in group]
         whole = all(_finite(self._trainer.sums()))
-        passed: list[Passed] = []
-        for one, states, loss, finite in zip(group, mine, losses, _finite(mine), strict=True):
+        results: list[PassResult] = []
+        for request, states, loss, finite in zip(group, own, losses, _finite(own), strict=True):
             if whole and finite and math.isfinite(loss or 0.0):
-                passed.append(Returned(one.at, states, loss))
+                results.append(Returned(request.id, states, loss))
             else:
-                passed.append(f"loss {loss}, or its gradient,")
-        return passed
+                results.append(f"loss {loss}, or its gradient,")
+        return results
 
-    def _copied(self) -> list[Tensor]:
-        return [one.clone() for one in self._trainer.sums()]
+    def _copy_sums(self) -> list[Tensor]:
+        return [total.clone() for total in self._trainer.sums()]
 
-    def _restored(self, passed: Sequence[Passed], before: Sequence[Tensor]) -> bool:
-        """Undo a pass in what clients sum together, if something in it was not finite."""
-        if not before or all(isinstance(one, Returned) for one in passed):
+    def _restore_sums(self, results: Sequence[PassResult], before: Sequence[Tensor]) -> bool:
+        """Restore the shared sums if something in the pass was not finite; return whether so."""
+        if not before or all(isinstance(result, Returned) for result in results):
             return False
-        for added, kept in zip(self._trainer.sums(), before, strict=True):
-            added.copy_(kept)
+        for total, copied in zip(self._trainer.sums(), before, strict=True):
+            total.copy_(copied)
         return True
 
 
 @dataclass(eq=False)
 class _Batch:
-    """Clients' rows in one batch: names, loss weights and tokens of each; `hidden` goes in.
+    """Clients' rows in one batch, with the name, loss weight and token count of each client.
 
-    `waiting` is what came out and has yet to come back.
+    `hidden` is the input; `waiting` the outputs, by client, whose gradients have not come back.
     """
 
     clients: list[str]
     weights: list[float]
     counts: list[int]
-    rows: Rows
+    rows: PackedRows
     hidden: Tensor
     routing: Routing
     waiting: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Return of each whether all of its numbers are, with one wait for the device."""
+    """Return of each tensor whether all of its numbers are finite; waits once for the device."""
     if not tensors:
         return []
-    return torch.stack([torch.isfinite(one).all() for one in tensors]).tolist()
+    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).tolist()

@@ -1,4 +1,4 @@
-"""What a client may do to its activations before they leave: a bound per token, and noise.
+"""What a client can do to activations before it sends them: a bound per token, and noise.
 
 Neither is a guarantee: no differential privacy is claimed, and at levels at which a model still
 learns, noise has been found to help little (docs/explanation/privacy.md).

@@ -1,36 +1,39 @@
-"""How the two halves of split clients talk, and what the server keeps for them."""
+"""Settings of split training: wire, adapters at the server, and what clients do to activations."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
+from polyrank.codecs import CODECS
 from polyrank.errors import RecipeError
 
-Wire = Literal["float32", "bf16", "int8", "float64"]
-"""The number formats in which activations and gradients travel."""
+if TYPE_CHECKING:
+    Wire = str
+else:
+    Wire = Literal[tuple(CODECS)]
+"""A codec's name: the format in which activations and gradients travel."""
 
 Adapters = Literal["own", "shared"]
-"""Whose LoRA factors the server trains behind the cut."""
+"""The LoRA factors behind the cut: each client's own, or one set that all share."""
 
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """What split training asks for beside the cuts themselves; without a cut it has no effect.
+    """How clients that are cut train; without a cut it has no effect.
 
-    `wire` is the format of activations and gradients: ``float32`` (4 bytes a number), ``bf16``
-    (2 bytes, not exact), ``int8`` (activations in 1 byte a number and one scale a token, gradients
-    in bf16) or ``float64`` (8 bytes). `adapters` ``own`` gives every client its factors at the
-    server; ``shared`` trains one set on the batches of all together, SplitLoRA's way [P]
-    (arXiv 2407.00952). `in_flight` is how many microbatches of a client are under way at once.
+    `wire` is the codec of activations and gradients (see `polyrank.codecs`). `adapters` ``own``
+    gives every client its factors at the server; ``shared`` trains one set on the batches of all
+    together, SplitLoRA's way [P] (arXiv 2407.00952). `in_flight` is how many microbatches of a
+    client are sent before it waits for a reply.
 
     `clip` bounds each token's L2 norm before it is sent; None: no bound. `noise` adds Gaussian
     noise of this standard deviation to every number that is sent, after clipping. At levels that
     leave a model useful noise helps little against recovering tokens from activations [S]; no
     differential-privacy guarantee is claimed for either.
 
-    Raises RecipeError for values that cannot be.
+    Raises RecipeError for values out of range.
     """
 
     wire: Wire = "bf16"
@@ -40,7 +43,7 @@ class SplitSettings:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, choices in (("wire", get_args(Wire)), ("adapters", get_args(Adapters))):
+        for name, choices in (("wire", tuple(CODECS)), ("adapters", get_args(Adapters))):
             if getattr(self, name) not in choices:
                 raise RecipeError(
                     f"split.{name}: expected one of {', '.join(choices)}, "

@@ -1,4 +1,4 @@
-"""One set of factors at the server for all clients, SplitLoRA's way."""
+"""One set of factors at the server for all clients (SplitLoRA, arXiv 2407.00952)."""
 
 from __future__ import annotations
 
@@ -18,53 +18,57 @@ from polyrank.training.optimizer import ClientOptimizer
 from polyrank.training.scoring import Scored
 from polyrank.training.split.job import ServerPartJob
 from polyrank.training.split.messages import Activations, Step
-from polyrank.training.split.session import Session
-from polyrank.training.split.trainer import Outcome
+from polyrank.training.split.request_sequence import RequestSequence
+from polyrank.training.split.trainer import StepFailure
 
 
 class SharedAdapter:
-    """One slot and one optimizer for all clients, whose step is taken once for all: a `Trainer`.
+    """One slot and one optimizer for all clients, stepped once for all: an `AdapterTrainer`.
 
-    Gradients are those of sums over target tokens until the step, which divides them by all the
-    tokens whose gradients are there. `sites` are those behind each cut.
+    Until the step, gradients are those of losses summed over target tokens; the step divides them
+    by the number of tokens whose gradients have come. `sites` are those behind each cut.
 
-    Raises RankError if clients were not dealt the same behind their cuts, or are to be trained or
-    scored in unlike ways.
+    Raises RankError if clients have other factors behind their cuts, or are trained or scored in
+    other ways.
     """
 
     def __init__(
         self,
         model: LoadedModel,
-        sessions: Mapping[str, Session],
+        sequences: Mapping[str, RequestSequence],
         merged: Adapter[Dense],
         sites: Mapping[CutPoint, frozenset[str]],
     ):
-        jobs = [session.job for session in sessions.values()]
-        self._sessions, self._sites = sessions, sites
+        jobs = [sequence.job for sequence in sequences.values()]
+        self._sequences, self._sites = sequences, sites
         self._scoring = jobs[0].scoring
         longest = max(jobs, key=lambda job: job.steps)
         slot = slot_of(_union(jobs, sites), longest.local, longest.seed)
         self.cohort = Cohort(model, [slot], merged, scored=self._scoring.every > 0)
         self._parameters = self.cohort.parameters(0)
-        self._learner = ClientOptimizer(self._parameters, longest.local, longest.steps)
-        self._importance = {client: Scored() for client in sessions}
+        self._optimizer = ClientOptimizer(self._parameters, longest.local, longest.steps)
+        self._importance = {client: Scored() for client in sequences}
 
     def slot(self, client: str) -> int:  # noqa: ARG002, D102
         return 0
 
     def parts(self, group: Sequence[Activations]) -> list[Part]:  # noqa: D102
         shares = tuple(
-            Share(len(one.lengths), max(one.lengths), self._sessions[one.at.client].job.seed)
-            for one in group
+            Share(
+                len(request.lengths),
+                max(request.lengths),
+                self._sequences[request.id.client].job.seed,
+            )
+            for request in group
         )
-        at = group[0].at
+        id = group[0].id
         return [
             Part(
                 slot=0,
-                rows=sum(one.rows for one in shares),
-                length=max(one.length for one in shares),
-                draw=(at.step, at.micro),
-                scored=self._scoring.at(at.step),
+                rows=sum(share.rows for share in shares),
+                length=max(share.length for share in shares),
+                draw=(id.step, id.micro),
+                scored=self._scoring.at(id.step),
                 shares=shares,
             )
         ]
@@ -80,42 +84,42 @@ class SharedAdapter:
         return {}
 
     def waits_for(self, group: Sequence[Step]) -> list[str]:  # noqa: D102
-        asked = {one.at.client for one in group}
+        asked = {request.id.client for request in group}
         return sorted(
             client
-            for client, session in self._sessions.items()
-            if client not in asked and not (session.gone or session.finished)
+            for client, sequence in self._sequences.items()
+            if client not in asked and not (sequence.has_left or sequence.finished)
         )
 
-    def step(self, group: Sequence[Step]) -> list[Outcome]:  # noqa: D102
-        step = group[0].at.step
+    def step(self, group: Sequence[Step]) -> list[StepFailure]:  # noqa: D102
+        step = group[0].id.step
         tokens = {
-            client: session.targets
-            for client, session in self._sessions.items()
-            if session.step == step
+            client: sequence.targets
+            for client, sequence in self._sequences.items()
+            if sequence.step == step
         }
         scores = self._scores(tokens) if self._scoring.at(step) else {}
-        self._learner.scale(1.0 / sum(tokens.values()))
+        self._optimizer.scale(1.0 / sum(tokens.values()))
         self.cohort.add_penalties([0])
-        self._learner.pull_back()
-        norm = float(self._learner.clip())
+        self._optimizer.pull_back()
+        norm = float(self._optimizer.clip())
         if not math.isfinite(norm):
             return [f"the norm {norm} of the shared adapter's gradient"] * len(group)
-        self._learner.step(step)
+        self._optimizer.step(step)
         self.cohort.zero_gradients()
         if scores:
-            for one in group:
-                client = one.at.client
-                mine = sorted(self._sites[self._sessions[client].job.cut])
-                self._importance[client].note({site: scores[site] for site in mine})
+            for request in group:
+                client = request.id.client
+                own = sorted(self._sites[self._sequences[client].job.cut])
+                self._importance[client].note({site: scores[site] for site in own})
         return [None] * len(group)
 
     def _scores(self, tokens: Mapping[str, float]) -> dict[str, float]:
-        """Return the score of each site, by the mean loss of all who went through it here."""
+        """Return the score of each site, by the mean loss of all clients that run it here."""
         sums = self.cohort.scores(0, self._scoring.metric)
         through = dict.fromkeys(sums, 0.0)
         for client, count in tokens.items():
-            for site in self._sites[self._sessions[client].job.cut]:
+            for site in self._sites[self._sequences[client].job.cut]:
                 through[site] += count
         return {site: sums[site] / count for site, count in through.items() if count > 0}
 
@@ -124,27 +128,27 @@ class SharedAdapter:
 
 
 def _union(jobs: Sequence[ServerPartJob], sites: Mapping[CutPoint, frozenset[str]]) -> Assignment:
-    """Return the assignment of the shared set; RankError unless clients were dealt the same."""
+    """Return the assignment of the shared set; RankError if clients have other factors."""
     start: dict[str, Delta] = {}
     scale: dict[str, float] = {}
     frozen: dict[str, LowRank | None] = {}
     keep: dict[str, int] = {}
     first = jobs[0].assignment
     for job in jobs:
-        _same_way(job, jobs[0])
+        _check_same_training(job, jobs[0])
         given = job.assignment
         for site in sorted(sites[job.cut]):
-            mine = start.setdefault(site, given.start[site])
-            other = given.start[site]
+            first_start = start.setdefault(site, given.start[site])
+            own = given.start[site]
             fixed = given.frozen.get(site)
             if not (
-                _alike(mine, other)
+                _same_numbers(first_start, own)
                 and scale.setdefault(site, given.scale[site]) == given.scale[site]
-                and _alike(frozen.setdefault(site, fixed), fixed)
+                and _same_numbers(frozen.setdefault(site, fixed), fixed)
             ):
                 raise RankError(
-                    f"client {job.client!r}: at {site} it was dealt rank {other.rank}, another "
-                    f"client rank {mine.rank} or other factors; clients of one shared adapter need "
+                    f"client {job.client!r}: at {site} it has rank {own.rank}, another client "
+                    f"rank {first_start.rank} or other factors; clients of one shared adapter need "
                     'the same ranks behind the cut. Set split.adapters = "own", or give them one '
                     "LoRA type"
                 )
@@ -161,26 +165,26 @@ def _union(jobs: Sequence[ServerPartJob], sites: Mapping[CutPoint, frozenset[str
     )
 
 
-def _same_way(job: ServerPartJob, first: ServerPartJob) -> None:
-    def strength(one: ServerPartJob) -> float | None:
-        penalty = one.assignment.penalty
+def _check_same_training(job: ServerPartJob, first: ServerPartJob) -> None:
+    def strength(of: ServerPartJob) -> float | None:
+        penalty = of.assignment.penalty
         return None if penalty is None else penalty.strength
 
-    for what, mine, other in (
+    for what, own, other in (
         ("its importance is to be measured", job.scoring, first.scoring),
         ("it is to be trained", job.local, first.local),
         ("its factors are to be trained", job.assignment.train, first.assignment.train),
         ("it is to be penalised", strength(job), strength(first)),
     ):
-        if mine != other:
+        if own != other:
             raise RankError(
-                f"client {job.client!r}: {what} otherwise than of the clients before; clients of "
-                "one shared adapter are trained, penalised and scored alike"
+                f"client {job.client!r}: {what} in another way than the clients before it; clients "
+                "of one shared adapter are trained, penalised and scored alike"
             )
 
 
-def _alike(one: Delta | None, other: Delta | None) -> bool:
-    """Whether two clients were dealt the same numbers at a site."""
-    if one is None or other is None or one is other:
-        return one is other
-    return Adapter({"": one}).hash() == Adapter({"": other}).hash()
+def _same_numbers(a: Delta | None, b: Delta | None) -> bool:
+    """Whether two clients have the same numbers at a site."""
+    if a is None or b is None or a is b:
+        return a is b
+    return Adapter({"": a}).hash() == Adapter({"": b}).hash()

@@ -1,4 +1,4 @@
-"""What the server trains behind the cuts, whether clients have factors of their own or share."""
+"""The interface of the factors at the server: each client's own, or one set that all share."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ from torch import Tensor
 from polyrank.model import Cohort, Part
 from polyrank.training.split.messages import Activations, Step
 
-Outcome = str | None
-"""Of a step: None, it is taken; else what was not finite."""
+StepFailure = str | None
+"""What was not finite in a step; None if the step was taken."""
 
 
-class Trainer(Protocol):
+class AdapterTrainer(Protocol):
     """Adds up the gradients of passes, and takes optimizer steps."""
 
     @property
     def cohort(self) -> Cohort:
-        """The factors, as the model meets them."""
+        """The factors, as adapters of the model."""
         ...
 
     def slot(self, client: str) -> int:
-        """Return where a client's factors are in the cohort."""
+        """Return the slot of a client's factors in the cohort."""
         ...
 
     def parts(self, group: Sequence[Activations]) -> list[Part]:
-        """Return whose rows a batch of these requests holds."""
+        """Return which slot each row belongs to in a batch of these requests."""
         ...
 
     def share(self, weight: float) -> float:
-        """Return what a client's summed loss is multiplied by in the gradient that is added up."""
+        """Return the factor of a client's summed loss in the gradient that is added up."""
         ...
 
     def sums(self) -> list[Tensor]:
-        """Return what all clients' passes add to, as it lies; [] where they add to their own."""
+        """Return the tensors that all clients add to, not copied; [] if each has its own."""
         ...
 
     def norms(self, clients: Sequence[str]) -> dict[str, float]:
-        """Complete the gradients of clients whose step is whole; return their squared norms.
+        """Complete the gradients of clients whose step is complete; return their squared norms.
 
-        Empty where the norm is no client's own.
+        Empty where clients share a set, whose norm is of all of them.
         """
         ...
 
     def waits_for(self, group: Sequence[Step]) -> list[str]:
-        """Return the clients without whose `Step` these steps cannot be taken."""
+        """Return the clients whose `Step` must come before these steps can be taken."""
         ...
 
-    def step(self, group: Sequence[Step]) -> list[Outcome]:
-        """Take the step of clients whose gradients are whole, and score it where it is asked."""
+    def step(self, group: Sequence[Step]) -> list[StepFailure]:
+        """Take the steps of clients whose gradients are complete; score sites where asked for."""
         ...
 
     def importance(self, client: str) -> dict[str, float]:

@@ -3,13 +3,12 @@
 from polyrank.transport.remote.credentials import Credentials
 from polyrank.transport.remote.identity import Identity, new_identity
 from polyrank.transport.remote.link import GrpcLink
-from polyrank.transport.remote.server import ServeSettings, SplitServer
+from polyrank.transport.remote.server import SplitServer
 
 __all__ = [
     "Credentials",
     "GrpcLink",
     "Identity",
-    "ServeSettings",
     "SplitServer",
     "new_identity",
 ]

@@ -1,4 +1,4 @@
-"""Which frames go to a tail together, and when."""
+"""Which clients' frames are served together, and when."""
 
 from __future__ import annotations
 
@@ -8,91 +8,92 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What is to be served now: first the held requests of `forgotten` are dropped."""
+class Batch:
+    """Frames to serve now, after the waiting requests of the `forgotten` clients are dropped."""
 
     forgotten: frozenset[str]
     frames: dict[str, bytes]
 
 
 class Batcher:
-    """The frames of one tail's clients that have come and were not served.
+    """Collects the frames of the clients of one server part until they are served.
 
-    They are served once every client that is waited for has one here, a request that the tail
-    holds counting as one; or `gather` seconds after the first of them came. Those with an open
-    stream are waited for. With `gather` None everyone is who has not left, as long as it takes.
+    They are served once every expected client has a frame here, or a request that waits at the
+    server part; or `gather` seconds after the first frame came. The clients with an open stream are
+    expected. With `gather` None all clients that have not left are, for as long as it takes.
 
-    With `turns` nothing is served together: the first of the clients, in the order given, has its
-    turn until the tail holds a request of it, then the next; so what a tail sums up does not depend
-    on who came when. Times are those that the caller gives. Not thread-safe.
+    With `turns` no frames are served together: the first of the clients, in the order given, is
+    served until a request of its waits at the server part, then the next; so what the server part
+    sums up does not depend on the order in which frames come. The caller gives the time, in
+    seconds. Not thread-safe.
     """
 
     def __init__(
         self, clients: Collection[str], gather: float | None, *, turns: bool = False
     ) -> None:
         self._gather, self._turns = gather, turns
-        self._at_work = set(clients)
+        self._working = set(clients)
         self._connected: set[str] = set()
-        self._queues: dict[str, deque[tuple[float, bytes]]] = {one: deque() for one in clients}
-        self._held: frozenset[str] = frozenset()
+        self._queues: dict[str, deque[tuple[float, bytes]]] = {name: deque() for name in clients}
+        self._waiting: frozenset[str] = frozenset()
         self._forgotten: set[str] = set()
-        self._again = False
+        self._ask_again = False
 
     def connect(self, client: str) -> None:
-        """Take note of a new stream of a client; what came on an older one is dropped."""
+        """Note a new stream of a client; frames of its older stream are dropped."""
         self._connected.add(client)
         self._queues[client].clear()
         self._forgotten.add(client)
 
     def disconnect(self, client: str) -> None:
-        """Take note that a client has no stream; what came on it stays."""
+        """Note that a client has no stream; the frames that came on it stay."""
         self._connected.discard(client)
 
     def add(self, client: str, frame: bytes, now: float) -> None:
-        """Take in a frame of a client that is at work."""
-        if client in self._at_work:
+        """Take in a frame; that of a client that has left is dropped."""
+        if client in self._working:
             self._queues[client].append((now, frame))
 
     def leave(self, client: str) -> None:
-        """Wait for a client no more; the tail is to be asked again for those that it holds."""
-        self._at_work.discard(client)
+        """Expect a client no more; requests that wait for it are to be asked again."""
+        self._working.discard(client)
         self._connected.discard(client)
         self._queues[client].clear()
-        self._held -= {client}
-        self._again = bool(self._held)
+        self._waiting -= {client}
+        self._ask_again = bool(self._waiting)
 
     def wait(self, now: float) -> float | None:
-        """Return how many seconds there are until frames are to be served; None: not foreseen."""
+        """Return the seconds until frames are to be served; None if that is not known yet."""
         first = min((queue[0][0] for queue in self._queues.values() if queue), default=None)
-        if self._again:
+        if self._ask_again:
             return 0.0
         if self._turns:
             return 0.0 if self._ready() else None
         if first is None:
             return None
-        here = {client for client, queue in self._queues.items() if queue} | (
-            self._held - self._forgotten
+        present = {client for client, queue in self._queues.items() if queue} | (
+            self._waiting - self._forgotten
         )
-        waited_for = self._at_work if self._gather is None else self._connected
-        if waited_for <= here:
+        expected = self._working if self._gather is None else self._connected
+        if expected <= present:
             return 0.0
         return None if self._gather is None else max(0.0, first + self._gather - now)
 
-    def take(self) -> Taken:
-        """Hand over the oldest frame of every client that has one."""
-        forgotten, self._again = frozenset(self._forgotten), False
+    def take(self) -> Batch:
+        """Hand over the frames to serve now, the oldest of each client."""
+        forgotten, self._ask_again = frozenset(self._forgotten), False
         ready = self._ready()
         self._forgotten = set()
-        return Taken(forgotten, {client: self._queues[client].popleft()[1] for client in ready})
+        return Batch(forgotten, {client: self._queues[client].popleft()[1] for client in ready})
+
+    def set_waiting(self, clients: frozenset[str]) -> None:
+        """Note which clients' requests wait at the server part, after a batch was served."""
+        self._waiting = clients & self._working
 
     def _ready(self) -> list[str]:
-        """The clients whose oldest frame is to be served now."""
+        """Return the clients whose oldest frame is to be served now."""
         if not self._turns:
             return [client for client, queue in self._queues.items() if queue]
-        held = self._held - self._forgotten
-        turn = next((one for one in self._queues if one in self._at_work - held), None)
+        waiting = self._waiting - self._forgotten
+        turn = next((name for name in self._queues if name in self._working - waiting), None)
         return [turn] if turn is not None and self._queues[turn] else []
-
-    def hold(self, clients: frozenset[str]) -> None:
-        """Take note of whose requests the tail holds after it was asked."""
-        self._held = clients & self._at_work

@@ -1,4 +1,4 @@
-"""What is known of the clients and tails of a round."""
+"""The scheduler's records: the clients of a round, their groups, and calls on its thread."""
 
 from __future__ import annotations
 
@@ -7,64 +7,64 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from polyrank.transport.remote.batching import Batcher
-from polyrank.transport.remote.server_stream import ServerStream, Terms
-from polyrank.transport.remote.sessions import Work
-from polyrank.transport.serving import Serving
+from polyrank.transport.remote.server_stream import ServerStream, StreamLimits
+from polyrank.transport.remote.sessions import SessionId
+from polyrank.transport.serving import FrameServer
 
 
 @dataclass(eq=False)
 class ServerGroup:
-    """A tail and those whom it serves."""
+    """A server part and the clients that it serves."""
 
-    serving: Serving
-    gathering: Batcher
+    server: FrameServer
+    batcher: Batcher
     clients: tuple[str, ...]
     failed: bool = False
 
 
 @dataclass(eq=False)
 class ClientSlot:
-    """A client of this round: its table, its newest stream, and what is known of it.
+    """A client of this round: its group, its newest stream, and what is known of it.
 
-    `until` is when it has to have come, or to have been heard of again. Its work is over once there
-    is a reason in `over`; `failure` is that reason if it was ended against the client's will. `up`
-    and `down` are bytes of frames.
+    At `deadline` it must have connected, or have sent something again. Its work has ended once
+    there is a reason in `ended`; `failure` is that reason if it ended against the client's will.
+    `up` and `down` are bytes of frames.
     """
 
-    table: ServerGroup
-    terms: Terms
-    work: Work
-    until: float
-    came: bool = False
+    group: ServerGroup
+    limits: StreamLimits
+    session: SessionId
+    deadline: float
+    connected: bool = False
     stream: ServerStream | None = None
-    over: str | None = None
+    ended: str | None = None
     failure: str | None = None
     up: int = 0
     down: int = 0
 
     def heard(self, now: float) -> None:
-        """Take note that something came of the client."""
-        self.came = True
-        self.until = now + self.terms.silence
+        """Note that the client has sent something."""
+        self.connected = True
+        self.deadline = now + self.limits.silence
 
     @property
-    def silence(self) -> str:
-        """Why a client leaves of which nothing has come by `until`."""
-        if self.came:
-            return f"nothing came of the client for {self.terms.silence:g} s"
-        return "the client did not come before its token expired"
+    def timeout(self) -> str:
+        """Why the client's work ends at its deadline."""
+        if self.connected:
+            return f"nothing came of the client for {self.limits.silence:g} s"
+        return "the client did not connect before its token expired"
 
 
 @dataclass(eq=False)
-class Call:
-    """A function that waits to be run on the thread."""
+class ScheduledCall:
+    """A function that waits to be run on the scheduler's thread."""
 
     run: Callable[[], object]
     done: threading.Event = field(default_factory=threading.Event)
     result: object = None
     error: BaseException | None = None
 
-    def carry_out(self) -> None:
+    def execute(self) -> None:
         """Run it and keep what it returns or raises."""
         try:
             self.result = self.run()

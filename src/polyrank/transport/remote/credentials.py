@@ -1,4 +1,4 @@
-"""How a split client reaches its tail: what its order brings it."""
+"""How a split client reaches the server: address, certificate and token from its train request."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from polyrank.codecs import codec
 from polyrank.errors import FrameError
-from polyrank.transport.codec import codec
-from polyrank.transport.layout import LONGEST_WAIT, NAME_BYTES, Limits
+from polyrank.transport.layout import LONGEST_WAIT, NAME_BYTES, FrameLimits
 
 TOKEN_BYTES = 32
 _CERTIFICATE_BYTES = 16384
@@ -18,13 +18,13 @@ _ADDRESS_BYTES = 300
 
 @dataclass(frozen=True)
 class Credentials:
-    """The way to one tail, for one client's work in one round and attempt; the token is not shown.
+    """What one client needs to reach the split server in one round and attempt.
 
     `address` is host:port as the client dials it, `certificate` the server's (PEM), which the
-    client pins. `token` (32 bytes) redeems once. `limits` are the agreed sizes and codec.
-    `patience` is how many seconds an answer may take, reconnecting included.
+    client pins. `token` (32 bytes) is accepted once; it is left out of `repr`. `limits` are the
+    agreed sizes and codec. `patience` is how many seconds a reply may take, reconnecting included.
 
-    Raises FrameError, naming the field, for values that cannot be.
+    Raises FrameError, naming the field, for values out of range.
     """
 
     address: str
@@ -34,7 +34,7 @@ class Credentials:
     attempt: int
     client: str
     token: bytes = field(repr=False)
-    limits: Limits
+    limits: FrameLimits
     patience: float
 
     def __post_init__(self) -> None:
@@ -42,37 +42,43 @@ class Credentials:
         if not (host and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 2**16) or (
             len(self.address) > _ADDRESS_BYTES
         ):
-            raise FrameError(f"access, address: expected host:port; {self.address[:80]!r} came")
+            raise FrameError(
+                f"credentials, address: expected host:port; {self.address[:80]!r} came"
+            )
         pem = self.certificate.startswith(b"-----BEGIN CERTIFICATE-----")
         if not pem or len(self.certificate) > _CERTIFICATE_BYTES:
             raise FrameError(
-                f"access, certificate: expected PEM of at most {_CERTIFICATE_BYTES} bytes; "
+                f"credentials, certificate: expected PEM of at most {_CERTIFICATE_BYTES} bytes; "
                 f"{len(self.certificate)} bytes came"
             )
         for name in ("run", "client"):
             length = len(getattr(self, name).encode("utf-8", "replace"))
             if not 0 < length <= NAME_BYTES:
-                raise FrameError(f"access, {name}: expected 1 to {NAME_BYTES} bytes; {length} came")
+                raise FrameError(
+                    f"credentials, {name}: expected 1 to {NAME_BYTES} bytes; {length} came"
+                )
         for name in ("round", "attempt"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise FrameError(
-                    f"access, {name}: expected 0 to 2^32 - 1; {getattr(self, name)} came"
+                    f"credentials, {name}: expected 0 to 2^32 - 1; {getattr(self, name)} came"
                 )
         if len(self.token) != TOKEN_BYTES:
-            raise FrameError(f"access, token: expected {TOKEN_BYTES} bytes; {len(self.token)} came")
+            raise FrameError(
+                f"credentials, token: expected {TOKEN_BYTES} bytes; {len(self.token)} came"
+            )
         if not (self.limits.tokens > 0 and self.limits.width > 0):
             raise FrameError(
-                f"access, limits: expected tokens and width above 0; {self.limits.tokens} and "
+                f"credentials, limits: expected tokens and width above 0; {self.limits.tokens} and "
                 f"{self.limits.width} came"
             )
         if not 0 < self.patience <= LONGEST_WAIT:
             raise FrameError(
-                f"access, patience: expected seconds above 0, at most {LONGEST_WAIT:.0f}; "
+                f"credentials, patience: expected seconds above 0, at most {LONGEST_WAIT:.0f}; "
                 f"{self.patience} came"
             )
 
     def to_dict(self) -> dict[str, object]:
-        """Return it as texts and numbers, bytes in base64; this holds the token."""
+        """Return the fields as JSON, bytes in base64; the token is among them."""
         return {
             "address": self.address,
             "certificate": base64.b64encode(self.certificate).decode("ascii"),
@@ -93,12 +99,12 @@ class Credentials:
         expected = {*_TEXTS, *_NUMBERS, "certificate", "token", "patience"}
         if not isinstance(fields, Mapping) or set(fields) != expected:
             names = sorted(map(str, fields)) if isinstance(fields, Mapping) else type(fields)
-            raise FrameError(f"access: expected the fields {sorted(expected)}; {names} came")
+            raise FrameError(f"credentials: expected the fields {sorted(expected)}; {names} came")
         texts = {name: _text(fields, name) for name in _TEXTS}
         numbers = {name: _number(fields, name) for name in _NUMBERS}
         patience = fields["patience"]
         if isinstance(patience, bool) or not isinstance(patience, int | float):
-            raise FrameError(f"access, patience: expected a number; {patience!r} came")
+            raise FrameError(f"credentials, patience: expected a number; {patience!r} came")
         return cls(
             address=texts["address"],
             certificate=_bytes(fields, "certificate"),
@@ -107,7 +113,7 @@ class Credentials:
             attempt=numbers["attempt"],
             client=texts["client"],
             token=_bytes(fields, "token"),
-            limits=Limits(numbers["tokens"], numbers["width"], codec(texts["wire"])),
+            limits=FrameLimits(numbers["tokens"], numbers["width"], codec(texts["wire"])),
             patience=float(patience),
         )
 
@@ -119,14 +125,14 @@ _NUMBERS = ("round", "attempt", "tokens", "width")
 def _text(fields: Mapping[str, object], name: str) -> str:
     value = fields[name]
     if not isinstance(value, str):
-        raise FrameError(f"access, {name}: expected a text; {type(value).__name__} came")
+        raise FrameError(f"credentials, {name}: expected a text; {type(value).__name__} came")
     return value
 
 
 def _number(fields: Mapping[str, object], name: str) -> int:
     value = fields[name]
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-        raise FrameError(f"access, {name}: expected a whole number of 0 to 2^32 - 1")
+        raise FrameError(f"credentials, {name}: expected a whole number of 0 to 2^32 - 1")
     return value
 
 
@@ -135,5 +141,5 @@ def _bytes(fields: Mapping[str, object], name: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        # What came is not shown, nor chained: it may hold a secret.
-        raise FrameError(f"access, {name}: expected base64; other text came") from None
+        # The text is not shown and the error not chained: they may hold a secret.
+        raise FrameError(f"credentials, {name}: expected base64; other text came") from None

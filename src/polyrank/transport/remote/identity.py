@@ -1,4 +1,4 @@
-"""The certificate that a split server makes for one run, and that its clients pin."""
+"""The TLS certificate of a split server: made for one run, pinned by its clients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from polyrank.errors import FrameError
 
-_EARLY = datetime.timedelta(days=1)
+_CLOCK_SKEW = datetime.timedelta(days=1)
 """How far the clocks of two machines may be apart."""
 
 
@@ -30,7 +30,7 @@ def new_identity(hosts: Sequence[str], *, days: float = 30.0) -> Identity:
     """Return a new self-signed certificate for these hosts, and its key (EC P-256).
 
     `hosts` are the names and IP addresses at which clients reach the server; `days` is how long it
-    is valid. It can sign no other certificate, so that who trusts it trusts it alone.
+    is valid. It cannot sign other certificates: whoever trusts it trusts this server alone.
 
     Raises FrameError without hosts, for a host that is no name or address, or days of 0 or less.
     """
@@ -48,7 +48,7 @@ def new_identity(hosts: Sequence[str], *, days: float = 30.0) -> Identity:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _EARLY)
+        .not_valid_before(now - _CLOCK_SKEW)
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

@@ -1,4 +1,4 @@
-"""A client's link to its tail on another machine."""
+"""A split client's link to the split server on another machine."""
 
 from __future__ import annotations
 
@@ -6,92 +6,66 @@ import time
 from collections import deque
 
 from polyrank.errors import FrameError
-from polyrank.training.split.link import Traffic
-from polyrank.training.split.messages import Request, Returned, Stepped
-from polyrank.transport.awaited import Awaited, write_request
+from polyrank.planning.traffic import WireBytes
+from polyrank.training.split.messages import Request
+from polyrank.transport.pending import PendingFrame, write_request
 from polyrank.transport.remote.credentials import Credentials
 from polyrank.transport.remote.reconnecting_stream import ReconnectingStream
 
 
 class GrpcLink:
-    """A client's connection to the split server that its order names: a `Link`.
+    """A client's connection to the split server that its credentials name: a `Link`.
 
-    It connects at once, in the background, and again when its stream breaks; what has no reply is
-    then sent again, and nothing is applied twice. It fails if nothing has come for
-    `access.patience` seconds of waiting, or the server ends the work, does not accept the token, or
-    is another one than the certificate says. To be used from one thread.
+    It connects at once, in the background, and again when its stream breaks; requests without a
+    reply are then sent again, and nothing is applied twice. It fails if nothing has come for
+    `credentials.patience` seconds of waiting, or the server ends the work, does not accept the
+    token, or does not have the pinned certificate. To be used from one thread.
     """
 
-    def __init__(self, access: Credentials) -> None:
-        self.client, self.limits = access.client, access.limits
-        self._line = ReconnectingStream(access)
-        self._waiting: deque[GrpcTicket] = deque()
+    def __init__(self, credentials: Credentials) -> None:
+        self.client, self.limits = credentials.client, credentials.limits
+        self._stream = ReconnectingStream(credentials)
+        self._unanswered: deque[PendingFrame] = deque()
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"GrpcLink({self._line.access})"
+        return f"GrpcLink({self._stream.credentials})"
 
-    def submit(self, request: Request) -> GrpcTicket:
-        """Encode a request and have it sent; waits while as many have no reply as may be.
+    def submit(self, request: Request) -> PendingFrame:
+        """Encode a request and send it; waits while the server's credit is used up.
 
         Raises FrameError if it cannot be sent, if the link has failed, or after `close`.
         """
         if self._closed:
-            raise FrameError(f"{request.at}: the link is closed; open a new one")
+            raise FrameError(f"{request.id}: the link is closed; open a new one")
         frame = write_request(request, self.limits)
         try:
-            self._line.send(frame)
+            self._stream.send(frame)
         except FrameError as error:
-            raise FrameError(f"{request.at}: {error}") from error
-        ticket = GrpcTicket(self, Awaited.of(request))
-        self._waiting.append(ticket)
-        return ticket
+            raise FrameError(f"{request.id}: {error}") from error
+        since = time.monotonic()
+        pending = PendingFrame(request, self.limits, lambda: self._receive(since))
+        self._unanswered.append(pending)
+        return pending
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> WireBytes:
         """The bytes of all frames that were carried, those that were sent again included."""
-        return self._line.traffic
+        return self._stream.traffic
 
-    def receive(self, since: float) -> None:
-        """Wait for the next reply and give it to the oldest request that has none.
+    def close(self) -> None:
+        """Say Bye, within 2 s, and close the link; the server discards unfinished work."""
+        if not self._closed:
+            self._closed = True
+            self._unanswered.clear()
+            self._stream.close()
 
-        FrameError if none will come; `since` is when waiting began, at the earliest.
+    def _receive(self, since: float) -> None:
+        """Wait for the next reply and give it to the oldest request without one.
+
+        `since` is when the request was sent: patience begins then, at the earliest.
         """
         if self._closed:
             raise FrameError("the link is closed")
-        frame = self._line.receive(since)
-        self._waiting.popleft().deliver(frame)
-
-    def close(self) -> None:
-        """Say Bye, within 2 s, and give the link up; the server discards unfinished work."""
-        if not self._closed:
-            self._closed = True
-            self._waiting.clear()
-            self._line.close()
-
-
-class GrpcTicket:
-    """An answer that is on its way through a `GrpcLink`."""
-
-    def __init__(self, link: GrpcLink, awaited: Awaited) -> None:
-        self._link = link
-        self._awaited = awaited
-        self._since = time.monotonic()
-        self._reply: bytes | None = None
-        self._answer: Returned | Stepped | None = None
-
-    def deliver(self, reply: bytes) -> None:
-        """Keep the reply until it is asked for."""
-        self._reply = reply
-
-    def result(self) -> Returned | Stepped:
-        """Wait for the answer and return it."""
-        if self._answer is None:
-            while self._reply is None:
-                try:
-                    self._link.receive(self._since)
-                except FrameError as error:
-                    raise FrameError(f"{self._awaited.at}: no answer came: {error}") from error
-            self._answer = self._awaited.read(self._reply, self._link.limits)
-            self._reply = b""
-        return self._answer
+        frame = self._stream.receive(since)
+        self._unanswered.popleft().deliver(frame)

@@ -1,4 +1,4 @@
-"""The one thread on which tails are asked, and the clients' places at it."""
+"""The one thread on which server parts are called, and the state of the round's clients."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
 
 from polyrank.errors import FrameError
-from polyrank.training.split.link import ServerPart, Traffic
-from polyrank.transport.layout import Limits
+from polyrank.planning.traffic import WireBytes
+from polyrank.training.split.link import ServerPart
+from polyrank.transport.layout import FrameLimits
 from polyrank.transport.remote.batching import Batcher
-from polyrank.transport.remote.client_slots import Call, ClientSlot, ServerGroup
-from polyrank.transport.remote.server_stream import ServerStream, Terms
-from polyrank.transport.remote.sessions import Work
-from polyrank.transport.serving import Serving
+from polyrank.transport.remote.client_slots import ClientSlot, ScheduledCall, ServerGroup
+from polyrank.transport.remote.server_stream import ServerStream, StreamLimits
+from polyrank.transport.remote.sessions import SessionId
+from polyrank.transport.serving import FrameServer
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Serves the frames of one round's clients; a `Floor`.
+    """Serves the frames of one round's clients: a `StreamHandler`.
 
-    Everything that touches a tail runs on one thread, from `start` to `stop`. Who does not come in
-    time, or is then silent for longer than its terms say, leaves. A tail that raises ends the work
-    of its clients and is asked no more; the others go on. At most `streams` clients have a stream
-    at a time. `clock` is in seconds.
+    Every call of a server part runs on one thread, from `start` to `stop`. A client that does not
+    connect in time, or then sends nothing for longer than its limits allow, has left. A server part
+    that raises ends the work of its clients and is not called again; other groups go on. At most
+    `streams` clients have a stream at a time. `clock` is in seconds.
     """
 
     def __init__(self, clock: Callable[[], float], streams: int) -> None:
         self._clock, self._streams = clock, streams
-        self._places: dict[str, ClientSlot] = {}
-        self._tables: list[ServerGroup] = []
-        self._calls: deque[Call] = deque()
+        self._slots: dict[str, ClientSlot] = {}
+        self._groups: list[ServerGroup] = []
+        self._calls: deque[ScheduledCall] = deque()
         self._leaving: deque[ClientSlot] = deque()
         self._changed = threading.Condition()
         self._stopped = True
-        self._thread = threading.Thread(target=self._work, name="split tails", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="split server parts", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -46,7 +47,7 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread finish what it is at, and end it."""
+        """Let the thread finish what it is doing, and end it."""
         with self._changed:
             if self._stopped:
                 return
@@ -54,35 +55,36 @@ class Scheduler:
             self._changed.notify_all()
         self._thread.join()
 
-    def seat(
+    def start_round(
         self,
-        tails: Sequence[tuple[ServerPart, Sequence[str]]],
-        works: Mapping[str, Work],
-        limits: Mapping[str, Limits],
-        gathering: Callable[[Collection[str]], Batcher],
-        terms: Mapping[str, Terms],
+        server_parts: Sequence[tuple[ServerPart, Sequence[str]]],
+        sessions: Mapping[str, SessionId],
+        frame_limits: Mapping[str, FrameLimits],
+        stream_limits: Mapping[str, StreamLimits],
+        batcher: Callable[[Collection[str]], Batcher],
         seconds: float,
     ) -> None:
-        """Begin a round with these tails, each with its clients; the round before is forgotten.
+        """Begin a round with these server parts and their clients, in slot of the last round.
 
-        Clients are to come within so many seconds.
+        Clients must connect within `seconds`.
         """
-        until = self._clock() + seconds
+        deadline = self._clock() + seconds
         with self._changed:
-            self._tables, self._places = [], {}
-            for tail, clients in tails:
+            self._groups, self._slots = [], {}
+            for server_part, clients in server_parts:
                 names = tuple(clients)
-                serving = Serving(tail, limits[names[0]], {one: limits[one] for one in names})
-                table = ServerGroup(serving, gathering(names), names)
-                self._tables.append(table)
-                for one in names:
-                    self._places[one] = ClientSlot(table, terms[one], works[one], until)
+                server = FrameServer(server_part, frame_limits)
+                group = ServerGroup(server, batcher(names), names)
+                self._groups.append(group)
+                for name in names:
+                    limits, session = stream_limits[name], sessions[name]
+                    self._slots[name] = ClientSlot(group, limits, session, deadline)
 
     def call(self, fn: Callable[[], T]) -> T:
         """Run a function on the thread, between two requests; return or raise what it does."""
         if threading.current_thread() is self._thread:
             return fn()
-        call = Call(fn)
+        call = ScheduledCall(fn)
         with self._changed:
             if self._stopped:
                 raise FrameError("split server: it is not running; start it first")
@@ -94,184 +96,184 @@ class Scheduler:
         return call.result  # type: ignore[return-value]
 
     def leave(self, client: str, reason: str) -> None:
-        """End the work of a client that is still at it, and wait until its tail has let it go."""
+        """End a client's work, if it has not ended, and wait until its server part knows."""
         with self._changed:
-            place = self._place(client)
-            self._end(place, reason, reason)
+            slot = self._slot(client)
+            self._end(slot, reason, reason)
         self.call(lambda: None)
 
     def leave_all(self, reason: str) -> None:
-        """End the work of all, and wait until the thread rests."""
+        """End the work of all clients, and wait until the thread is idle."""
         with self._changed:
-            for place in self._places.values():
-                self._end(place, reason, None)
+            for slot in self._slots.values():
+                self._end(slot, reason, None)
         self.call(lambda: None)
 
-    def traffic(self, client: str) -> Traffic:
+    def traffic(self, client: str) -> WireBytes:
         """Return the bytes of all frames of a client that came and that were written."""
         with self._changed:
-            place = self._place(client)
-            return Traffic(place.up, place.down)
+            slot = self._slot(client)
+            return WireBytes(slot.up, slot.down)
 
     def failed(self, client: str) -> str | None:
         """Return why a client's work was ended against its will, or None."""
         with self._changed:
-            return self._place(client).failure
+            return self._slot(client).failure
 
-    def enter(self, stream: ServerStream, work: Work) -> Terms | str | None:
-        """Take a stream in as its client's only one; see `Floor`."""
+    def admit(self, stream: ServerStream, session: SessionId) -> StreamLimits | str | None:
+        """Make a stream its client's only one; see `StreamHandler`."""
         with self._changed:
-            place = self._places.get(work.client)
-            if place is None or place.work != work:
+            slot = self._slots.get(session.client)
+            if slot is None or slot.session != session:
                 return "the round has ended"
-            if place.over is not None:
-                return place.over
-            others = sum(
-                one.stream is not None for one in self._places.values() if one is not place
-            )
-            if others >= self._streams:
+            if slot.ended is not None:
+                return slot.ended
+            others = [other for other in self._slots.values() if other is not slot]
+            if sum(other.stream is not None for other in others) >= self._streams:
                 return None
-            old, place.stream = place.stream, stream
-            place.heard(self._clock())
+            old, slot.stream = slot.stream, stream
+            slot.heard(self._clock())
 
             def count(nbytes: int) -> None:
                 with self._changed:
-                    place.down += nbytes
+                    slot.down += nbytes
 
             stream.count = count
-            stream.welcome(work.client, place.terms)
-            place.table.gathering.connect(work.client)
+            stream.welcome(session.client, slot.limits)
+            slot.group.batcher.connect(session.client)
             self._changed.notify_all()
         if old is not None:
-            old.cut()
-        return place.terms
+            old.abort()
+        return slot.limits
 
     def heard(self, stream: ServerStream) -> None:
-        """Take note that something came."""
+        """Note that the client has sent something."""
         with self._changed:
-            place = self._places.get(stream.client)
-            if place is not None and place.stream is stream:
-                place.heard(self._clock())
+            slot = self._slots.get(stream.client)
+            if slot is not None and slot.stream is stream:
+                slot.heard(self._clock())
 
-    def add(self, stream: ServerStream, frame: bytes) -> None:
-        """Take in a request; one of a stream that is not its client's newest is dropped."""
+    def submit(self, stream: ServerStream, frame: bytes) -> None:
+        """Queue a request; that of a stream that is not its client's newest is dropped."""
         with self._changed:
-            place = self._places.get(stream.client)
-            if place is not None and place.stream is stream and place.over is None:
-                place.up += len(frame)
-                place.table.gathering.add(stream.client, frame, self._clock())
+            slot = self._slots.get(stream.client)
+            if slot is not None and slot.stream is stream and slot.ended is None:
+                slot.up += len(frame)
+                slot.group.batcher.add(stream.client, frame, self._clock())
                 self._changed.notify_all()
 
     def bye(self, stream: ServerStream, failure: str | None) -> None:
-        """Take note that a client leaves for good, or is put out for a reason."""
+        """End the work of a client that has said Bye or broken the protocol (`failure`)."""
         with self._changed:
-            place = self._places.get(stream.client)
-            if place is not None and place.stream is stream:
-                self._end(place, failure or "the client has left", failure)
+            slot = self._slots.get(stream.client)
+            if slot is not None and slot.stream is stream:
+                self._end(slot, failure or "the client has left", failure)
 
-    def gone(self, stream: ServerStream) -> None:
-        """Take note that a stream has broken; its client may come back."""
+    def disconnected(self, stream: ServerStream) -> None:
+        """Note that a stream has broken; its client may connect again."""
         with self._changed:
-            place = self._places.get(stream.client)
-            if place is not None and place.stream is stream:
-                place.stream = None
-                place.table.gathering.disconnect(stream.client)
+            slot = self._slots.get(stream.client)
+            if slot is not None and slot.stream is stream:
+                slot.stream = None
+                slot.group.batcher.disconnect(stream.client)
                 self._changed.notify_all()
 
-    def _place(self, client: str) -> ClientSlot:
-        if client not in self._places:
+    def _slot(self, client: str) -> ClientSlot:
+        if client not in self._slots:
             raise FrameError(
                 f"split server: there is no client {client!r} in this round; there are "
-                f"{sorted(self._places)[:5]}"
+                f"{sorted(self._slots)[:5]}"
             )
-        return self._places[client]
+        return self._slots[client]
 
-    def _end(self, place: ClientSlot, reason: str, failure: str | None) -> None:
-        """End a client's work, if it is not over; its tail lets it go on the thread."""
-        if place.over is not None:
+    def _end(self, slot: ClientSlot, reason: str, failure: str | None) -> None:
+        """End a client's work, if it has not ended; the thread tells its server part."""
+        if slot.ended is not None:
             return
-        place.over, place.failure = reason, failure
-        if place.stream is not None:
-            place.stream.end(reason)
-            place.stream = None
-        place.table.gathering.leave(place.work.client)
-        self._leaving.append(place)
+        slot.ended, slot.failure = reason, failure
+        if slot.stream is not None:
+            slot.stream.end(reason)
+            slot.stream = None
+        slot.group.batcher.leave(slot.session.client)
+        self._leaving.append(slot)
         self._changed.notify_all()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._changed:
-                todo = self._next()
-                while todo is None and not self._stopped:
+                task = self._next()
+                while task is None and not self._stopped:
                     self._changed.wait(self._soonest())
-                    todo = self._next()
-                if todo is None:
+                    task = self._next()
+                if task is None:
                     return
-            todo()
+            task()
 
     def _next(self) -> Callable[[], None] | None:
-        """Return what is to be done now: who leaves goes before who asks, and asking goes last."""
+        """Return the next task of the thread: clients that leave, then calls, then frames."""
         now = self._clock()
-        for place in self._places.values():
-            if place.over is None and now > place.until:
-                self._end(place, place.silence, place.silence)
+        for slot in self._slots.values():
+            if slot.ended is None and now > slot.deadline:
+                self._end(slot, slot.timeout, slot.timeout)
         if self._leaving:
             left = self._leaving.popleft()
-            return lambda: self._let_go(left)
+            return lambda: self._tell_left(left)
         if self._calls:
             call = self._calls.popleft()
-            return call.carry_out
-        for table in self._tables:
-            if table.gathering.wait(now) == 0.0:
-                self._tables.remove(table)  # the others come first next time
-                self._tables.append(table)
-                return lambda: self._serve(table)
+            return call.execute
+        for group in self._groups:
+            if group.batcher.wait(now) == 0.0:
+                self._groups.remove(group)  # the other groups come first next time
+                self._groups.append(group)
+                return lambda: self._serve(group)
         return None
 
     def _soonest(self) -> float | None:
-        """Return how many seconds there are until something is to be done that time brings."""
+        """Return the seconds until a deadline or a batch is due; None if neither is."""
         now = self._clock()
-        waits = [table.gathering.wait(now) for table in self._tables]
+        waits = [group.batcher.wait(now) for group in self._groups]
         waits += [
-            max(0.0, place.until - now) + 0.001
-            for place in self._places.values()
-            if place.over is None
+            max(0.0, slot.deadline - now) + 0.001
+            for slot in self._slots.values()
+            if slot.ended is None
         ]
         return min((wait for wait in waits if wait is not None), default=None)
 
-    def _serve(self, table: ServerGroup) -> None:
+    def _serve(self, group: ServerGroup) -> None:
         with self._changed:
-            taken = table.gathering.take()
-            streams = {one: self._places[one].stream for one in table.clients}
+            batch = group.batcher.take()
+            streams = {client: self._slots[client].stream for client in group.clients}
         try:
-            for client in taken.forgotten:
-                table.serving.forget(client)
-            replies = table.serving.answer(taken.frames)
+            for client in batch.forgotten:
+                group.server.forget(client)
+            replies = group.server.answer(batch.frames)
         except Exception as error:
-            self._drop(table, error)
+            self._fail(group, error)
             return
         with self._changed:
-            table.gathering.hold(table.serving.waiting)
+            group.batcher.set_waiting(group.server.waiting)
         for client, reply in replies:
             stream = streams[client]
-            if stream is not None:  # one that was replaced meanwhile drops it
+            if stream is not None:  # a stream that was replaced meanwhile drops it
                 stream.reply(reply)
 
-    def _let_go(self, place: ClientSlot) -> None:
-        if place.table.failed:
+    def _tell_left(self, slot: ClientSlot) -> None:
+        if slot.group.failed:
             return
         try:
-            place.table.serving.leave(place.work.client)
+            slot.group.server.leave(slot.session.client)
         except Exception as error:
-            self._drop(place.table, error)
+            self._fail(slot.group, error)
 
-    def _drop(self, table: ServerGroup, error: Exception) -> None:
-        """Give up a tail that has raised, and the work of its clients."""
-        log.error("the tail of %s has failed", ", ".join(table.clients), exc_info=error)
+    def _fail(self, group: ServerGroup, error: Exception) -> None:
+        """End the work of the clients of a server part that has raised."""
+        log.error("the server part of %s has failed", ", ".join(group.clients), exc_info=error)
         with self._changed:
-            table.failed = True
-            for client in table.clients:
-                place = self._places[client]
-                if place.over is None:
-                    reason = "the tail failed at the server; its log says why"
-                    self._end(place, reason, f"the tail failed: {type(error).__name__}: {error}")
+            group.failed = True
+            for client in group.clients:
+                slot = self._slots[client]
+                if slot.ended is None:
+                    reason = "its server part failed; the server's log says why"
+                    self._end(
+                        slot, reason, f"its server part failed: {type(error).__name__}: {error}"
+                    )

@@ -1,4 +1,4 @@
-"""The split server: clients' streams come in over TLS, and their tails are asked on one thread."""
+"""The gRPC split server: clients' streams over TLS, and server parts called on one thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
@@ -15,60 +14,31 @@ from typing import TypeVar
 import grpc
 
 from polyrank.errors import FrameError
-from polyrank.training.split.link import ServerPart, Traffic
-from polyrank.transport.layout import Limits
+from polyrank.planning.traffic import WireBytes
+from polyrank.training.split.link import ServerPart
+from polyrank.transport.layout import FrameLimits
 from polyrank.transport.remote.admission import AdmissionControl
 from polyrank.transport.remote.batching import Batcher
 from polyrank.transport.remote.credentials import Credentials
 from polyrank.transport.remote.identity import Identity
 from polyrank.transport.remote.scheduler import Scheduler
-from polyrank.transport.remote.server_stream import ServerStream, Terms
-from polyrank.transport.remote.sessions import Sessions, Work
+from polyrank.transport.remote.server_stream import ServerStream, StreamLimits
+from polyrank.transport.remote.sessions import SessionId, Sessions
 from polyrank.transport.remote.wire import MESSAGE_BYTES, SERVICE
+from polyrank.transport.serving import ServingSettings
 
 T = TypeVar("T")
 
-STRANGERS = 32
-"""The most streams that are open without being welcome yet."""
-
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """How a split server treats its clients.
-
-    `gather` is how many seconds the first request waits for those of other clients of its tail;
-    None: until all who are at work have asked. With `turns` the clients of a tail are served one
-    after the other instead, each until the tail waits for the next. A client of which nothing comes
-    for `silence` seconds leaves. `credit` requests of a client may be without reply at a time, and
-    `streams` clients may be connected. Raises FrameError for values that cannot be.
-    """
-
-    gather: float | None = 0.02
-    silence: float = 60.0
-    credit: int = 8
-    streams: int = 64
-    turns: bool = False
-
-    def __post_init__(self) -> None:
-        if self.gather is not None and not (math.isfinite(self.gather) and self.gather >= 0):
-            raise FrameError(f"split server, gather: expected 0 s or more; {self.gather} came")
-        if not (math.isfinite(self.silence) and self.silence > 0):
-            raise FrameError(f"split server, silence: expected more than 0 s; {self.silence} came")
-        for name in ("credit", "streams"):
-            if not 0 < getattr(self, name) < 2**16:
-                raise FrameError(
-                    f"split server, {name}: expected 1 to 65535; {getattr(self, name)} came"
-                )
+UNAUTHENTICATED = 32
+"""The most open streams of clients that are not authenticated yet."""
 
 
 class SplitServer:
-    """Serves the tails of one round at a time to split clients on other machines.
+    """Serves one round at a time to split clients on other machines.
 
-    It binds to exactly `address` (host:port; port 0 picks a free one) and speaks TLS only, with
-    `identity`. Clients dial `advertise` (host, or host:port), or the bound address without it.
-    `clock` is in seconds. A context manager, which stops on leaving.
-
-    Raises FrameError for an address that cannot be.
+    It binds to exactly `address` (host:port; port 0 picks a free port) and speaks TLS only, with
+    `identity`. Clients dial `advertise` (host, or host:port), by default the bound address.
+    `clock` is in seconds. As a context manager it starts on entering and stops on leaving.
     """
 
     def __init__(
@@ -76,28 +46,28 @@ class SplitServer:
         address: str,
         identity: Identity,
         run: str,
-        settings: ServeSettings | None = None,
+        settings: ServingSettings | None = None,
         *,
         advertise: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._address, self._identity, self._run = address, identity, run
-        self._settings = settings or ServeSettings()
+        self._settings = settings or ServingSettings()
         self._advertise = advertise
         self._sessions = Sessions(clock)
-        self._bench = Scheduler(clock, self._settings.streams)
-        self._door = AdmissionControl(STRANGERS)
+        self._scheduler = Scheduler(clock, self._settings.streams)
+        self._admission = AdmissionControl(UNAUTHENTICATED)
         self._server: grpc.Server | None = None
         self._bound = ""
         self._open = self._stopped = False
 
     def start(self) -> str:
-        """Listen and return host:port as bound; FrameError if the address cannot be had."""
+        """Listen and return host:port as bound; FrameError if the address cannot be bound."""
         if self._server is not None:
             raise FrameError("split server: it was started already")
         if self._stopped:
             raise FrameError("split server: it was stopped; make a new one")
-        most = self._settings.streams + 2 * STRANGERS  # those who are sent away leave a bit later
+        most = self._settings.streams + 2 * UNAUTHENTICATED  # refused streams end a moment later
         self._pool = ThreadPoolExecutor(most, thread_name_prefix="split stream")
         options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", 2 * most))
         server = grpc.server(self._pool, maximum_concurrent_rpcs=most, options=options)
@@ -118,8 +88,8 @@ class SplitServer:
             ) from error
         self._bound = f"{self._address.rpartition(':')[0]}:{port}"
         self._server = server
-        self._bench.start()
-        self._door.start()
+        self._scheduler.start()
+        self._admission.start()
         server.start()
         return self._bound
 
@@ -130,8 +100,8 @@ class SplitServer:
         self.close()
         self._server.stop(grace=0.5).wait()
         self._pool.shutdown(wait=False)
-        self._bench.stop()
-        self._door.stop()
+        self._scheduler.stop()
+        self._admission.stop()
         self._server, self._stopped = None, True
 
     def __enter__(self) -> SplitServer:
@@ -148,48 +118,50 @@ class SplitServer:
 
     def open(
         self,
-        tails: Sequence[tuple[ServerPart, Sequence[str]]],
+        server_parts: Sequence[tuple[ServerPart, Sequence[str]]],
         round: int,
         attempt: int,
-        limits: Mapping[str, Limits],
+        limits: Mapping[str, FrameLimits],
         seconds: float,
         *,
         patience: float | None = None,
     ) -> dict[str, Credentials]:
-        """Serve these tails, each to its clients, until `close`; return how clients reach them.
+        """Serve server parts, each to its clients, until `close`; return the clients' credentials.
 
-        Tokens are accepted for `seconds`; who has not come by then has left. `patience` is how long
-        a client waits for an answer of a server that it can reach, by default `seconds` too.
+        Tokens are accepted for `seconds`; a client that has not connected by then has left.
+        `patience` is how many seconds a client waits for a reply, by default `seconds` too.
 
         Raises FrameError if a round is open, or a client is named twice or has no limits.
         """
         if self._server is None or self._open:
             raise FrameError("split server: expected it to run with no round open; close it first")
-        names = [client for _, clients in tails for client in clients]
-        if len(set(names)) < len(names) or not all(len(clients) for _, clients in tails):
-            raise FrameError("split server: expected every client once, and no tail without one")
+        names = [client for _, clients in server_parts for client in clients]
+        if len(set(names)) < len(names) or not all(len(clients) for _, clients in server_parts):
+            raise FrameError(
+                "split server: expected every client once, and no server part without one"
+            )
         if missing := sorted(set(names) - set(limits)):
             raise FrameError(f"split server: expected limits of every client; not of {missing[:5]}")
         if not (math.isfinite(seconds) and seconds > 0):
             raise FrameError(f"split server: expected seconds above 0; {seconds} came")
         settings = self._settings
-        works = {client: Work(self._run, round, attempt, client) for client in names}
-        terms = {
-            client: Terms(settings.credit, limits[client].nbytes, settings.silence)
+        sessions = {client: SessionId(self._run, round, attempt, client) for client in names}
+        stream_limits = {
+            client: StreamLimits(settings.credit, limits[client].nbytes, settings.silence)
             for client in names
         }
-        gathering = partial(Batcher, gather=settings.gather, turns=settings.turns)
-        self._bench.seat(tails, works, limits, gathering, terms, seconds)
+        batcher = partial(Batcher, gather=settings.gather, turns=settings.turns)
+        self._scheduler.start_round(server_parts, sessions, limits, stream_limits, batcher, seconds)
         self._open = True
         return {
             client: Credentials(
-                address=self._dialled(),
+                address=self._dialled_address(),
                 certificate=self._identity.certificate,
                 run=self._run,
                 round=round,
                 attempt=attempt,
                 client=client,
-                token=self._sessions.issue(works[client], seconds),
+                token=self._sessions.issue(sessions[client], seconds),
                 limits=limits[client],
                 patience=seconds if patience is None else patience,
             )
@@ -197,34 +169,34 @@ class SplitServer:
         }
 
     def call(self, fn: Callable[[], T]) -> T:
-        """Run a function on the thread that touches the model; return or raise what it does."""
-        return self._bench.call(fn)
+        """Run a function on the thread that uses the model; return or raise what it does."""
+        return self._scheduler.call(fn)
 
-    def traffic(self, client: str) -> Traffic:
-        """Return the bytes of a client's frames as they came and went, until the next round."""
-        return self._bench.traffic(client)
+    def traffic(self, client: str) -> WireBytes:
+        """Return the bytes of a client's frames, received and sent, until the next round."""
+        return self._scheduler.traffic(client)
 
     def failed(self, client: str) -> str | None:
-        """Return why a client's work was ended against its will, until the next round; or None.
+        """Return why a client's work was ended against its will, or None; until the next round.
 
-        Its tail raised, it was silent, it broke the protocol, or its owner let it go. Finished work
-        may be there all the same: it is the tail that says so.
+        Its server part raised, it was silent, it broke the protocol, or the run gave it up. Its
+        work may be finished all the same: the server part knows.
         """
-        return self._bench.failed(client)
+        return self._scheduler.failed(client)
 
     def leave(self, client: str, reason: str = "the run has given this client up") -> None:
-        """End a client's work: its stream ends with the reason, an unfinished tail is discarded."""
-        self._bench.leave(client, reason)
+        """End a client's work and its stream, with a reason; unfinished work is discarded."""
+        self._scheduler.leave(client, reason)
 
     def close(self) -> None:
-        """End the round: all streams end; returns when no tail is asked any more."""
+        """End the round and all its streams; returns when no server part is called any more."""
         if not self._open:
             return
         self._open = False
         self._sessions.clear()
-        self._bench.leave_all("the round has ended")
+        self._scheduler.leave_all("the round has ended")
 
-    def _dialled(self) -> str:
+    def _dialled_address(self) -> str:
         given = self._advertise
         if given is None:
             return self._bound
@@ -233,39 +205,39 @@ class SplitServer:
         return given if whole else f"{given}:{self._bound.rpartition(':')[2]}"
 
     def _train(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Carry one stream; its messages are read on a thread of its own."""
-        stream = ServerStream(self._bench, self._sessions, context.cancel)
+        """Serve one stream; its messages are read on a thread of its own."""
+        stream = ServerStream(self._scheduler, self._sessions, context.cancel)
 
-        def gone() -> None:
+        def closed() -> None:
             stream.end()
-            self._door.leave(stream)
+            self._admission.remove(stream)
 
-        self._door.enter(stream)
+        self._admission.add(stream)
         try:
-            if not context.add_callback(gone):
-                gone()
+            if not context.add_callback(closed):
+                closed()
                 return
             threading.Thread(
-                target=_take_in, args=(requests, stream), name="split reader", daemon=True
+                target=_read_messages, args=(requests, stream), name="split reader", daemon=True
             ).start()
             yield from stream.messages()
         finally:
             stream.end()
-            self._bench.gone(stream)
+            self._scheduler.disconnected(stream)
         if stream.status is not None:
             context.set_code(stream.status[0])
             context.set_details(stream.status[1])
 
 
-def _take_in(requests: Iterator[bytes], stream: ServerStream) -> None:
-    """Hand what comes to the stream, until it is over or breaks."""
+def _read_messages(requests: Iterator[bytes], stream: ServerStream) -> None:
+    """Hand messages to the stream, until it is over or breaks."""
     try:
         for message in requests:
-            stream.take(message)
+            stream.receive(message)
             if stream.over:
                 return
     except grpc.RpcError:
-        pass  # the client has gone; `gone` follows
+        pass  # the connection has closed; `closed` is called next
     finally:
         stream.end()
 
@@ -275,8 +247,8 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.max_metadata_size", 8192),
-    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: what is small must not grow
-    ("grpc.max_concurrent_streams", 4),  # per connection: a client has one, or is replacing it
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a message must not grow
+    ("grpc.max_concurrent_streams", 4),  # per connection: a stream, and its replacement
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 30_000),  # without streams
     ("grpc.keepalive_time_ms", 20_000),

@@ -1,4 +1,4 @@
-"""Who may speak for which client: tokens that redeem once, and secrets that resume."""
+"""Authentication of clients: tokens that are accepted once, and secrets that resume a session."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from polyrank.errors import FrameError
 from polyrank.transport.remote.credentials import TOKEN_BYTES
 
 SECRET_BYTES = NONCE_BYTES = 32
-_NOBODY = bytes(32)
-_NEW_ORDER = "the client needs a new order from the run"
+_NO_SECRET = bytes(32)
+_NEW_REQUEST = "the client needs a new train request from the run"
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a token is bound to: one client's work in one round and attempt of a run."""
+class SessionId:
+    """What a token is valid for: one client's work in one round and attempt of a run."""
 
     run: str
     round: int
@@ -28,19 +28,19 @@ class Work:
     client: str
 
 
-def proof(secret: bytes, nonce: bytes, work: Work) -> bytes:
+def proof(secret: bytes, nonce: bytes, session: SessionId) -> bytes:
     """Return HMAC-SHA256(secret, nonce, run, round, attempt, client), 32 bytes.
 
-    Every field is preceded by its length, so that no two works are written alike.
+    Every field is preceded by its length, so no two sessions give the same bytes.
     """
     fields = (
         nonce,
-        work.run.encode(),
-        struct.pack(">I", work.round),
-        struct.pack(">I", work.attempt),
-        work.client.encode(),
+        session.run.encode(),
+        struct.pack(">I", session.round),
+        struct.pack(">I", session.attempt),
+        session.client.encode(),
     )
-    written = b"".join(struct.pack(">I", len(one)) + one for one in fields)
+    written = b"".join(struct.pack(">I", len(value)) + value for value in fields)
     return hmac.digest(secret, written, "sha256")
 
 
@@ -52,11 +52,10 @@ class _Session:
 
 
 class Sessions:
-    """Judges tokens and proofs; holds one session per piece of work, and of a token its SHA-256.
+    """Checks tokens and proofs; of a token only its SHA-256 is kept.
 
-    Whatever is wrong with what came, its refusal says the same, in about the same time: it tells
-    nobody which clients there are, or whether they have connected. `clock` is in seconds. May be
-    used from several threads.
+    All refusals of one kind say the same and take about the same time, so that they do not reveal
+    which clients exist or have connected. `clock` is in seconds. Thread-safe.
     """
 
     def __init__(
@@ -65,60 +64,59 @@ class Sessions:
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._clock, self._random = clock, random
-        self._sessions: dict[Work, _Session] = {}
+        self._sessions: dict[SessionId, _Session] = {}
         self._lock = threading.Lock()
 
-    def issue(self, work: Work, seconds: float) -> bytes:
-        """Return a new token for this work, 32 random bytes that are accepted for so long.
+    def issue(self, session: SessionId, seconds: float) -> bytes:
+        """Return a new token, 32 random bytes that are accepted for `seconds`.
 
-        FrameError if it has one already.
+        FrameError if the session has a token already.
         """
         token = self._random(TOKEN_BYTES)
         with self._lock:
-            if work in self._sessions:
-                raise FrameError(f"{work}: expected one token for a piece of work")
+            if session in self._sessions:
+                raise FrameError(f"{session}: expected one token for a session")
             digest = hashlib.sha256(token).digest()
-            self._sessions[work] = _Session(digest, self._clock() + seconds)
+            self._sessions[session] = _Session(digest, self._clock() + seconds)
         return token
 
-    def redeem(self, work: Work, token: bytes, secret: bytes) -> None:
-        """Accept a token, and the secret by which its client may resume.
+    def redeem(self, session: SessionId, token: bytes, secret: bytes) -> None:
+        """Accept a token, and the secret with which its client may resume.
 
-        Raises FrameError for what is no token of this work, or has expired or was redeemed.
+        Raises FrameError for a token of another session, or one that has expired or was redeemed.
         """
         with self._lock:
-            found = self._sessions.get(work)
-            digest = _NOBODY if found is None else found.digest
+            known = self._sessions.get(session)
+            digest = _NO_SECRET if known is None else known.digest
             same = hmac.compare_digest(hashlib.sha256(token).digest(), digest)
             if len(secret) != SECRET_BYTES:
                 raise FrameError(f"secret: expected {SECRET_BYTES} bytes; {len(secret)} came")
             if (
-                found is None
+                known is None
                 or not same
-                or found.secret is not None
-                or self._clock() >= found.expires
+                or known.secret is not None
+                or self._clock() >= known.expires
             ):
                 raise FrameError(
-                    "the token is not accepted: it is of other work than is open here, has "
-                    f"expired, or was redeemed already; {_NEW_ORDER}"
+                    "the token is not accepted: it is of a session that is not open here, has "
+                    f"expired, or was redeemed already; {_NEW_REQUEST}"
                 )
-            found.secret = secret
+            known.secret = secret
 
     def challenge(self) -> bytes:
-        """Return 32 random bytes for one stream."""
+        """Return a nonce for one stream, 32 random bytes."""
         return self._random(NONCE_BYTES)
 
-    def prove(self, work: Work, nonce: bytes, given: bytes) -> None:
-        """Accept the proof that who resumes knows the secret; FrameError otherwise."""
+    def prove(self, session: SessionId, nonce: bytes, given: bytes) -> None:
+        """Accept a proof that the client knows the session's secret; FrameError for any other."""
         with self._lock:
-            found = self._sessions.get(work)
-            known = found is not None and found.secret is not None
-            secret = found.secret if found is not None and found.secret is not None else _NOBODY
-            same = hmac.compare_digest(proof(secret, nonce, work), given)
-            if not (known and same):
+            known = self._sessions.get(session)
+            secret = None if known is None else known.secret
+            expected = proof(_NO_SECRET if secret is None else secret, nonce, session)
+            if not hmac.compare_digest(expected, given) or secret is None:
                 raise FrameError(
                     "there is no session here that this proof fits: the token was not redeemed, "
-                    f"or the round has ended; {_NEW_ORDER} unless it has a token still"
+                    f"or the round has ended; {_NEW_REQUEST} unless it has a token still"
                 )
 
     def clear(self) -> None:

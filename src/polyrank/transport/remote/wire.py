@@ -1,4 +1,4 @@
-"""What both ends of a stream have in common: the names, the bounds, and frames in parts."""
+"""Names, bounds and messages that both ends of a gRPC stream share; frames cut into parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from polyrank.transport.remote import split_pb2 as pb
 
 VERSION = 1
 PART_BYTES = 2**18
-"""The most bytes of a frame in one message: little enough that a slow line shows that it moves."""
+"""The most bytes of a frame in one message: small enough that progress shows on a slow line."""
 MESSAGE_BYTES = PART_BYTES + 1024
 """The most bytes of a message; gRPC ends a stream that brings a longer one."""
 HELLO_SECONDS = 5.0
@@ -18,44 +18,44 @@ SERVICE = pb.DESCRIPTOR.services_by_name["Split"].full_name
 METHOD = f"/{SERVICE}/Train"
 
 
-def first_words(run: str, round: int, attempt: int, client: str) -> pb.Hello:
-    """Return a Hello that says who comes, and not yet by what right."""
+def new_hello(run: str, round: int, attempt: int, client: str) -> pb.Hello:
+    """Return a Hello with the client's session, without token or proof."""
     return pb.Hello(version=VERSION, run=run, round=round, attempt=attempt, client=client)
 
 
-def parts(frame: bytes) -> Iterator[pb.Part]:
-    """Return the pieces of a frame in order, the last one marked."""
+def frame_parts(frame: bytes) -> Iterator[pb.Part]:
+    """Return the parts of a frame in order, the last one marked."""
     view = memoryview(frame)
     for start in range(0, max(1, len(frame)), PART_BYTES):
         stop = start + PART_BYTES
         yield pb.Part(data=bytes(view[start:stop]), last=stop >= len(frame))
 
 
-class Joined:
-    """Puts the pieces of frames together; no frame is longer than `longest` bytes."""
+class FrameAssembler:
+    """Puts the parts of frames together; no frame is longer than `longest` bytes."""
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
-        self._held = bytearray()
+        self._received = bytearray()
 
     def add(self, part: pb.Part) -> bytes | None:
-        """Return the frame whose last piece this is, or None; FrameError beyond the bounds."""
-        least = 1 if part.last else PART_BYTES  # so that a frame is few messages
+        """Return the frame that this part completes, or None; FrameError beyond the bounds."""
+        least = 1 if part.last else PART_BYTES  # a frame is few messages
         if not least <= len(part.data) <= PART_BYTES:
             raise FrameError(
                 f"a part of a frame: expected {least} to {PART_BYTES} bytes; {len(part.data)} came"
             )
-        if len(self._held) + len(part.data) > self._longest:
+        if len(self._received) + len(part.data) > self._longest:
             raise FrameError(f"frame, length: expected at most {self._longest} bytes; more came")
-        if part.last and not self._held:
+        if part.last and not self._received:
             return part.data
-        self._held += part.data
+        self._received += part.data
         if not part.last:
             return None
-        frame, self._held = bytes(self._held), bytearray()
+        frame, self._received = bytes(self._received), bytearray()
         return frame
 
 
-def shortened(reason: str) -> str:
-    """Return a reason in at most 4096 bytes of UTF-8."""
+def truncated(reason: str) -> str:
+    """Return a reason cut to at most `REASON_BYTES` of UTF-8."""
     return reason.encode("utf-8", "replace")[:REASON_BYTES].decode("utf-8", "ignore")

@@ -55,7 +55,7 @@ def test_microbatches_in_flight_and_checkpointing_change_no_score(
 
 @pytest.mark.parametrize("cut", [CutPoint(2), CutPoint(1, 3)], ids=str)
 @pytest.mark.parametrize("below", [2, 4])
-def test_a_head_without_adapters_is_scored(cut: CutPoint, below: int) -> None:
+def test_a_client_part_without_adapters_is_scored(cut: CutPoint, below: int) -> None:
     model = deep()
     one = job(model, ranks=lowest_untouched(model, below), local=LOCAL, seed=12)
     one = replace(one, scoring=EVERY)
@@ -91,15 +91,15 @@ def union(jobs: Sequence[Job]) -> Job:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_the_union_batch_scores_a_shared_tail_for_all_its_clients(metric: str) -> None:
+def test_the_union_batch_scores_a_shared_server_part_for_all_its_clients(metric: str) -> None:
     model = deep()
     jobs = equal_starts(model, Scoring(1, metric))
     found = split(model, jobs, CutPoint(2), adapters="shared")
     whole = scores(model, union(jobs), metric)
     for one, mine in zip(jobs, found, strict=True):
         alone = scores(model, one, metric)
-        tail = {site.name for site in model.spec.sites if site.block >= 2}
-        expected = {s: (whole if s in tail else alone)[s] for s in alone}
+        server_part = {site.name for site in model.spec.sites if site.block >= 2}
+        expected = {s: (whole if s in server_part else alone)[s] for s in alone}
         same(mine.importance, expected, SHARED)
 
 
@@ -130,7 +130,7 @@ def test_a_client_whose_pass_overflows_leaves_nothing_in_the_scores_of_a_shared_
             self,
             [
                 replace(one, states=one.states * 1e300)
-                if isinstance(one, Activations) and one.at.client == "b"
+                if isinstance(one, Activations) and one.id.client == "b"
                 else one
                 for one in requests
             ],
@@ -142,14 +142,18 @@ def test_a_client_whose_pass_overflows_leaves_nothing_in_the_scores_of_a_shared_
     assert "nothing of it was applied" in str(found[1].failure)
     assert found[1].importance == {}
     expected = scores(model, union([jobs[0], jobs[2]]))
-    tail = [site.name for site in model.spec.sites if site.block >= 2]
+    server_part = [site.name for site in model.spec.sites if site.block >= 2]
     for mine in (found[0], found[2]):
-        same({s: mine.importance[s] for s in tail}, {s: expected[s] for s in tail}, SHARED)
+        same(
+            {s: mine.importance[s] for s in server_part},
+            {s: expected[s] for s in server_part},
+            SHARED,
+        )
 
 
 def test_clients_of_a_shared_set_are_scored_alike() -> None:
     model = deep()
     jobs = equal_starts(model)
     jobs[2] = replace(jobs[2], scoring=Scoring(2))
-    with pytest.raises(RankError, match="'c': its importance is to be measured otherwise"):
+    with pytest.raises(RankError, match="'c': its importance is to be measured in another way"):
         split(model, jobs, CutPoint(2), adapters="shared")

@@ -12,6 +12,7 @@ from jobs import job
 from polyrank.algebra import distance
 from polyrank.model import Cohort, Cut, LoadedModel, Part
 from polyrank.planning import CutPoint
+from polyrank.planning.traffic import WireBytes
 from polyrank.seeds import generator
 from polyrank.training import LocalTraining, Trained
 from polyrank.training.batches import assemble, step_groups
@@ -19,12 +20,11 @@ from polyrank.training.local import slot_of
 from polyrank.training.split import (
     Activations,
     Link,
-    Pending,
+    PendingReply,
     Request,
     ServerPart,
     SplitJob,
     SplitSettings,
-    Traffic,
     train_split,
 )
 from polyrank.training.split.protect import bounded, noised
@@ -122,13 +122,13 @@ class Recorder:
     def __init__(self, link: Link, sent: list[Activations]):
         self.link, self.sent = link, sent
 
-    def submit(self, request: Request) -> Pending:
+    def submit(self, request: Request) -> PendingReply:
         if isinstance(request, Activations):
             self.sent.append(replace(request, states=request.states.clone()))
         return self.link.submit(request)
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> WireBytes:
         return self.link.traffic
 
     def close(self) -> None:
@@ -145,8 +145,8 @@ def split(
 ) -> tuple[list[Trained], dict[str, list[Activations]]]:
     sent: dict[str, list[Activations]] = {name: [] for name in names}
 
-    def connect(tail: ServerPart):
-        many = InProcessLinks(tail, settings.wire, model.spec.hidden, 4096)
+    def connect(server_part: ServerPart):
+        many = InProcessLinks(server_part, settings.wire, model.spec.hidden, 4096)
         return lambda client: Recorder(many.link(client), sent[client])
 
     jobs = [job(model, name, count=8, seed=ord(name), local=local) for name in names]
@@ -174,7 +174,7 @@ def test_noise_is_drawn_anew_for_every_client_step_and_microbatch_and_again_alik
     (_, noisy), (_, again) = split(settings), split(settings)
     (_, plain) = split(EXACT)
     for name in "ab":
-        assert [str(one.at) for one in noisy[name]] == [str(one.at) for one in plain[name]]
+        assert [str(one.id) for one in noisy[name]] == [str(one.id) for one in plain[name]]
         for one, other in zip(noisy[name], again[name], strict=True):
             assert torch.equal(one.states, other.states)
     drawn = [
@@ -191,7 +191,7 @@ def test_noise_is_drawn_anew_for_every_client_step_and_microbatch_and_again_alik
         still = replace(LOCAL, lr=1e-300)
         (_, noisy), (_, plain) = split(settings, local=still), split(EXACT, local=still)
         for one, other in zip(noisy[name], plain[name], strict=True):
-            source = generator(ord(name), "noise", one.at.step, one.at.micro)
+            source = generator(ord(name), "noise", one.id.step, one.id.micro)
             torch.testing.assert_close(
                 one.states, noised(other.states, 0.4, source), rtol=1e-12, atol=1e-12
             )
@@ -221,7 +221,9 @@ def test_noise_of_zero_and_no_bound_change_no_byte() -> None:
     [replace(EXACT, clip=1.0), replace(EXACT, noise=0.3), replace(EXACT, clip=1.0, noise=0.3)],
     ids=["clip", "noise", "both"],
 )
-def test_heads_and_tails_learn_from_the_protected_activations(cut: CutPoint, settings) -> None:
+def test_client_parts_and_server_parts_learn_from_the_protected_activations(
+    cut: CutPoint, settings
+) -> None:
     """One step of plain SGD at rate 1 is the gradient: that of autograd through bound and noise."""
     (trained,), _ = split(settings, names="a", cut=cut, local=ONE_STEP)
     one = job(MODEL, "a", count=8, seed=ord("a"), local=ONE_STEP)

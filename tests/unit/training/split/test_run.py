@@ -29,7 +29,7 @@ def deep(architecture: str = "llama", **options: object) -> LoadedModel:
 def connect(
     model: LoadedModel, wire: str = "float64"
 ) -> Callable[[ServerPart], Callable[[str], object]]:
-    return lambda tail: InProcessLinks(tail, wire, model.spec.hidden, 4096).link
+    return lambda server_part: InProcessLinks(server_part, wire, model.spec.hidden, 4096).link
 
 
 def split(

@@ -17,7 +17,7 @@ from by_hand import (
     refusal,
     requests_of,
     served,
-    tail_job,
+    server_job,
 )
 from by_hand import LOCAL as BY_HAND
 from jobs import examples
@@ -58,8 +58,8 @@ def split(
     settings: SplitSettings = SHARED,
     cohort: int = 8,
 ) -> list[Trained]:
-    def connect(tail: ServerPart):
-        return InProcessLinks(tail, settings.wire, model.spec.hidden, 4096).link
+    def connect(server_part: ServerPart):
+        return InProcessLinks(server_part, settings.wire, model.spec.hidden, 4096).link
 
     asked = [SplitJob(one, cut, 1) for one, cut in zip(jobs, cuts, strict=True)]
     return train_split(model, asked, settings, connect, cohort=cohort)
@@ -262,7 +262,7 @@ def test_with_one_client_shared_is_own_but_for_the_clip(cut: CutPoint) -> None:
         assert_equal(*both(replace(LOCAL, clip=0.05)), 1e-6)
 
 
-def test_shared_sites_are_the_same_for_all_and_heads_are_not() -> None:
+def test_shared_sites_are_the_same_for_all_and_client_parts_are_not() -> None:
     a, b, c = (one.adapter for one in split(MODEL, fleet(UNEQUAL), MIXED))
     top = [s for s in BLOCK if BLOCK[s] == 3]
     bottom = [s for s in BLOCK if BLOCK[s] == 0]
@@ -286,7 +286,7 @@ def test_what_the_shared_set_has_not_is_refused() -> None:
     ranks = {s: 3 if BLOCK[s] == 3 else 2 for s in BLOCK}
     other = random_adapter(MODEL, ranks, seed=3)
     jobs[1] = replace(jobs[1], assignment=replace(jobs[1].assignment, start=other))
-    with pytest.raises(RankError, match=r"client 'b': at .*it was dealt rank 3, another.*rank 2"):
+    with pytest.raises(RankError, match=r"client 'b': at .*it has rank 3, another.*rank 2"):
         split(MODEL, jobs, [CutPoint(2)] * 2)
     # The same ranks and other factors, another scale, another frozen term: none is one adapter.
     one = fleet({"a": 3, "b": 3})
@@ -300,7 +300,7 @@ def test_what_the_shared_set_has_not_is_refused() -> None:
             split(MODEL, [one[0], replace(one[1], assignment=changed)], [CutPoint(2)] * 2)
 
 
-def test_heads_of_a_shared_set_may_have_unequal_ranks() -> None:
+def test_client_parts_of_a_shared_set_may_have_unequal_ranks() -> None:
     """Only what is behind every cut must be the same."""
     jobs = fleet({"a": 3, "b": 3})
     same = random_adapter(MODEL, 2, seed=3)
@@ -336,29 +336,29 @@ def test_unequal_ranks_behind_the_cut_are_refused_before_any_training() -> None:
 
 
 def test_who_diverges_leaves_and_the_shared_set_stays_whole() -> None:
-    """Its activations are finite, and what the tail makes of them is not."""
+    """Its activations are finite, and what the server part makes of them is not."""
     model = model_of_three("opt")
-    jobs = [tail_job(model, name, local=BY_HAND) for name in "abc"]
+    jobs = [server_job(model, name, local=BY_HAND) for name in "abc"]
     jobs = [replace(one, seed=i) for i, one in enumerate(jobs, start=1)]
     sent = {one.client: requests_of(model, one) for one in jobs}
     bad = replace(sent["a"][0], states=sent["a"][0].states * 1e300)
     with (
-        ServerParts(model, jobs, shared=True) as tails,
+        ServerParts(model, jobs, shared=True) as server_parts,
         ServerParts(model, jobs[1:], shared=True) as others,
     ):
-        refused, *good = tails.answer([bad, sent["b"][0], sent["c"][0]])
+        refused, *good = server_parts.answer([bad, sent["b"][0], sent["c"][0]])
         assert "not finite; nothing of it was applied" in refusal(refused)
         assert all(isinstance(one, Returned) for one in good)
         served(others, sent["b"][0], sent["c"][0])
         for pair in list(zip(sent["b"], sent["c"], strict=True))[1:]:
-            served(tails, *pair)
+            served(server_parts, *pair)
             served(others, *pair)
-        assert_equal(tails.adapter("b"), others.adapter("b"))
+        assert_equal(server_parts.adapter("b"), others.adapter("b"))
 
 
 def test_in_a_u_shape_too() -> None:
     model = model_of_three("opt")
-    jobs = [tail_job(model, name, BENT, local=BY_HAND) for name in "abc"]
+    jobs = [server_job(model, name, BENT, local=BY_HAND) for name in "abc"]
     jobs = [replace(one, seed=i) for i, one in enumerate(jobs, start=1)]
     sent = {one.client: requests_of(model, one) for one in jobs}
     bad = [
@@ -366,59 +366,59 @@ def test_in_a_u_shape_too() -> None:
         replace(sent["b"][2], states=sent["b"][2].states.clone().fill_(1e308)),
     ]
     with (
-        ServerParts(model, jobs, shared=True) as tails,
+        ServerParts(model, jobs, shared=True) as server_parts,
         ServerParts(model, jobs[2:], shared=True) as others,
     ):
-        refused, *_ = tails.answer([bad[0], sent["b"][0], sent["c"][0]])
+        refused, *_ = server_parts.answer([bad[0], sent["b"][0], sent["c"][0]])
         assert "not finite" in refusal(refused)
-        served(tails, sent["b"][1], sent["c"][1])
-        refused, _ = tails.answer([bad[1], sent["c"][2]])
+        served(server_parts, sent["b"][1], sent["c"][1])
+        refused, _ = server_parts.answer([bad[1], sent["c"][2]])
         assert "not finite" in refusal(refused)
         for request in sent["c"][3:]:
-            served(tails, request)
+            served(server_parts, request)
         for request in sent["c"]:
             served(others, request)
-        assert_equal(tails.adapter("c"), others.adapter("c"))
+        assert_equal(server_parts.adapter("c"), others.adapter("c"))
 
 
 def test_the_step_waits_for_all_who_are_at_work() -> None:
     model = model_of_three()
-    jobs = [replace(tail_job(model, n), seed=i) for i, n in enumerate("ab", start=1)]
+    jobs = [replace(server_job(model, n), seed=i) for i, n in enumerate("ab", start=1)]
     mine, its = (requests_of(model, one) for one in jobs)
     with (
-        ServerParts(model, jobs, shared=True) as tails,
+        ServerParts(model, jobs, shared=True) as server_parts,
         ServerParts(model, jobs, shared=True) as others,
     ):
         for i in (0, 1):
-            served(tails, mine[i], its[i])
+            served(server_parts, mine[i], its[i])
             served(others, mine[i], its[i])
-        assert tails.answer([mine[2]]) == [None]
-        assert tails.answer([mine[2]]) == [None]
+        assert server_parts.answer([mine[2]]) == [None]
+        assert server_parts.answer([mine[2]]) == [None]
         for i in range(2, 6):
-            served(tails, mine[i], its[i])
+            served(server_parts, mine[i], its[i])
             served(others, mine[i], its[i])
-        assert tails.adapter("a").hash() == others.adapter("a").hash()
+        assert server_parts.adapter("a").hash() == others.adapter("a").hash()
 
 
 def test_who_leaves_is_not_waited_for_and_what_it_gave_stays() -> None:
     model = model_of_three()
-    jobs = [replace(tail_job(model, n), seed=i) for i, n in enumerate("ab", start=1)]
+    jobs = [replace(server_job(model, n), seed=i) for i, n in enumerate("ab", start=1)]
     mine, its = (requests_of(model, one) for one in jobs)
     with (
-        ServerParts(model, jobs, shared=True) as tails,
+        ServerParts(model, jobs, shared=True) as server_parts,
         ServerParts(model, jobs, shared=True) as others,
     ):
-        for each in (tails, others):
+        for each in (server_parts, others):
             for i in (0, 1):
                 served(each, mine[i], its[i])
-        tails.leave("a")
-        served(tails, its[2])
+        server_parts.leave("a")
+        served(server_parts, its[2])
         served(others, mine[2], its[2])
         others.leave("a")
         for request in its[3:]:
-            served(tails, request)
+            served(server_parts, request)
             served(others, request)
-        assert tails.adapter("b").hash() == others.adapter("b").hash()
+        assert server_parts.adapter("b").hash() == others.adapter("b").hash()
 
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
@@ -426,20 +426,20 @@ def test_who_leaves_in_mid_step_counts_with_what_has_come(cut: CutPoint) -> None
     """As if the client's step had been that much shorter, whatever its weight had announced."""
     model = model_of_three()
     local = replace(BY_HAND, steps=1)
-    jobs = [replace(tail_job(model, n, cut, local=local), seed=i) for i, n in enumerate("ab")]
+    jobs = [replace(server_job(model, n, cut, local=local), seed=i) for i, n in enumerate("ab")]
     mine, its = (requests_of(model, one) for one in jobs)
-    first = [one for one in its[:-1] if one.at.micro == 0]
+    first = [one for one in its[:-1] if one.id.micro == 0]
     first[0] = replace(first[0], weight=1 / 20)
     tokens = len(first[0].states)  # Of a U-shape no more than these can count.
     assert tokens < 20
     with (
-        ServerParts(model, jobs, shared=True) as tails,
+        ServerParts(model, jobs, shared=True) as server_parts,
         ServerParts(model, jobs, shared=True) as others,
     ):
         for request in [*mine[:-1], *first]:
-            served(tails, request)
-        tails.leave("b")
-        served(tails, mine[-1])
+            served(server_parts, request)
+        server_parts.leave("b")
+        served(server_parts, mine[-1])
         for request in mine[:-1]:
             served(others, request)
         shorter = [replace(first[0], weight=1 / tokens)]
@@ -447,24 +447,24 @@ def test_who_leaves_in_mid_step_counts_with_what_has_come(cut: CutPoint) -> None
         for request in shorter:
             served(others, replace(request, last=True))
         served(others, mine[-1], its[-1])
-        assert_equal(tails.adapter("a"), others.adapter("a"))
+        assert_equal(server_parts.adapter("a"), others.adapter("a"))
 
 
 def test_a_client_cannot_claim_a_weight_in_the_shared_set() -> None:
     """What it says scales its own gradient; its labels are counted here."""
     model = model_of_three()
     local = replace(BY_HAND, steps=1)
-    jobs = [replace(tail_job(model, n, local=local), seed=i) for i, n in enumerate("ab")]
+    jobs = [replace(server_job(model, n, local=local), seed=i) for i, n in enumerate("ab")]
     mine, its = (requests_of(model, one) for one in jobs)
     found = []
     for factor in (1.0, 1e6):
-        with ServerParts(model, jobs, shared=True) as tails:
+        with ServerParts(model, jobs, shared=True) as server_parts:
             told = [replace(one, weight=one.weight * factor) for one in its[:-1]]
             for good, beside in zip(mine[:-1], told, strict=True):
-                reply, other = served(tails, good, beside)
+                reply, other = served(server_parts, good, beside)
                 found.append((reply.states, other.states / factor))
-            served(tails, mine[-1], its[-1])
-            found.append(tails.adapter("a"))
+            served(server_parts, mine[-1], its[-1])
+            found.append(server_parts.adapter("a"))
     *first, one, other = *found[:2], found[2], found[5]
     assert_equal(one, other)
     for states, again in zip(first, found[3:5], strict=True):
@@ -475,34 +475,34 @@ def test_a_client_cannot_claim_a_weight_in_the_shared_set() -> None:
 def test_a_gradient_of_the_shared_set_that_overflows_spoils_nothing() -> None:
     """B = 0 keeps what is returned finite, and A is so large that B's gradient is not."""
     model = model_of_three("opt")
-    jobs = [tail_job(model, name, BENT) for name in "ab"]
+    jobs = [server_job(model, name, BENT) for name in "ab"]
     start = Adapter({s: LowRank(d.b * 0, d.a * 1e100) for s, d in jobs[0].assignment.start.items()})
     jobs = [replace(j, assignment=replace(j.assignment, start=start, penalty=None)) for j in jobs]
     mine, its = (requests_of(model, one) for one in jobs)
     bad = replace(mine[2], states=mine[2].states * 1e250)
-    with ServerParts(model, jobs, shared=True) as tails:
+    with ServerParts(model, jobs, shared=True) as server_parts:
         for i in (0, 1):
-            served(tails, mine[i], its[i])
-        refused, good = tails.answer([bad, its[2]])
+            served(server_parts, mine[i], its[i])
+        refused, good = server_parts.answer([bad, its[2]])
         assert "its gradient, is not finite" in refusal(refused)
         assert isinstance(good, Returned)
-        served(tails, its[3])
-        served(tails, its[4])
+        served(server_parts, its[3])
+        served(server_parts, its[4])
 
 
 def test_clients_that_are_not_trained_alike_share_no_adapter() -> None:
-    one, other = (tail_job(MODEL, name) for name in "ab")
+    one, other = (server_job(MODEL, name) for name in "ab")
     for changed in (
         replace(other, local=replace(other.local, lr=0.5)),
         replace(other, assignment=replace(other.assignment, train="b")),
         replace(other, assignment=replace(other.assignment, penalty=None)),
     ):
-        with pytest.raises(RankError, match=r"client 'b': .*otherwise than of the clients"):
+        with pytest.raises(RankError, match=r"client 'b': .*in another way than the clients"):
             ServerParts(MODEL, [one, changed], shared=True)
 
 
 @pytest.mark.parametrize(("b", "a"), [(float("inf"), 1.0), (0.0, 1e200)], ids=["sent", "back"])
-def test_a_client_whose_head_diverges_ends_and_the_others_go_on(b: float, a: float) -> None:
+def test_a_client_whose_client_part_diverges_ends_and_the_others_go_on(b: float, a: float) -> None:
     """In what it would send, or in its own gradient: then the others must not wait for its step."""
     jobs = fleet({"a": 4, "b": 4, "c": 4})
     infinite = Adapter(
@@ -526,7 +526,7 @@ def test_a_client_whose_head_diverges_ends_and_the_others_go_on(b: float, a: flo
 @pytest.mark.parametrize(
     "cuts", [[CutPoint(2), CutPoint(1), CutPoint(1)], [CutPoint(1, 3), CutPoint(1), CutPoint(2)]]
 )
-def test_a_head_that_fails_does_not_act_in_the_tails_of_other_cuts(
+def test_a_client_part_that_fails_does_not_act_in_the_server_parts_of_other_cuts(
     cuts: Sequence[CutPoint],
 ) -> None:
     """Its blocks, with its factors attached, are run for those who are cut before them."""

@@ -1,36 +1,27 @@
 """Each end of split training needs the weights of its own blocks only."""
 
-import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import replace
-from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
-import torch
 
-from by_hand import assert_equal
 from jobs import job
-from models import tiny_loaded, write_tiny
-from polyrank.algebra import Adapter, distance
+from models import write_tiny
+from polyrank.algebra import distance
 from polyrank.errors import FrameError, ModelError
-from polyrank.model import LoadedModel, Span, load_model
+from polyrank.model import Span, load_model
 from polyrank.planning import CutPoint
 from polyrank.training import LocalTraining, train_cohort
 from polyrank.training.split import (
-    At,
-    Heads,
-    ServerPart,
+    ClientParts,
+    RequestId,
     ServerParts,
     SplitJob,
     SplitSettings,
     Step,
-    train_head,
-    train_split,
+    train_client_part,
 )
-from polyrank.transport import InProcessLinks, Limits, PipeLink, codec, serve_pipe
+from polyrank.transport import InProcessLinks
 
 BLOCKS = 4
 LOCAL = LocalTraining(epochs=2, batch=2, accumulation=2, lr=1e-2, clip=0.05)
@@ -62,12 +53,12 @@ def test_ends_that_hold_their_blocks_alone_train_what_the_whole_model_does(
     )
     assert (mine.hosted | theirs.hosted, mine.hosted & theirs.hosted) == (set(range(BLOCKS)), set())
     asked_for = [SplitJob(one, cut, 1) for one in jobs]
-    with ServerParts(theirs, [one.at_server(theirs) for one in asked_for]) as tails:
-        links = InProcessLinks(tails, "float64", whole.spec.hidden, 4096)
+    with ServerParts(theirs, [one.at_server(theirs) for one in asked_for]) as server_parts:
+        links = InProcessLinks(server_parts, "float64", whole.spec.hidden, 4096)
         for one, asked in zip(expected, asked_for, strict=True):
             steps: list[None] = []
             link = links.link(asked.job.client)
-            other = train_head(
+            other = train_client_part(
                 mine,
                 asked,
                 link,
@@ -77,8 +68,8 @@ def test_ends_that_hold_their_blocks_alone_train_what_the_whole_model_does(
             assert other.failure is None
             assert len(steps) == asked.job.steps
             with pytest.raises(FrameError, match="the link is closed"):
-                link.submit(Step(At("a", 1, 0, 0), 1.0))
-            parts = {**other.adapter, **tails.adapter(asked.job.client)}
+                link.submit(Step(RequestId("a", 1, 0, 0), 1.0))
+            parts = {**other.adapter, **server_parts.adapter(asked.job.client)}
             assert parts.keys() == one.adapter.keys()
             for site, delta in one.adapter.items():
                 assert distance(delta, parts[site]) <= 1e-11 * max(1.0, delta.norm()), site
@@ -92,65 +83,7 @@ def test_an_end_refuses_to_begin_without_one_of_its_blocks(tmp_path: Path) -> No
     first = load_model(folder, device="cpu", spans=[Span(0, 1)])
     asked = SplitJob(one, cut, 1)
     with pytest.raises(ModelError, match=r"blocks \[1\] are needed, this model holds \[0\]"):
-        Heads(first, [asked.at_client(first)], [], SplitSettings())
+        ClientParts(first, [asked.at_client(first)], [], SplitSettings())
     last = load_model(folder, device="cpu", spans=[Span(3)])
     with pytest.raises(ModelError, match=r"blocks \[2\] are needed, this model holds \[3\]"):
         ServerParts(last, [asked.at_server(last)])
-
-
-@pytest.mark.parametrize("adapters", ["own", "shared"])
-def test_clients_on_machines_of_their_own_train_what_they_do_in_one_process(adapters: str) -> None:
-    """Three at once over pipes, each with a model of its own, as fast as each of them is.
-
-    With a shared adapter the cuts differ, one client has more steps than the others, and each step
-    waits for all who are at work.
-    """
-
-    def model() -> LoadedModel:
-        return tiny_loaded("opt", num_hidden_layers=BLOCKS, dtype=torch.float64)
-
-    here, at_server = model(), model()
-    how = SplitSettings(wire="float64", adapters=adapters, in_flight=3)
-    cuts = [CutPoint(1), CutPoint(2), CutPoint(1, 3)] if adapters == "shared" else [CutPoint(2)] * 3
-    local = replace(LOCAL, batch=1, dropout=0.2)
-    dealt = job(here, "a").assignment
-    jobs = [
-        replace(job(here, name, count=count, seed=count, local=local), assignment=dealt)
-        for name, count in zip("abc", (3, 9, 5), strict=True)
-    ]
-    asked = [SplitJob(one, cut, 1) for one, cut in zip(jobs, cuts, strict=True)]
-
-    def together(tail: ServerPart):
-        return InProcessLinks(tail, "float64", here.spec.hidden, 4096).link
-
-    expected = train_split(here, asked, how, together, cohort=8)
-    limits = Limits(4096, here.spec.hidden, codec("float64"))
-    pipes = {one.job.client: Pipe() for one in asked}
-    tail_jobs = [one.at_server(at_server) for one in asked]
-    with (
-        ServerParts(at_server, tail_jobs, shared=adapters == "shared") as tails,
-        ExitStack() as ends,
-    ):
-        theirs = {client: ends_of[1] for client, ends_of in pipes.items()}
-        server = threading.Thread(target=serve_pipe, args=(tails, theirs, limits), daemon=True)
-        server.start()
-        clients = ends.enter_context(ThreadPoolExecutor(3))
-        trained = [
-            clients.submit(
-                train_head,
-                model(),
-                one,
-                PipeLink(pipes[one.job.client][0], one.job.client, limits),
-                how,
-            )
-            for one in asked
-        ]
-        heads = [one.result(60) for one in trained]
-        server.join(60)
-        assert not server.is_alive()
-        for one, head, whole in zip(asked, heads, expected, strict=True):
-            assert (head.failure, whole.failure) == (None, None)
-            assert_equal(
-                Adapter({**head.adapter, **tails.adapter(one.job.client)}), whole.adapter, 1e-10
-            )
-            assert head.metrics == pytest.approx(whole.metrics, rel=1e-9)

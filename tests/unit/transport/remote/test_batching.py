@@ -1,4 +1,4 @@
-"""Which frames go to a tail together, and when."""
+"""Which clients' frames are served together, and when."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from polyrank.transport.remote.batching import Batcher
 ALL = ("a", "b", "c")
 
 
-def gathering(gather=2.0, connected=ALL):
+def batcher(gather=2.0, connected=ALL):
     made = Batcher(ALL, gather)
     for client in connected:
         made.connect(client)
@@ -21,7 +21,7 @@ def frames(made):
 
 @pytest.mark.parametrize("gather", [2.0, None])
 def test_frames_are_served_at_once_when_all_have_one(gather):
-    made = gathering(gather)
+    made = batcher(gather)
     assert made.wait(0.0) is None
     made.add("a", b"a0", 0.0)
     made.add("b", b"b0", 0.5)
@@ -34,7 +34,7 @@ def test_frames_are_served_at_once_when_all_have_one(gather):
 
 
 def test_the_first_frame_waits_no_longer_than_the_set_time():
-    made = gathering()
+    made = batcher()
     made.add("b", b"b0", 10.0)
     made.add("a", b"a0", 11.0)
     assert made.wait(11.0) == 1.0
@@ -43,7 +43,7 @@ def test_the_first_frame_waits_no_longer_than_the_set_time():
 
 
 def test_without_a_set_time_all_at_work_are_waited_for_connected_or_not():
-    made = gathering(None, connected=("a", "b"))
+    made = batcher(None, connected=("a", "b"))
     made.add("a", b"a0", 0.0)
     made.add("b", b"b0", 0.0)
     assert made.wait(1e9) is None
@@ -51,19 +51,19 @@ def test_without_a_set_time_all_at_work_are_waited_for_connected_or_not():
     assert made.wait(0.0) == 0.0
 
 
-def test_with_a_set_time_only_who_is_connected_is_waited_for():
-    made = gathering(connected=("a", "b"))
+def test_with_a_set_time_only_connected_clients_are_waited_for():
+    made = batcher(connected=("a", "b"))
     made.add("a", b"a0", 0.0)
     assert made.wait(0.0) == 2.0
     made.disconnect("b")
     assert made.wait(0.0) == 0.0
 
 
-def test_what_the_tail_holds_counts_as_being_there():
-    made = gathering(None)
+def test_a_request_that_waits_at_the_server_part_counts_as_present():
+    made = batcher(None)
     made.add("a", b"step", 0.0)
     made.take()
-    made.hold(frozenset("a"))
+    made.set_waiting(frozenset("a"))
     assert made.wait(0.0) is None
     made.add("b", b"b0", 0.0)
     made.add("c", b"c0", 0.0)
@@ -71,9 +71,9 @@ def test_what_the_tail_holds_counts_as_being_there():
     assert frames(made) == {"b": b"b0", "c": b"c0"}
 
 
-def test_who_leaves_has_the_tail_asked_again_for_whom_it_holds():
-    made = gathering()
-    made.hold(frozenset("ab"))
+def test_when_a_client_leaves_waiting_requests_are_asked_again():
+    made = batcher()
+    made.set_waiting(frozenset("ab"))
     assert made.wait(0.0) is None
     made.leave("c")
     assert made.wait(0.0) == 0.0
@@ -82,13 +82,13 @@ def test_who_leaves_has_the_tail_asked_again_for_whom_it_holds():
 
 
 def test_a_new_stream_takes_the_place_of_what_came_on_the_old_one():
-    made = gathering(None)
-    made.hold(frozenset("a"))
+    made = batcher(None)
+    made.set_waiting(frozenset("a"))
     made.add("a", b"old", 0.0)
     made.connect("a")
     for client in ("b", "c"):
         made.add(client, b"x", 0.0)
-    assert made.wait(0.0) is None  # a's held request is to be dropped: it will come again
+    assert made.wait(0.0) is None  # a's waiting request is to be dropped: it will be sent again
     made.add("a", b"new", 1.0)
     assert made.wait(1.0) == 0.0
     taken = made.take()
@@ -98,15 +98,15 @@ def test_a_new_stream_takes_the_place_of_what_came_on_the_old_one():
 
 
 def test_what_a_broken_stream_has_brought_is_served():
-    made = gathering(connected=("a",))
+    made = batcher(connected=("a",))
     made.add("a", b"a0", 0.0)
     made.disconnect("a")
     assert made.wait(0.0) == 0.0
     assert frames(made) == {"a": b"a0"}
 
 
-def test_frames_of_those_who_have_left_are_dropped():
-    made = gathering()
+def test_frames_of_clients_that_have_left_are_dropped():
+    made = batcher()
     made.add("a", b"a0", 0.0)
     made.leave("a")
     made.add("a", b"a1", 0.0)
@@ -114,7 +114,7 @@ def test_frames_of_those_who_have_left_are_dropped():
     assert frames(made) == {}
 
 
-def test_in_turns_each_is_served_alone_until_the_tail_holds_a_request_of_it():
+def test_in_turns_each_client_is_served_alone_until_its_request_waits():
     made = Batcher(("b", "a", "c"), None, turns=True)
     for client in ALL:
         made.connect(client)
@@ -126,24 +126,24 @@ def test_in_turns_each_is_served_alone_until_the_tail_holds_a_request_of_it():
     made.add("b", b"b-step", 1.0)
     assert made.wait(1.0) == 0.0
     assert frames(made) == {"b": b"b0"}
-    made.hold(frozenset())
+    made.set_waiting(frozenset())
     assert frames(made) == {"b": b"b-step"}
-    made.hold(frozenset("b"))
+    made.set_waiting(frozenset("b"))
     assert made.wait(1.0) == 0.0
     assert frames(made) == {"a": b"a0"}
     made.leave("a")
     assert made.wait(1.0) == 0.0
     assert frames(made) == {"c": b"c0"}
-    made.hold(frozenset())  # The step was taken.
+    made.set_waiting(frozenset())  # The step was taken.
     assert made.wait(2.0) is None, "and it is the turn of b again"
 
 
-def test_a_held_request_that_comes_again_on_a_new_stream_has_its_turn_again():
+def test_a_waiting_request_that_is_sent_again_on_a_new_stream_has_its_turn_again():
     made = Batcher(ALL, None, turns=True)
     for client in ALL:
         made.connect(client)
     made.take()
-    made.hold(frozenset("a"))
+    made.set_waiting(frozenset("a"))
     made.connect("a")
     made.add("b", b"b0", 0.0)
     assert made.wait(0.0) is None, "what a had sent is forgotten: it is its turn again"

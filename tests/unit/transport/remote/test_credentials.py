@@ -10,25 +10,26 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from grpc_rounds import IDENTITY
+from polyrank.codecs import codec
 from polyrank.errors import FrameError
-from polyrank.transport import Limits, codec
+from polyrank.transport import FrameLimits
 from polyrank.transport import remote as package
 from polyrank.transport.remote import Credentials, Identity, new_identity
-from remote import IDENTITY
 
-ACCESS = Credentials(
+CREDENTIALS = Credentials(
     "server.example:4711", IDENTITY.certificate, "run", 2, 0, "a", b"t" * 32,
-    Limits(64, 16, codec("bf16")), 30.0,
+    FrameLimits(64, 16, codec("bf16")), 30.0,
 )  # fmt: skip
 
 
-def test_an_access_is_written_as_json_and_read_back():
-    assert Credentials.from_dict(json.loads(json.dumps(ACCESS.to_dict()))) == ACCESS
+def test_credentials_are_written_as_json_and_read_back():
+    assert Credentials.from_dict(json.loads(json.dumps(CREDENTIALS.to_dict()))) == CREDENTIALS
 
 
 def test_neither_token_nor_key_is_shown():
-    assert "ttt" not in repr(ACCESS)
-    assert str(ACCESS.to_dict()["token"]) not in repr(ACCESS)
+    assert "ttt" not in repr(CREDENTIALS)
+    assert str(CREDENTIALS.to_dict()["token"]) not in repr(CREDENTIALS)
     assert "PRIVATE" not in repr(IDENTITY)
     assert b"PRIVATE" in IDENTITY.key
 
@@ -40,12 +41,13 @@ def test_neither_token_nor_key_is_shown():
         ("address", "h" * 400 + ":1"), ("certificate", b"no PEM"), ("run", ""),
         ("certificate", b"-----BEGIN CERTIFICATE-----" + bytes(20000)), ("client", "x" * 1025),
         ("round", -1), ("attempt", 2**32), ("token", b"short"), ("patience", 0.0),
-        ("patience", float("nan")), ("patience", 1e12), ("limits", Limits(0, 16, codec("bf16"))),
+        ("patience", float("nan")), ("patience", 1e12),
+        ("limits", FrameLimits(0, 16, codec("bf16"))),
     ],
 )  # fmt: skip
-def test_an_access_that_cannot_be_is_refused_with_the_field(field, value):
-    with pytest.raises(FrameError, match=f"access, {field}: expected"):
-        replace(ACCESS, **{field: value})
+def test_credentials_out_of_range_are_refused_with_the_field(field, value):
+    with pytest.raises(FrameError, match=f"credentials, {field}: expected"):
+        replace(CREDENTIALS, **{field: value})
 
 
 @pytest.mark.parametrize(
@@ -55,16 +57,16 @@ def test_an_access_that_cannot_be_is_refused_with_the_field(field, value):
         ("tokens", -1), ("patience", "30"), ("address", None), ("width", 2**40), ("wire", 1),
     ],
 )  # fmt: skip
-def test_a_written_access_of_wrong_types_is_refused_with_the_field(field, value):
-    with pytest.raises(FrameError, match=f"access, {field}: expected") as caught:
-        Credentials.from_dict({**ACCESS.to_dict(), field: value})
+def test_written_credentials_of_wrong_types_are_refused_with_the_field(field, value):
+    with pytest.raises(FrameError, match=f"credentials, {field}: expected") as caught:
+        Credentials.from_dict({**CREDENTIALS.to_dict(), field: value})
     assert "no base64!" not in str(caught.value)
 
 
-def test_a_written_access_has_all_fields_and_no_others():
-    fields = ACCESS.to_dict()
+def test_written_credentials_have_all_fields_and_no_others():
+    fields = CREDENTIALS.to_dict()
     for wrong in ({**fields, "more": 1}, {"run": "run"}, [fields]):
-        with pytest.raises(FrameError, match="access: expected the fields"):
+        with pytest.raises(FrameError, match="credentials: expected the fields"):
             Credentials.from_dict(wrong)
     with pytest.raises(FrameError, match="wire: expected one of"):
         Credentials.from_dict({**fields, "wire": "float8"})

@@ -6,13 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from polyrank.errors import FrameError, ModelError
-from polyrank.planning import CutPoint
-from polyrank.training.split import ServerParts, Step, train_head
-from polyrank.transport.remote import GrpcLink, ServeSettings, SplitServer
-from polyrank.transport.remote.reconnecting_stream import ReconnectingStream
-from proxy import Proxy
-from remote import (
+from grpc_rounds import (
     ATTEMPT,
     IDENTITY,
     OWN,
@@ -25,6 +19,13 @@ from remote import (
     serving,
     undisturbed,
 )
+from polyrank.errors import FrameError, ModelError
+from polyrank.planning import CutPoint
+from polyrank.training.split import ServerParts, Step, train_client_part
+from polyrank.transport import ServingSettings
+from polyrank.transport.remote import GrpcLink, SplitServer
+from polyrank.transport.remote.reconnecting_stream import ReconnectingStream
+from proxy import Proxy
 
 PHASES = ("before request", "after request", "after reply", "before step", "after step")
 
@@ -45,7 +46,7 @@ class Cutting:
         return Answer(self, pending, request)
 
     def at(self, phase, request):
-        if self._when(phase, request.at):
+        if self._when(phase, request.id):
             self._cut()
             self.cuts += 1
 
@@ -68,10 +69,10 @@ class Answer:
 
 
 class Around:
-    """A tail that does something between an answer and its way back, the first `times` times."""
+    """A server part that acts after each of its first `times` answers, before they are sent."""
 
-    def __init__(self, tail, act, times=10**9):
-        self._tail, self._act, self._times = tail, act, times
+    def __init__(self, server_part, act, times=10**9):
+        self._tail, self._act, self._times = server_part, act, times
         self.asked = []
 
     def answer(self, requests):
@@ -88,13 +89,13 @@ class Around:
 
 def test_over_grpc_the_bits_are_those_of_a_run_in_process():
     with serving([job("a")]) as place:
-        assert place.hashes("a", place.head("a")) == undisturbed()
+        assert place.hashes("a", place.train("a")) == undisturbed()
 
 
 def test_both_ends_count_the_same_bytes():
     with serving([job("a")]) as place:
         link = place.link("a")
-        trained = place.head("a", link)
+        trained = place.train("a", link)
         counted = place.server.traffic("a")
         assert link.traffic == counted
         numbers = trained.metrics
@@ -107,7 +108,7 @@ def test_both_ends_count_the_same_bytes():
 def test_a_stream_that_is_cut_at_any_phase_goes_on_at_its_step(phase):
     with serving([job("a")]) as place, Proxy(place.access["a"].address) as proxy:
         link = Cutting(place.link("a", proxy.address), proxy.cut, lambda at, _: at == phase)
-        assert place.hashes("a", place.head("a", link)) == undisturbed()
+        assert place.hashes("a", place.train("a", link)) == undisturbed()
         assert link.cuts >= 3
         assert proxy.connections >= 3
 
@@ -115,23 +116,23 @@ def test_a_stream_that_is_cut_at_any_phase_goes_on_at_its_step(phase):
 def test_a_stream_that_is_cut_again_and_again_goes_on_at_its_step():
     with serving([job("a")]) as place, Proxy(place.access["a"].address) as proxy:
         link = Cutting(place.link("a", proxy.address), proxy.cut, lambda *_: True)
-        assert place.hashes("a", place.head("a", link)) == undisturbed()
+        assert place.hashes("a", place.train("a", link)) == undisturbed()
 
 
 def test_what_was_served_but_not_received_is_not_applied_again():
-    """The stream breaks between the tail's answer and its way back, for every request."""
+    """The stream breaks between the server part's answer and its way back, for every request."""
     proxies = []
     arounds = []
 
-    def around(tails):
-        arounds.append(Around(tails, lambda: proxies[0].cut(), times=4))
+    def around(server_parts):
+        arounds.append(Around(server_parts, lambda: proxies[0].cut(), times=4))
         return arounds[0]
 
     with serving([job("a")], around=around) as place, Proxy(place.access["a"].address) as proxy:
         proxies.append(proxy)
         link = place.link("a", proxy.address)
-        assert place.hashes("a", place.head("a", link)) == undisturbed()
-        numbers = [(type(one), one.at) for one in arounds[0].asked]
+        assert place.hashes("a", place.train("a", link)) == undisturbed()
+        numbers = [(type(one), one.id) for one in arounds[0].asked]
         assert len(set(numbers)) == 5 + 3  # microbatches and steps
         assert len(numbers) > len(set(numbers))  # asked again, and answered again
 
@@ -140,25 +141,25 @@ def test_frames_that_come_twice_change_nothing(monkeypatch):
     """Everything is sent twice on one stream; the second answer is dropped by the client."""
     send, receive = ReconnectingStream.send, ReconnectingStream.receive
 
-    def sent_twice(line, frame):
-        send(line, frame)
-        send(line, frame)
+    def sent_twice(stream, frame):
+        send(stream, frame)
+        send(stream, frame)
 
-    def received_twice(line, since):
-        first = receive(line, since)
-        assert receive(line, since) == first
+    def received_twice(stream, since):
+        first = receive(stream, since)
+        assert receive(stream, since) == first
         return first
 
     monkeypatch.setattr(ReconnectingStream, "send", sent_twice)
     monkeypatch.setattr(ReconnectingStream, "receive", received_twice)
-    with serving([job("a")], serve=ServeSettings(gather=0.0, credit=8)) as place:
-        assert place.hashes("a", place.head("a")) == undisturbed()
+    with serving([job("a")], serve=ServingSettings(gather=0.0, credit=8)) as place:
+        assert place.hashes("a", place.train("a")) == undisturbed()
 
 
 def test_late_and_slow_frames_change_nothing():
     with serving([job("a")]) as place:
         with Proxy(place.access["a"].address, delay=0.02, rate=500_000) as proxy:
-            trained = place.head("a", place.link("a", proxy.address))
+            trained = place.train("a", place.link("a", proxy.address))
         assert place.hashes("a", trained) == undisturbed()
 
 
@@ -166,12 +167,12 @@ def test_two_clients_train_at_once_each_as_if_alone():
     made = [job("a"), job("b")]
     with serving(made[:1]) as one, serving(made[1:]) as other:
         for place, client in ((one, "a"), (other, "b")):
-            assert place.hashes(client, place.head(client)) == undisturbed(client)
+            assert place.hashes(client, place.train(client)) == undisturbed(client)
 
 
 def test_a_client_that_falls_silent_leaves_and_the_shared_step_of_the_others_goes_on():
     """Its machine is cut off for good after its first step was held back for the others."""
-    serve = ServeSettings(gather=None, silence=0.4)
+    serve = ServingSettings(gather=None, silence=2.0)
     made = [job("a"), job("b"), job("c")]
     with serving(made, settings=SHARED, serve=serve) as place:
         with Proxy(place.access["c"].address) as proxy:
@@ -181,24 +182,24 @@ def test_a_client_that_falls_silent_leaves_and_the_shared_step_of_the_others_goe
                 proxy.block,
                 lambda at, where: at == "before step" and where.step == 1,
             )
-            found = place.heads(links)
+            found = place.train_all(links)
             assert found["a"].failure is None
             assert found["b"].failure is None
             assert "c" in found["c"].failure
-            assert "0.4 s" in found["c"].failure  # the client knows when it has been given up
-            assert "nothing came of the client for 0.4 s" in place.server.failed("c")
+            assert "2 s" in found["c"].failure  # the client knows when it has been given up
+            assert "nothing came of the client for 2 s" in place.server.failed("c")
             assert place.server.failed("a") is None
-            assert place.tail("a").keys() == place.tail("b").keys()
-            with pytest.raises(FrameError, match=r"took 1 of 3 steps and it has left"):
-                place.tail("c")
+            assert place.server_part("a").keys() == place.server_part("b").keys()
+            with pytest.raises(FrameError, match=r"took 1 of 3 steps for it and it has left"):
+                place.server_part("c")
 
 
 def test_a_held_step_that_is_sent_again_is_answered_once():
     """A's step waits for b at the server when its stream breaks; b steps only after that."""
     seen, cut_off, arounds = threading.Event(), threading.Event(), []
 
-    def around(tails):
-        arounds.append(Around(tails, lambda: _note(arounds[0], seen)))
+    def around(server_parts):
+        arounds.append(Around(server_parts, lambda: _note(arounds[0], seen)))
         return arounds[0]
 
     def cut():
@@ -213,52 +214,52 @@ def test_a_held_step_that_is_sent_again_is_answered_once():
                 "a": Cutting(place.link("a", proxy.address), cut, first("after step")),
                 "b": Cutting(place.link("b"), lambda: cut_off.wait(SOON), first("before step")),
             }
-            found = place.heads(links)
+            found = place.train_all(links)
             for client in "ab":  # one answer too many would be that to the next request
                 assert found[client].failure is None
-            assert place.tail("a").hash() == place.tail("b").hash()
+            assert place.server_part("a").hash() == place.server_part("b").hash()
             assert proxy.connections == 2
 
 
 def _note(around, seen):
     """Say so once a's step was asked for."""
-    if any(isinstance(one, Step) and one.at.client == "a" for one in around.asked):
+    if any(isinstance(one, Step) and one.id.client == "a" for one in around.asked):
         seen.set()
 
 
 def test_a_client_that_is_slow_and_alive_is_not_silent():
-    with serving([job("a")], serve=ServeSettings(gather=0.0, silence=0.3)) as place:
+    with serving([job("a")], serve=ServingSettings(gather=0.0, silence=0.3)) as place:
         link = Cutting(place.link("a"), lambda: time.sleep(0.8), lambda at, _: at == "before step")
-        assert place.hashes("a", place.head("a", link)) == undisturbed()
+        assert place.hashes("a", place.train("a", link)) == undisturbed()
 
 
 def test_a_client_that_never_comes_is_waited_for_until_its_token_expires():
     made = [job("a"), job("b")]
-    serve = ServeSettings(gather=None)
+    serve = ServingSettings(gather=None)
     with serving(made, settings=SHARED, serve=serve, seconds=1.0) as place:
         access = replace(place.access["a"], patience=SOON)
         place.access["a"] = access
-        assert place.head("a").failure is None
-        assert "did not come before its token expired" in place.server.failed("b")
+        assert place.train("a").failure is None
+        assert "did not connect before its token expired" in place.server.failed("b")
 
 
-def test_a_tail_that_raises_ends_its_clients_and_the_others_go_on():
+def test_a_server_part_that_raises_ends_its_clients_and_the_others_go_on():
     def fail():
         raise ZeroDivisionError("of the test")
 
     jobs, servers = {one: job(one) for one in "ab"}, {one: model() for one in "ab"}
-    with SplitServer("127.0.0.1:0", IDENTITY, "run", ServeSettings(gather=0.0)) as server:
+    with SplitServer("127.0.0.1:0", IDENTITY, "run", ServingSettings(gather=0.0)) as server:
         with (
             ServerParts(servers["a"], [jobs["a"].at_server(servers["a"])]) as one,
             ServerParts(servers["b"], [jobs["b"].at_server(servers["b"])]) as other,
         ):
             served = [(Around(one, fail), ["a"]), (other, ["b"])]
             access = server.open(served, ROUND, ATTEMPT, dict.fromkeys("ab", limits()), SOON)
-            failed = train_head(model(), jobs["a"], GrpcLink(access["a"]), OWN)
-            assert "the tail failed at the server" in failed.failure
+            failed = train_client_part(model(), jobs["a"], GrpcLink(access["a"]), OWN)
+            assert "its server part failed" in failed.failure
             assert "of the test" not in failed.failure  # that is for the server's owner
             assert "ZeroDivisionError: of the test" in server.failed("a")
-            good = train_head(model(), jobs["b"], GrpcLink(access["b"]), OWN)
+            good = train_client_part(model(), jobs["b"], GrpcLink(access["b"]), OWN)
             assert (good.adapter.hash(), other.adapter("b").hash()) == undisturbed("b")
             server.close()
 
@@ -270,10 +271,10 @@ def test_the_owner_can_give_a_client_up_and_the_client_hears_why():
             lambda: place.server.leave("a", "its deadline has passed"),
             lambda at, where: at == "before step" and where.step == 1,
         )
-        assert "its deadline has passed" in place.head("a", link).failure
+        assert "its deadline has passed" in place.train("a", link).failure
         assert place.server.failed("a") == "its deadline has passed"
-        with pytest.raises(FrameError, match="took 1 of 3 steps and it has left"):
-            place.tail("a")
+        with pytest.raises(FrameError, match="took 1 of 3 steps for it and it has left"):
+            place.server_part("a")
 
 
 def test_the_end_of_the_round_ends_all_streams_and_resuming():
@@ -283,33 +284,33 @@ def test_the_end_of_the_round_ends_all_streams_and_resuming():
             place.server.close,
             lambda at, where: at == "before step" and where.step == 1,
         )
-        assert "the round has ended" in place.head("a", link).failure
-        assert "the token is not accepted" in place.head("a").failure
+        assert "the round has ended" in place.train("a", link).failure
+        assert "the token is not accepted" in place.train("a").failure
 
 
 def test_a_server_that_is_gone_is_given_up_once_patience_ends():
     with serving([job("a")]) as place:
         access = replace(place.access["a"], patience=0.5)
         place.access["a"] = access
-    trained = place.head("a")
+    trained = place.train("a")
     assert "nothing came from the split server at 127.0.0.1" in trained.failure
     assert "0.5 s" in trained.failure
 
 
-def test_functions_run_on_the_tails_thread_while_clients_train():
+def test_functions_run_on_the_server_parts_thread_while_clients_train():
     with serving([job("a")]) as place:
         names = {place.server.call(lambda: threading.current_thread().name) for _ in range(2)}
         assert names == {"split tails"}
         with pytest.raises(ZeroDivisionError):
             place.server.call(lambda: 1 // 0)
-        assert place.hashes("a", place.head("a")) == undisturbed()
+        assert place.hashes("a", place.train("a")) == undisturbed()
 
 
 def test_one_round_follows_another_on_the_same_server():
     with serving([job("a")]) as place:
         with pytest.raises(FrameError, match="no round open"):
             place.server.open([], 0, 0, {}, 1.0)
-        assert place.hashes("a", place.head("a")) == undisturbed()
+        assert place.hashes("a", place.train("a")) == undisturbed()
         place.server.close()
         place.server.close()
         assert place.server.open([], 4, 0, {}, 1.0) == {}
@@ -319,5 +320,5 @@ def test_a_link_is_closed_when_training_cannot_begin():
     with serving([job("a")]) as place:
         link = place.link("a")
         with pytest.raises(ModelError):
-            train_head(model(), replace(job("a"), cut=CutPoint(99)), link, OWN)
-        assert not link._line._thread.is_alive()
+            train_client_part(model(), replace(job("a"), cut=CutPoint(99)), link, OWN)
+        assert not link._stream._thread.is_alive()

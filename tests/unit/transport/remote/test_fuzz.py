@@ -3,24 +3,24 @@
 import random
 import struct
 import zlib
+from collections import defaultdict
 
 import pytest
 from google.protobuf.message import DecodeError
 
+from grpc_rounds import ATTEMPT, OWN, ROUND, Raw, job, limits, model, serving, undisturbed
 from polyrank.errors import FrameError
-from polyrank.training.split import Refused, ServerParts, train_head
-from polyrank.transport import InProcessLinks, decode, encode
-from polyrank.transport.remote import ServeSettings
+from polyrank.training.split import Refused, ServerParts, train_client_part
+from polyrank.transport import InProcessLinks, ServingSettings, decode, encode
 from polyrank.transport.remote import split_pb2 as pb
-from polyrank.transport.remote.server_stream import ServerStream, Terms
-from polyrank.transport.remote.sessions import Sessions, Work, proof
-from polyrank.transport.remote.wire import PART_BYTES, Joined, parts
-from polyrank.transport.serving import Serving
-from remote import ATTEMPT, OWN, ROUND, Raw, job, limits, model, serving, undisturbed
+from polyrank.transport.remote.server_stream import ServerStream, StreamLimits
+from polyrank.transport.remote.sessions import SessionId, Sessions, proof
+from polyrank.transport.remote.wire import PART_BYTES, FrameAssembler, frame_parts
+from polyrank.transport.serving import FrameServer
 
-WORK = Work("run", ROUND, ATTEMPT, "b")
+SESSION = SessionId("run", ROUND, ATTEMPT, "b")
 SECRET = b"s" * 32
-TERMS = Terms(credit=2, longest=1000, silence=60.0)
+LIMITS = StreamLimits(credit=2, longest=1000, silence=60.0)
 
 
 def changed(message: bytes, draw: random.Random) -> bytes:
@@ -45,32 +45,32 @@ def changed(message: bytes, draw: random.Random) -> bytes:
 
 
 class Recorder:
-    """A floor that takes everybody in, and remembers what came."""
+    """A handler that admits every stream, and records what comes."""
 
     def __init__(self):
-        self.entered, self.frames, self.byes = [], [], []
+        self.admitted, self.frames, self.byes = [], [], []
 
-    def enter(self, stream, work):
-        self.entered.append(work)
-        stream.welcome(work.client, TERMS)
-        return TERMS
+    def admit(self, stream, session):
+        self.admitted.append(session)
+        stream.welcome(session.client, LIMITS)
+        return LIMITS
 
     def heard(self, stream):
         pass
 
-    def add(self, stream, frame):
+    def submit(self, stream, frame):
         self.frames.append(frame)
 
     def bye(self, stream, failure):
         self.byes.append(failure)
 
 
-def opened(floor=None):
-    """Return a stream, its floor, its sessions, and the token of b's work."""
-    floor, sessions = floor or Recorder(), Sessions(lambda: 0.0)
-    token = sessions.issue(WORK, 1.0)
-    sessions.issue(Work("run", ROUND, ATTEMPT, "a"), 1.0)
-    return ServerStream(floor, sessions), floor, sessions, token
+def opened(handler=None):
+    """Return a stream, its handler, its sessions, and the token of b's work."""
+    handler, sessions = handler or Recorder(), Sessions(lambda: 0.0)
+    token = sessions.issue(SESSION, 1.0)
+    sessions.issue(SessionId("run", ROUND, ATTEMPT, "a"), 1.0)
+    return ServerStream(handler, sessions), handler, sessions, token
 
 
 def hello(token, **changes):
@@ -82,33 +82,33 @@ def hello(token, **changes):
 def test_of_2500_changed_hellos_only_those_with_the_token_of_their_work_are_welcome():
     draw, welcome = random.Random(1), 0
     for _ in range(2500):
-        stream, floor, _, token = opened()
+        stream, handler, _, token = opened()
         message = changed(hello(token).SerializeToString(), draw)
-        stream.take(message)
-        if floor.entered:
+        stream.receive(message)
+        if handler.admitted:
             came = pb.Up.FromString(message).hello
-            assert floor.entered == [WORK]
+            assert handler.admitted == [SESSION]
             assert came.first.token == token
             welcome += 1
-        assert bool(floor.entered) == stream.welcomed
+        assert bool(handler.admitted) == stream.welcomed
     assert 0 < welcome < 500  # bits of the secret and unknown fields may change
 
 
 def test_of_2500_changed_proofs_none_is_accepted():
     draw = random.Random(2)
     for _ in range(2500):
-        stream, floor, sessions, token = opened()
-        sessions.redeem(WORK, token, SECRET)
-        stream.take(hello(token, first=None, resume=pb.Hello.Resume()).SerializeToString())
+        stream, handler, sessions, token = opened()
+        sessions.redeem(SESSION, token, SECRET)
+        stream.receive(hello(token, first=None, resume=pb.Hello.Resume()).SerializeToString())
         down = pb.Down.FromString(next(stream.messages()))
-        right = proof(SECRET, down.challenge.nonce, WORK)
+        right = proof(SECRET, down.challenge.nonce, SESSION)
         message = changed(pb.Up(proof=pb.Proof(hmac=right)).SerializeToString(), draw)
-        stream.take(message)
+        stream.receive(message)
         try:
             same = pb.Up.FromString(message).proof.hmac == right
         except DecodeError:
             same = False
-        assert stream.welcomed == bool(floor.entered) == same
+        assert stream.welcomed == bool(handler.admitted) == same
 
 
 def test_2500_changed_messages_of_a_welcome_client_end_its_own_work_at_most():
@@ -122,17 +122,17 @@ def test_2500_changed_messages_of_a_welcome_client_end_its_own_work_at_most():
     stream = None
     for _ in range(2500):
         if stream is None or stream.over:
-            stream, floor, _, token = opened()
-            stream.take(hello(token).SerializeToString())
+            stream, handler, _, token = opened()
+            stream.receive(hello(token).SerializeToString())
             assert stream.welcomed
-        stream.take(changed(draw.choice(good).SerializeToString(), draw))
+        stream.receive(changed(draw.choice(good).SerializeToString(), draw))
         if stream.over:
             ends += 1
-            assert len(floor.byes) == 1
+            assert len(handler.byes) == 1
             said = [pb.Down.FromString(one).WhichOneof("what") for one in stream.messages()]
-            assert said == ["welcome"] if floor.byes == [None] else ["welcome", "ended"]
-        assert all(len(frame) <= TERMS.longest for frame in floor.frames)
-        assert len(floor.frames) <= TERMS.credit
+            assert said == ["welcome"] if handler.byes == [None] else ["welcome", "ended"]
+        assert all(len(frame) <= LIMITS.longest for frame in handler.frames)
+        assert len(handler.frames) <= LIMITS.credit
     assert ends > 500
 
 
@@ -140,8 +140,8 @@ def test_2400_changed_frames_are_refused_and_the_other_client_s_adapter_is_the_s
     """Half of them with a checksum that fits, so that more than it is put to the test."""
     draw, server = random.Random(4), model()
     made = [job("a"), job("b")]
-    with ServerParts(server, [one.at_server(server) for one in made]) as tails:
-        place = Serving(tails, limits())
+    with ServerParts(server, [one.at_server(server) for one in made]) as server_parts:
+        server_end = FrameServer(server_parts, defaultdict(limits))
         sent = frames_of("b")
         refused = accepted = 0
 
@@ -151,7 +151,7 @@ def test_2400_changed_frames_are_refused_and_the_other_client_s_adapter_is_the_s
                 frame = changed(draw.choice(sent), draw)
                 if draw.random() < 0.5 and len(frame) > 4:
                     frame = frame[:-4] + struct.pack("<I", zlib.crc32(frame[:-4]))
-                for client, reply in place.answer({"b": frame}):
+                for client, reply in server_end.answer({"b": frame}):
                     assert client == "b"
                     answer = decode(reply, limits())
                     refused += isinstance(answer, Refused)
@@ -161,7 +161,7 @@ def test_2400_changed_frames_are_refused_and_the_other_client_s_adapter_is_the_s
             """A's requests, each after a wave of attacks."""
 
             def __init__(self):
-                self._links = InProcessLinks(tails, "float32", 16, 64)
+                self._links = InProcessLinks(server_parts, "float32", 16, 64)
                 self._link = self._links.link("a")
 
             def submit(self, request):
@@ -175,9 +175,9 @@ def test_2400_changed_frames_are_refused_and_the_other_client_s_adapter_is_the_s
             def close(self):
                 self._link.close()
 
-        trained = train_head(model(), made[0], Link(), OWN)
+        trained = train_client_part(model(), made[0], Link(), OWN)
         assert trained.failure is None
-        assert (trained.adapter.hash(), tails.adapter("a").hash()) == undisturbed("a")
+        assert (trained.adapter.hash(), server_parts.adapter("a").hash()) == undisturbed("a")
     assert refused + accepted == 8 * 300
     assert refused > 2000
 
@@ -185,8 +185,8 @@ def test_2400_changed_frames_are_refused_and_the_other_client_s_adapter_is_the_s
 def frames_of(client):
     """Return the frames that a client sends in an undisturbed run."""
     server, one, found = model(), job(client), []
-    with ServerParts(server, [one.at_server(server)]) as tails:
-        link = InProcessLinks(tails, "float32", 16, 64).link(client)
+    with ServerParts(server, [one.at_server(server)]) as server_parts:
+        link = InProcessLinks(server_parts, "float32", 16, 64).link(client)
         submit = link.submit
 
         class Listening:
@@ -198,13 +198,13 @@ def frames_of(client):
                 found.append(encode(request, limits().codec))
                 return submit(request)
 
-        assert train_head(model(), one, Listening(), OWN).failure is None
+        assert train_client_part(model(), one, Listening(), OWN).failure is None
     return found
 
 
 def test_300_changed_messages_through_the_socket_leave_the_honest_client_as_it_was():
     draw, sent = random.Random(5), frames_of("b")
-    with serving([job("a"), job("b")], serve=ServeSettings(gather=0.0, credit=2)) as place:
+    with serving([job("a"), job("b")], serve=ServingSettings(gather=0.0, credit=2)) as place:
         for _ in range(100):  # each on a stream of its own, by a stranger
             with Raw(place.access["b"]) as raw:
                 good = pb.Up(hello=raw.hello(client="c")).SerializeToString()
@@ -216,50 +216,50 @@ def test_300_changed_messages_through_the_socket_leave_the_honest_client_as_it_w
             assert raw.received().WhichOneof("what") == "welcome"
             for _ in range(200):
                 frame = changed(draw.choice(sent), draw)[: limits().nbytes] or b"x"
-                for part in parts(frame):
+                for part in frame_parts(frame):
                     raw.send(part=part)
                 assert raw.received().WhichOneof("what") == "part"
-        assert place.hashes("a", place.head("a")) == undisturbed()
+        assert place.hashes("a", place.train("a")) == undisturbed()
         assert place.server.failed("a") is None
 
 
 def test_replies_that_are_not_read_count_as_credit_so_that_few_are_kept():
-    stream, floor, _, token = opened()
-    stream.take(hello(token).SerializeToString())
+    stream, handler, _, token = opened()
+    stream.receive(hello(token).SerializeToString())
     frame = pb.Up(part=pb.Part(data=b"x", last=True)).SerializeToString()
     for _ in range(2):
-        stream.take(frame)
+        stream.receive(frame)
         stream.reply(b"y" * 100)
-    stream.take(frame)
+    stream.receive(frame)
     assert stream.over
-    assert floor.byes == ["expected at most 2 requests without reply; more came"]
+    assert handler.byes == ["expected at most 2 requests without reply; more came"]
     said = [pb.Down.FromString(one).WhichOneof("what") for one in stream.messages()]
     assert said == ["welcome", "part", "part", "ended"]
 
 
 def test_a_reply_that_is_written_gives_its_credit_back():
-    stream, floor, _, token = opened()
-    stream.take(hello(token).SerializeToString())
+    stream, handler, _, token = opened()
+    stream.receive(hello(token).SerializeToString())
     written = stream.messages()
     next(written)
     frame = pb.Up(part=pb.Part(data=b"x", last=True)).SerializeToString()
     for _ in range(10):
-        stream.take(frame)
+        stream.receive(frame)
         stream.reply(b"y")
         assert pb.Down.FromString(next(written)).part.data == b"y"
     assert not stream.over
-    assert len(floor.frames) == 10
+    assert len(handler.frames) == 10
 
 
 def test_a_frame_in_parts_is_put_together_and_never_grows_beyond_its_bound():
     frame = random.Random(6).randbytes(2 * PART_BYTES + 3)
-    joined = Joined(len(frame))
+    assembler = FrameAssembler(len(frame))
     for _ in range(2):
-        found = [joined.add(part) for part in parts(frame)]
+        found = [assembler.add(part) for part in frame_parts(frame)]
         assert found == [None, None, frame]
-    joined = Joined(len(frame) - 1)
-    first, second, last = parts(frame)
-    assert joined.add(first) is None
-    assert joined.add(second) is None
+    assembler = FrameAssembler(len(frame) - 1)
+    first, second, last = frame_parts(frame)
+    assert assembler.add(first) is None
+    assert assembler.add(second) is None
     with pytest.raises(FrameError, match="expected at most"):
-        joined.add(last)
+        assembler.add(last)

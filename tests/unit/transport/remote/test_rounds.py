@@ -1,4 +1,4 @@
-"""Many rounds at one server leave nothing behind: no thread, no descriptor, no tail."""
+"""Many rounds at one server leave nothing behind: no thread, descriptor or server part."""
 
 import gc
 import logging
@@ -9,19 +9,20 @@ from pathlib import Path
 
 import grpc
 
-from polyrank.training.split.messages import At, Step, Stepped
+from grpc_rounds import IDENTITY, SOON, Raw, limits
+from polyrank.training.split.messages import RequestId, Step, Stepped
+from polyrank.transport import ServingSettings
 from polyrank.transport.frames import encode
-from polyrank.transport.remote import GrpcLink, ServeSettings, SplitServer
+from polyrank.transport.remote import GrpcLink, SplitServer
 from polyrank.transport.remote import split_pb2 as pb
-from polyrank.transport.remote.sessions import Work, proof
-from remote import IDENTITY, SOON, Raw, limits
+from polyrank.transport.remote.sessions import SessionId, proof
 
 ROUNDS = 50
 DESCRIPTORS = Path("/proc/self/fd")
 
 
 class Counted:
-    """A tail that answers, or raises; it knows nothing of a model."""
+    """A server part without a model, that answers or raises."""
 
     def __init__(self, fails: bool):
         self.fails = fails
@@ -29,7 +30,7 @@ class Counted:
     def answer(self, requests):
         if self.fails:
             raise RuntimeError("the accelerator is gone")
-        return [Stepped(one.at) for one in requests]
+        return [Stepped(one.id) for one in requests]
 
     def leave(self, client):
         pass
@@ -46,7 +47,7 @@ def goes_on(access):
 
 def asks(raw):
     """Send a frame."""
-    step = Step(At(raw.access.client, raw.access.round, 0, 0, 0), 1.0)
+    step = Step(RequestId(raw.access.client, raw.access.round, 0, 0, 0), 1.0)
     raw.send(part=pb.Part(data=encode(step, raw.access.limits.codec), last=True))
 
 
@@ -55,7 +56,7 @@ def resumes(access):
     raw = Raw(access)
     raw.send(hello=raw.resume())
     nonce = raw.received().challenge.nonce
-    work = Work(access.run, access.round, access.attempt, access.client)
+    work = SessionId(access.run, access.round, access.attempt, access.client)
     raw.send(proof=pb.Proof(hmac=proof(b"s" * 32, nonce, work)))
     return raw
 
@@ -66,7 +67,7 @@ def breaks_off(access):
 
 def says_bye(access):
     link = GrpcLink(access)
-    link.submit(Step(At("a", access.round, 0, 0, 0), 1.0)).result()
+    link.submit(Step(RequestId("a", access.round, 0, 0, 0), 1.0)).result()
     link.close()
 
 
@@ -95,16 +96,16 @@ def held() -> tuple[int, int]:
 
 
 def test_fifty_rounds_leave_nothing_behind(monkeypatch):
-    # Ten tails fail; pytest would keep what is logged of them, and so them.
+    # Ten server parts fail; pytest would keep what is logged of them, and so them.
     monkeypatch.setattr(logging.getLogger("polyrank.transport.remote.scheduler"), "disabled", True)
-    tails, before = [], (0, 0)
-    with SplitServer("127.0.0.1:0", IDENTITY, "run", ServeSettings(gather=0.0)) as server:
+    server_parts, before = [], (0, 0)
+    with SplitServer("127.0.0.1:0", IDENTITY, "run", ServingSettings(gather=0.0)) as server:
         for round in range(ROUNDS):
             way = WAYS[round % len(WAYS)]
-            tail = Counted(way is is_at_a_tail_that_fails)
-            tails.append(weakref.ref(tail))
-            opened = server.open([(tail, ["a"])], round, 0, {"a": limits()}, SOON)
-            del tail
+            server_part = Counted(way is is_at_a_tail_that_fails)
+            server_parts.append(weakref.ref(server_part))
+            opened = server.open([(server_part, ["a"])], round, 0, {"a": limits()}, SOON)
+            del server_part
             there = way(opened["a"])
             server.close()
             if there is not None:
@@ -112,27 +113,30 @@ def test_fifty_rounds_leave_nothing_behind(monkeypatch):
             if round == len(WAYS):
                 before = held()
         assert held() <= before
-        assert server._door._open == {}
+        assert server._admission._open == {}
         pool = [one for one in threading.enumerate() if one.name.startswith("split stream")]
         assert len(pool) <= 3  # kept for the next stream
         gc.collect()
-        assert [i for i, tail in enumerate(tails) if tail() is not None] in ([], [ROUNDS - 1])
+        assert [i for i, server_part in enumerate(server_parts) if server_part() is not None] in (
+            [],
+            [ROUNDS - 1],
+        )
 
 
-def test_why_a_tail_has_failed_is_logged_and_told_to_its_owner_but_not_to_its_client(caplog):
+def test_why_a_server_part_has_failed_is_logged_and_told_to_its_owner_but_not_to_its_client(caplog):
     caplog.set_level(logging.ERROR)
-    with SplitServer("127.0.0.1:0", IDENTITY, "run", ServeSettings(gather=0.0)) as server:
+    with SplitServer("127.0.0.1:0", IDENTITY, "run", ServingSettings(gather=0.0)) as server:
         access = server.open([(Counted(True), ["a"])], 0, 0, {"a": limits()}, SOON)["a"]
         with goes_on(access) as raw:
-            assert raw.ended() == "the tail failed at the server; its log says why"
+            assert raw.ended() == "its server part failed; the server's log says why"
         assert "the accelerator is gone" in server.failed("a")
-    (record,) = [one for one in caplog.records if one.name.endswith("remote.bench")]
-    assert record.getMessage() == "the tail of a has failed"
+    (record,) = [one for one in caplog.records if one.name.endswith("remote.scheduler")]
+    assert record.getMessage() == "the server part of a has failed"
     assert "the accelerator is gone" in str(record.exc_info[1])
 
 
 def test_no_token_and_no_secret_outlives_its_round():
-    with SplitServer("127.0.0.1:0", IDENTITY, "run", ServeSettings(gather=0.0)) as server:
+    with SplitServer("127.0.0.1:0", IDENTITY, "run", ServingSettings(gather=0.0)) as server:
         both = [(Counted(False), ["a", "b"])]
         agreed = dict.fromkeys("ab", limits())
         old = server.open(both, 0, 0, agreed, SOON)
@@ -160,7 +164,7 @@ class Together(Counted):
 
 
 def test_a_request_that_was_held_and_came_again_is_answered_once():
-    with SplitServer("127.0.0.1:0", IDENTITY, "run", ServeSettings(gather=0.0)) as server:
+    with SplitServer("127.0.0.1:0", IDENTITY, "run", ServingSettings(gather=0.0)) as server:
         agreed = dict.fromkeys("ab", limits())
         opened = server.open([(Together(False), ["a", "b"])], 0, 0, agreed, SOON)
         with Raw(opened["a"]) as first:
@@ -168,10 +172,10 @@ def test_a_request_that_was_held_and_came_again_is_answered_once():
             first.received()
             asks(first)
             end = time.monotonic() + SOON
-            serving = server._bench._tables[0].serving
-            while not serving.waiting and time.monotonic() < end:
+            frame_server = server._scheduler._groups[0].server
+            while not frame_server.waiting and time.monotonic() < end:
                 time.sleep(0.01)
-            assert serving.waiting == {"a"}
+            assert frame_server.waiting == {"a"}
             with resumes(opened["a"]) as again, Raw(opened["b"]) as other:
                 assert again.received().WhichOneof("what") == "welcome"
                 asks(again)

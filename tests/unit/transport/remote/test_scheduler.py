@@ -1,91 +1,93 @@
-"""Whose frames are taken in: those of a client's newest stream, until its work is over."""
+"""Frames are accepted from a client's newest stream, until its work has ended."""
 
 from functools import partial
 
 import pytest
 
+from grpc_rounds import limits
 from polyrank.errors import FrameError
-from polyrank.training.split import Traffic
+from polyrank.planning.traffic import WireBytes
 from polyrank.transport.remote.batching import Batcher
 from polyrank.transport.remote.scheduler import Scheduler
-from polyrank.transport.remote.server_stream import ServerStream, Terms
-from polyrank.transport.remote.sessions import Sessions, Work
-from remote import limits
+from polyrank.transport.remote.server_stream import ServerStream, StreamLimits
+from polyrank.transport.remote.sessions import SessionId, Sessions
 
-WORKS = {client: Work("run", 2, 1, client) for client in "abc"}
-TERMS = Terms(credit=2, longest=100, silence=10.0)
+SESSIONS = {client: SessionId("run", 2, 1, client) for client in "abc"}
+LIMITS = StreamLimits(credit=2, longest=100, silence=10.0)
 
 
 class Idle:
-    """A tail that is never asked: the bench's thread is not started."""
+    """A server part that is never asked: the scheduler's thread is not started."""
 
 
-def seated(streams=3):
-    bench = Scheduler(lambda: 0.0, streams)
-    terms = dict.fromkeys("abc", TERMS)
-    gathering = partial(Batcher, gather=1.0)
-    bench.seat([(Idle(), "abc")], WORKS, dict.fromkeys("abc", limits()), gathering, terms, 60.0)
-    return bench
+def started(streams=3):
+    scheduler = Scheduler(lambda: 0.0, streams)
+    stream_limits = dict.fromkeys("abc", LIMITS)
+    batcher = partial(Batcher, gather=1.0)
+    scheduler.start_round(
+        [(Idle(), "abc")], SESSIONS, dict.fromkeys("abc", limits()), stream_limits, batcher, 60.0
+    )
+    return scheduler
 
 
-def stream(bench):
-    return ServerStream(bench, Sessions(lambda: 0.0))
+def stream(scheduler):
+    return ServerStream(scheduler, Sessions(lambda: 0.0))
 
 
 def test_a_new_stream_takes_the_place_of_the_old_one():
-    bench = seated()
-    old, new = stream(bench), stream(bench)
-    assert bench.enter(old, WORKS["a"]) == TERMS
-    bench.add(old, b"12")
-    assert bench.enter(new, WORKS["a"]) == TERMS
+    scheduler = started()
+    old, new = stream(scheduler), stream(scheduler)
+    assert scheduler.admit(old, SESSIONS["a"]) == LIMITS
+    scheduler.submit(old, b"12")
+    assert scheduler.admit(new, SESSIONS["a"]) == LIMITS
     assert old.over
-    bench.add(old, b"345")
-    bench.gone(old)
-    bench.bye(old, None)
-    assert bench.traffic("a") == Traffic(up=2)
-    bench.add(new, b"6789")
-    assert bench.traffic("a") == Traffic(up=6)
+    scheduler.submit(old, b"345")
+    scheduler.disconnected(old)
+    scheduler.bye(old, None)
+    assert scheduler.traffic("a") == WireBytes(up=2)
+    scheduler.submit(new, b"6789")
+    assert scheduler.traffic("a") == WireBytes(up=6)
     assert not new.over
 
 
-def test_nothing_is_taken_in_after_the_end_and_nobody_enters():
-    bench = seated()
-    one = stream(bench)
-    bench.enter(one, WORKS["a"])
-    bench.bye(one, "it broke a rule")
-    bench.add(one, b"12")
-    assert bench.traffic("a") == Traffic()
-    assert bench.failed("a") == "it broke a rule"
-    assert bench.enter(stream(bench), WORKS["a"]) == "it broke a rule"
+def test_after_the_end_no_frame_is_accepted_and_no_stream_admitted():
+    scheduler = started()
+    one = stream(scheduler)
+    scheduler.admit(one, SESSIONS["a"])
+    scheduler.bye(one, "it broke a rule")
+    scheduler.submit(one, b"12")
+    assert scheduler.traffic("a") == WireBytes()
+    assert scheduler.failed("a") == "it broke a rule"
+    assert scheduler.admit(stream(scheduler), SESSIONS["a"]) == "it broke a rule"
 
 
-def test_who_says_bye_has_not_failed():
-    bench = seated()
-    one = stream(bench)
-    bench.enter(one, WORKS["a"])
-    bench.bye(one, None)
-    assert bench.failed("a") is None
-    assert bench.enter(stream(bench), WORKS["a"]) == "the client has left"
+def test_a_client_that_says_bye_has_not_failed():
+    scheduler = started()
+    one = stream(scheduler)
+    scheduler.admit(one, SESSIONS["a"])
+    scheduler.bye(one, None)
+    assert scheduler.failed("a") is None
+    assert scheduler.admit(stream(scheduler), SESSIONS["a"]) == "the client has left"
 
 
-def test_a_stream_of_another_round_does_not_enter():
-    bench = seated()
-    assert bench.enter(stream(bench), Work("run", 3, 1, "a")) == "the round has ended"
-    assert bench.enter(stream(bench), Work("run", 2, 1, "d")) == "the round has ended"
+def test_a_stream_of_another_round_is_not_admitted():
+    scheduler = started()
+    assert scheduler.admit(stream(scheduler), SessionId("run", 3, 1, "a")) == "the round has ended"
+    assert scheduler.admit(stream(scheduler), SessionId("run", 2, 1, "d")) == "the round has ended"
 
 
 def test_no_more_clients_are_connected_than_there_are_streams_for():
-    bench = seated(streams=2)
-    first = stream(bench)
-    assert bench.enter(first, WORKS["a"]) == TERMS
-    assert bench.enter(stream(bench), WORKS["b"]) == TERMS
-    assert bench.enter(stream(bench), WORKS["c"]) is None
-    again = stream(bench)
-    assert bench.enter(again, WORKS["a"]) == TERMS  # in the place of its own
-    bench.gone(again)
-    assert bench.enter(stream(bench), WORKS["c"]) == TERMS
+    scheduler = started(streams=2)
+    first = stream(scheduler)
+    assert scheduler.admit(first, SESSIONS["a"]) == LIMITS
+    assert scheduler.admit(stream(scheduler), SESSIONS["b"]) == LIMITS
+    assert scheduler.admit(stream(scheduler), SESSIONS["c"]) is None
+    again = stream(scheduler)
+    assert scheduler.admit(again, SESSIONS["a"]) == LIMITS  # in the place of its own
+    scheduler.disconnected(again)
+    assert scheduler.admit(stream(scheduler), SESSIONS["c"]) == LIMITS
 
 
 def test_unknown_clients_are_named_to_the_owner():
     with pytest.raises(FrameError, match="there is no client 'd' in this round"):
-        seated().failed("d")
+        started().failed("d")

@@ -9,12 +9,13 @@ from dataclasses import replace
 import grpc
 import pytest
 
+from grpc_rounds import ATTEMPT, ROUND, SOON, Raw, job, serving, undisturbed
 from polyrank.errors import FrameError
-from polyrank.transport.remote import GrpcLink, ServeSettings, new_identity
+from polyrank.transport import ServingSettings
+from polyrank.transport.remote import GrpcLink, new_identity
 from polyrank.transport.remote import split_pb2 as pb
-from polyrank.transport.remote.sessions import Work, proof
+from polyrank.transport.remote.sessions import SessionId, proof
 from polyrank.transport.remote.wire import MESSAGE_BYTES, PART_BYTES
-from remote import ATTEMPT, ROUND, SOON, Raw, job, serving, undisturbed
 
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -23,7 +24,7 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 @pytest.fixture(scope="module")
 def place():
     """A server whose client a is left alone by all attacks, and trains in the end."""
-    with serving([job("a"), job("b")], serve=ServeSettings(gather=0.0, credit=2)) as opened:
+    with serving([job("a"), job("b")], serve=ServingSettings(gather=0.0, credit=2)) as opened:
         yield opened
 
 
@@ -89,9 +90,9 @@ def test_a_token_that_was_redeemed_is_not_accepted_again():
         with welcomed(place.access["b"]), Raw(place.access["b"]) as raw:
             raw.send(hello=raw.hello())
             assert raw.refused()[0] is UNAUTHENTICATED
-        trained = place.head("b")  # an honest client whose token a thief was quicker to redeem
+        trained = place.train("b")  # an honest client whose token a thief was quicker to redeem
         assert "the token is not accepted" in trained.failure
-        assert place.hashes("a", place.head("a")) == undisturbed()
+        assert place.hashes("a", place.train("a")) == undisturbed()
 
 
 def test_an_expired_token_is_not_accepted():
@@ -105,7 +106,7 @@ def test_an_expired_token_is_not_accepted():
 def test_only_the_secret_of_the_session_resumes():
     with serving([job("a"), job("b")]) as place:
         access = place.access["b"]
-        work = Work("run", ROUND, ATTEMPT, "b")
+        work = SessionId("run", ROUND, ATTEMPT, "b")
 
         def resumed(secret, changed=work, message=None):
             with Raw(access) as raw:
@@ -133,15 +134,15 @@ def test_only_the_secret_of_the_session_resumes():
         over = (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)  # replaced; which one is a race
         assert first.refused()[0] in over
         first.__exit__()
-        assert place.hashes("a", place.head("a")) == undisturbed()
+        assert place.hashes("a", place.train("a")) == undisturbed()
 
 
 def test_a_server_with_another_certificate_is_refused_at_once(place):
     certificate = new_identity(["127.0.0.1"]).certificate
     link = GrpcLink(other(place, certificate=certificate))
     # At once: after its patience the reason would be another one.
-    with pytest.raises(FrameError, match="it is not the server of the certificate in the order"):
-        link._line.receive(time.monotonic())
+    with pytest.raises(FrameError, match="it does not have the pinned certificate"):
+        link._stream.receive(time.monotonic())
     link.close()
 
 
@@ -170,7 +171,7 @@ def test_a_server_that_speaks_no_tls_gets_no_token(place):
     access = other(place, address=f"127.0.0.1:{listener.getsockname()[1]}")
     link = GrpcLink(access)
     with pytest.raises(FrameError, match="or speaks no TLS"):
-        link._line.receive(time.monotonic())
+        link._stream.receive(time.monotonic())
     link.close()
     thread.join(SOON)
     listener.close()
@@ -199,23 +200,23 @@ def test_no_secret_is_in_what_a_link_shows_or_raises(place):
     access = other(place, client="a", token=b"\x07" * 32)
     link = GrpcLink(access)
     with pytest.raises(FrameError) as caught:
-        link._line.receive(time.monotonic())
-    shown = f"{link!r} {caught.value!r} {access!r} {link._line._stream!r}"
+        link._stream.receive(time.monotonic())
+    shown = f"{link!r} {caught.value!r} {access!r} {link._stream._stream!r}"
     link.close()
     assert "x07" not in shown
-    assert repr(link._line._secret) not in shown
+    assert repr(link._stream._secret) not in shown
 
 
 def test_more_requests_than_credit_are_cut_off():
     """The first waits for b, who never asks: credit is 2, and the third is one too many."""
     made = [job("a"), job("b")]
-    with serving(made, serve=ServeSettings(gather=None, credit=2)) as place:
+    with serving(made, serve=ServingSettings(gather=None, credit=2)) as place:
         with welcomed(place.access["b"]) as raw:
             for _ in range(3):
                 raw.send(part=pb.Part(data=b"nonsense", last=True))
             assert "expected at most 2 requests without reply" in raw.ended()
         assert "without reply" in place.server.failed("b")
-        assert place.hashes("a", place.head("a")) == undisturbed()
+        assert place.hashes("a", place.train("a")) == undisturbed()
 
 
 BAD_PARTS = [
@@ -238,10 +239,10 @@ def test_parts_beyond_the_bounds_end_the_work(sent, reason):
         with Raw(place.access["b"]) as raw:  # and it cannot be resumed
             raw.send(hello=raw.resume())
             nonce = raw.received().challenge.nonce
-            work = Work("run", ROUND, ATTEMPT, "b")
+            work = SessionId("run", ROUND, ATTEMPT, "b")
             raw.send(proof=pb.Proof(hmac=proof(b"s" * 32, nonce, work)))
             assert re.search(reason, raw.ended())
-        assert place.hashes("a", place.head("a")) == undisturbed()
+        assert place.hashes("a", place.train("a")) == undisturbed()
 
 
 def test_a_message_that_is_too_long_ends_its_stream_unread(place):
@@ -262,12 +263,12 @@ def test_strangers_are_few_and_are_sent_away(monkeypatch):
             grpc.StatusCode.RESOURCE_EXHAUSTED,
         }
         assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) >= 40 - 33
-        assert place.hashes("a", place.head("a")) == undisturbed()
+        assert place.hashes("a", place.train("a")) == undisturbed()
 
 
 def test_more_clients_than_streams_are_told_to_try_again():
     made = [job("a"), job("b")]
-    with serving(made, serve=ServeSettings(gather=0.0, streams=1)) as place:
+    with serving(made, serve=ServingSettings(gather=0.0, streams=1)) as place:
         first = welcomed(place.access["b"])
         with Raw(place.access["a"]) as raw:
             raw.send(hello=raw.resume())
@@ -276,15 +277,15 @@ def test_more_clients_than_streams_are_told_to_try_again():
         first.send(bye=pb.Bye())
         assert first.refused()[0] is grpc.StatusCode.OK
         first.__exit__()
-        assert place.hashes("a", place.head("a", link)) == undisturbed()
+        assert place.hashes("a", place.train("a", link)) == undisturbed()
 
 
 @pytest.mark.parametrize("silence", [0.0, 1e-9, float("inf"), float("nan"), 1e12])
 def test_a_server_cannot_have_its_client_say_alive_without_end_or_never(place, silence):
     link = GrpcLink(other(place, address="127.0.0.1:1"))
     welcome = pb.Welcome(credit=1, longest=1, silence=silence)
-    with link._line._changed:
-        link._line._take(link._line._stream, pb.Down(welcome=welcome).SerializeToString())
+    with link._stream._changed:
+        link._stream._receive(link._stream._stream, pb.Down(welcome=welcome).SerializeToString())
     with pytest.raises(FrameError, match="not due came: welcome"):
-        link._line.receive(time.monotonic())
+        link._stream.receive(time.monotonic())
     link.close()

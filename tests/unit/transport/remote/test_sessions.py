@@ -3,15 +3,15 @@
 import pytest
 
 from polyrank.errors import FrameError
-from polyrank.transport.remote.sessions import Sessions, Work, proof
+from polyrank.transport.remote.sessions import SessionId, Sessions, proof
 
-WORK = Work("run", 2, 1, "a")
+WORK = SessionId("run", 2, 1, "a")
 SECRET, NONCE = b"s" * 32, b"n" * 32
 OTHERS = [
-    Work("other", 2, 1, "a"),
-    Work("run", 3, 1, "a"),
-    Work("run", 2, 0, "a"),
-    Work("run", 2, 1, "b"),
+    SessionId("other", 2, 1, "a"),
+    SessionId("run", 3, 1, "a"),
+    SessionId("run", 2, 0, "a"),
+    SessionId("run", 2, 1, "b"),
 ]
 
 
@@ -50,7 +50,7 @@ def test_a_token_expires_and_a_session_does_not():
     clock.now += 10.0
     with pytest.raises(FrameError, match="has expired"):
         sessions.redeem(WORK, token, SECRET)
-    other, clock.now = Work("run", 2, 1, "b"), 100.0
+    other, clock.now = SessionId("run", 2, 1, "b"), 100.0
     sessions.redeem(other, sessions.issue(other, 10.0), SECRET)
     clock.now += 1000.0
     sessions.prove(other, NONCE, proof(SECRET, NONCE, other))
@@ -90,7 +90,7 @@ def test_only_the_secret_resumes_and_only_its_work_and_nonce():
 
 def test_no_two_works_are_proved_alike():
     """Texts run into each other unless their lengths count."""
-    one, other = Work("ab", 1, 1, "c"), Work("a", 1, 1, "bc")
+    one, other = SessionId("ab", 1, 1, "c"), SessionId("a", 1, 1, "bc")
     assert proof(SECRET, NONCE, one) != proof(SECRET, NONCE, other)
 
 

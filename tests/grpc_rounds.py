@@ -1,9 +1,9 @@
 """Split clients and their server over gRPC, each end with a model of its own.
 
-    with serving([job("a")]) as place:                   # a server on loopback, tails of these jobs
-        trained = place.head("a")                        # trains through a GrpcLink
-        place.tail("a")                                  # what the server trained
-    undisturbed(job("a"))                                # (head, tail) of the same work in process
+    with serving([job("a")]) as place:      # a server on loopback that trains for these jobs
+        trained = place.train("a")          # trains the client's blocks through a GrpcLink
+        place.server_part("a")              # what the server trained
+    undisturbed("a")                        # hashes of both, from the same work in process
 
 Raw(access) is a client that sends what it is told, message by message.
 """
@@ -20,6 +20,7 @@ import grpc
 import jobs
 from models import tiny_loaded
 from polyrank.algebra import Adapter
+from polyrank.codecs import codec
 from polyrank.model import LoadedModel
 from polyrank.planning import CutPoint
 from polyrank.training import LocalTraining
@@ -30,18 +31,17 @@ from polyrank.training.split import (
     ServerParts,
     SplitJob,
     SplitSettings,
-    train_head,
+    train_client_part,
 )
-from polyrank.transport import InProcessLinks, Limits, codec
+from polyrank.transport import FrameLimits, InProcessLinks, ServingSettings
 from polyrank.transport.remote import (
     Credentials,
     GrpcLink,
-    ServeSettings,
     SplitServer,
     new_identity,
 )
 from polyrank.transport.remote import split_pb2 as pb
-from polyrank.transport.remote.channel import channel
+from polyrank.transport.remote.channel import new_channel
 from polyrank.transport.remote.wire import METHOD
 
 IDENTITY = new_identity(["127.0.0.1", "localhost"])
@@ -64,19 +64,19 @@ def job(client: str, seed: int = 1, count: int = 9) -> SplitJob:
     )
 
 
-def limits(settings: SplitSettings = OWN, tokens: int = 64) -> Limits:
-    return Limits(tokens, 16, codec(settings.wire))
+def limits(settings: SplitSettings = OWN, tokens: int = 64) -> FrameLimits:
+    return FrameLimits(tokens, 16, codec(settings.wire))
 
 
 @cache
 def undisturbed(client: str = "a") -> tuple[str, str]:
-    """Return the hashes of what head and tail of a client's job learn in process."""
+    """Return the hashes of what head and server part of a client's job learn in process."""
     server, one = model(), job(client)
-    with ServerParts(server, [one.at_server(server)]) as tails:
-        link = InProcessLinks(tails, "float32", 16, 64).link(client)
-        trained = train_head(model(), one, link, OWN)
+    with ServerParts(server, [one.at_server(server)]) as server_parts:
+        link = InProcessLinks(server_parts, "float32", 16, 64).link(client)
+        trained = train_client_part(model(), one, link, OWN)
         assert trained.failure is None
-        return trained.adapter.hash(), tails.adapter(client).hash()
+        return trained.adapter.hash(), server_parts.adapter(client).hash()
 
 
 class Place:
@@ -85,28 +85,30 @@ class Place:
     def __init__(
         self,
         server: SplitServer,
-        tails: ServerParts,
+        server_parts: ServerParts,
         access: dict[str, Credentials],
         made,
         settings,
     ):
-        self.server, self.tails, self.access = server, tails, access
+        self.server, self.server_parts, self.access = server, server_parts, access
         self._jobs, self._settings = made, settings
 
     def link(self, client: str, address: str | None = None) -> GrpcLink:
         access = self.access[client]
         return GrpcLink(access if address is None else replace(access, address=address))
 
-    def head(self, client: str, link: Link | None = None) -> Trained:
+    def train(self, client: str, link: Link | None = None) -> Trained:
         """Train a client's blocks on a model of its own."""
-        return train_head(model(), self._jobs[client], link or self.link(client), self._settings)
+        return train_client_part(
+            model(), self._jobs[client], link or self.link(client), self._settings
+        )
 
-    def heads(self, links: dict[str, Link]) -> dict[str, Trained]:
+    def train_all(self, links: dict[str, Link]) -> dict[str, Trained]:
         """Train several clients at the same time."""
         found: dict[str, Trained] = {}
 
         def train(client: str) -> None:
-            found[client] = self.head(client, links[client])
+            found[client] = self.train(client, links[client])
 
         threads = [threading.Thread(target=train, args=(client,)) for client in links]
         for thread in threads:
@@ -115,12 +117,12 @@ class Place:
             thread.join(SOON)
         return found
 
-    def tail(self, client: str) -> Adapter:
-        return self.server.call(lambda: self.tails.adapter(client))
+    def server_part(self, client: str) -> Adapter:
+        return self.server.call(lambda: self.server_parts.adapter(client))
 
     def hashes(self, client: str, trained: Trained) -> tuple[str, str]:
         assert trained.failure is None, trained.failure
-        return trained.adapter.hash(), self.tail(client).hash()
+        return trained.adapter.hash(), self.server_part(client).hash()
 
 
 @contextmanager
@@ -128,22 +130,26 @@ def serving(
     made: Sequence[SplitJob],
     *,
     settings: SplitSettings = OWN,
-    serve: ServeSettings | None = None,
-    around: Callable[[ServerPart], ServerPart] = lambda tails: tails,
+    serve: ServingSettings | None = None,
+    around: Callable[[ServerPart], ServerPart] = lambda server_parts: server_parts,
     seconds: float = SOON,
     tokens: int = 64,
 ) -> Iterator[Place]:
-    """Serve the tails of these jobs; `around` may stand between the server and them."""
+    """Serve the server parts of these jobs; `around` may stand between the server and them."""
     at_server = model()
     by_client = {one.job.client: one for one in made}
     shared = settings.adapters == "shared"
-    with SplitServer("127.0.0.1:0", IDENTITY, "run", serve or ServeSettings(gather=0.0)) as server:
+    with SplitServer(
+        "127.0.0.1:0", IDENTITY, "run", serve or ServingSettings(gather=0.0)
+    ) as server:
         with ServerParts(
             at_server, [one.at_server(at_server) for one in made], shared=shared
-        ) as tails:
+        ) as server_parts:
             own = dict.fromkeys(by_client, limits(settings, tokens))
-            access = server.open([(around(tails), list(by_client))], ROUND, ATTEMPT, own, seconds)
-            yield Place(server, tails, access, by_client, settings)
+            access = server.open(
+                [(around(server_parts), list(by_client))], ROUND, ATTEMPT, own, seconds
+            )
+            yield Place(server, server_parts, access, by_client, settings)
             server.close()
 
 
@@ -155,7 +161,7 @@ class Raw:
 
     def __init__(self, access: Credentials):
         self.access, self._secret = access, b"s" * 32
-        self._channel = channel(access)
+        self._channel = new_channel(access)
         self._out: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._call = self._channel.stream_stream(METHOD)(iter(self._out.get, None))
 

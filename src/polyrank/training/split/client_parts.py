@@ -10,19 +10,19 @@ from polyrank.errors import ModelError
 from polyrank.model import Cohort, Cut, LoadedModel, Span, side
 from polyrank.training.job import Trained
 from polyrank.training.local import merged_of, slot_of
+from polyrank.training.split.client import SplitClient
 from polyrank.training.split.job import SplitJob
 from polyrank.training.split.link import Link
-from polyrank.training.split.member import SplitClient
 from polyrank.training.split.microbatch import InFlightBatch, Microbatches
 from polyrank.training.split.settings import SplitSettings
 
 
-class Heads:
-    """Trains the first blocks of clients with one cut; attached while the context is entered.
+class ClientParts:
+    """Trains the clients' own blocks, all of one cut; attached while the context is entered.
 
     The jobs' assignments are of the clients' own sites. K clients of an in-process run share the
     passes; a client on its own machine is the only one, and `model` may then hold its blocks alone.
-    For each optimizer step the caller asks for `gradients`, `submit_step` and `complete`, in this
+    For each optimizer step the caller calls `gradients`, `submit_step` and `complete`, in this
     order, so that several groups can take their steps together. A client whose link or numbers fail
     gives up, and the others go on. The links are closed on leaving the context.
 
@@ -40,19 +40,22 @@ class Heads:
         self._settings, self._links = settings, list(links)
         cuts = {job.cut for job in jobs}
         if len(cuts) != 1:
-            raise ModelError(f"Heads: expected clients of one cut, got {sorted(map(str, cuts))}")
-        (split,) = cuts
-        split.at_client(model.spec.blocks)
-        cut = Cut(model, split.lower, split.upper)
-        own = [Span(0, split.lower)] + ([] if split.upper is None else [Span(split.upper)])
-        slots = [slot_of(one.job.assignment, one.job.local, one.job.seed) for one in jobs]
-        merged = merged_of([one.job for one in jobs])
-        scored = any(one.job.scoring.every for one in jobs)
-        self._cohort = Cohort(side(model, *own), slots, merged, scored=scored)
+            raise ModelError(
+                f"ClientParts: expected clients of one cut, got {sorted(map(str, cuts))}"
+            )
+        (cut_point,) = cuts
+        cut_point.at_client(model.spec.blocks)
+        cut = Cut(model, cut_point.lower, cut_point.upper)
+        last = [] if cut_point.upper is None else [Span(cut_point.upper)]
+        slots = [slot_of(job.job.assignment, job.job.local, job.job.seed) for job in jobs]
+        merged = merged_of([job.job for job in jobs])
+        scored = any(job.job.scoring.every for job in jobs)
+        own = side(model, Span(0, cut_point.lower), *last)
+        self._cohort = Cohort(own, slots, merged, scored=scored)
         self._cohort.rest()
-        self._members = [
-            SplitClient(k, one, link, self._cohort.parameters(k))
-            for k, (one, link) in enumerate(zip(jobs, self._links, strict=True))
+        self._clients = [
+            SplitClient(k, job, link, self._cohort.parameters(k))
+            for k, (job, link) in enumerate(zip(jobs, self._links, strict=True))
         ]
         self._microbatches = Microbatches(model, cut, self._cohort, settings)
         self._stepping: list[SplitClient] = []
@@ -60,9 +63,9 @@ class Heads:
     @property
     def steps(self) -> int:
         """The optimizer steps of the client that takes most."""
-        return max(one.course.steps for one in self._members)
+        return max(client.progress.steps for client in self._clients)
 
-    def __enter__(self) -> Heads:
+    def __enter__(self) -> ClientParts:
         self._cohort.__enter__()
         return self
 
@@ -79,50 +82,47 @@ class Heads:
     def gradients(self, step: int) -> None:
         """Run all microbatches of an optimizer step, forward and back."""
         self._stepping = []
-        active = [one for one in self._members if one.course.active(step)]
+        active = [client for client in self._clients if client.progress.active(step)]
         if not active:
             return
         self._cohort.zero_gradients()
-        for one in active:
-            one.begin()
-        groups = {one: one.course.next_group() for one in active}
-        under_way: deque[InFlightBatch] = deque()
+        for client in active:
+            client.begin_step()
+        groups = {client: client.progress.next_group() for client in active}
+        in_flight: deque[InFlightBatch] = deque()
         for micro in range(max(len(group) for group in groups.values())):
-            here = {one: group for one, group in groups.items() if micro < len(group)}
+            here = {client: group for client, group in groups.items() if micro < len(group)}
             sent = self._microbatches.send(step, micro, here)
-            under_way += [] if sent is None else [sent]
-            if len(under_way) >= self._settings.in_flight:
-                self._microbatches.receive(under_way.popleft())
-        while under_way:
-            self._microbatches.receive(under_way.popleft())
+            in_flight += [] if sent is None else [sent]
+            if len(in_flight) >= self._settings.in_flight:
+                self._microbatches.receive(in_flight.popleft())
+        while in_flight:
+            self._microbatches.receive(in_flight.popleft())
         self._cohort.add_penalties()
         own = self._settings.adapters == "own"
-        for one in active:
-            if not (one.working and one.close_step(step, own=own)):
+        for client in active:
+            if not (client.working and client.end_step(step, own=own)):
                 continue
-            self._stepping.append(one)
-            if one.course.scored(step):
-                one.course.note(self._cohort.scores(one.slot, one.job.scoring.metric))
+            self._stepping.append(client)
+            if client.progress.scored(step):
+                client.progress.note(self._cohort.scores(client.slot, client.job.scoring.metric))
 
     def submit_step(self, step: int) -> None:
         """Tell the server to step."""
-        for one in self._stepping:
-            one.ask(step)
+        for client in self._stepping:
+            client.submit_step(step)
 
     def complete(self, step: int) -> list[str]:
-        """Take the step of every client whose server has taken it; return their names."""
-        return [one.job.client for one in self._stepping if one.step(step)]
+        """Step every client for which the server has stepped; return their names."""
+        return [client.job.client for client in self._stepping if client.take_step(step)]
 
     def results(self) -> list[Trained]:
-        """Return what every client trained of its own sites, with its numbers."""
-        found = []
-        for one in self._members:
-            traffic = one.link.traffic
-            found.append(
-                one.course.result(
-                    self._cohort.adapter(one.slot),
-                    wire_up=float(traffic.up),
-                    wire_down=float(traffic.down),
-                )
+        """Return what every client trained of its own sites, with its metrics."""
+        return [
+            client.progress.result(
+                self._cohort.adapter(client.slot),
+                wire_up=float(client.link.traffic.up),
+                wire_down=float(client.link.traffic.down),
             )
-        return found
+            for client in self._clients
+        ]

@@ -10,12 +10,13 @@ from by_hand import assert_equal, model_of_three
 from jobs import job
 from polyrank.errors import FrameError
 from polyrank.planning import CutPoint
+from polyrank.planning.traffic import WireBytes
 from polyrank.training import LocalTraining, Trained
 from polyrank.training.split import (
     Activations,
     Gradients,
     Link,
-    Pending,
+    PendingReply,
     Request,
     Returned,
     ServerPart,
@@ -23,7 +24,6 @@ from polyrank.training.split import (
     SplitSettings,
     Step,
     Stepped,
-    Traffic,
     train_split,
 )
 from polyrank.transport import InProcessLinks
@@ -40,15 +40,15 @@ class Faulty:
         self.link, self.when, self.spoil = link, when, spoil
         self.closed = 0
 
-    def submit(self, request: Request) -> Pending:
+    def submit(self, request: Request) -> PendingReply:
         if not self.when(request):
             return self.link.submit(request)
         if self.spoil is None:
-            raise FrameError(f"{request.at}: the line is dead")
+            raise FrameError(f"{request.id}: the line is dead")
         return Late(self.link.submit(request), request, self.spoil)
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> WireBytes:
         return self.link.traffic
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class Faulty:
 
 
 class Late:
-    def __init__(self, pending: Pending, request: Request, spoil: Spoil):
+    def __init__(self, pending: PendingReply, request: Request, spoil: Spoil):
         self.pending, self.request, self.spoil = pending, request, spoil
 
     def result(self) -> Returned | Stepped:
@@ -80,8 +80,8 @@ def split(
         local = replace(LOCAL, batch=1, accumulation=4)
     links: dict[str, Link] = {}
 
-    def connect(tail: ServerPart):
-        many = InProcessLinks(tail, "float64", MODEL.spec.hidden, 4096)
+    def connect(server_part: ServerPart):
+        many = InProcessLinks(server_part, "float64", MODEL.spec.hidden, 4096)
 
         def link(client: str) -> Link:
             made = many.link(client)
@@ -101,7 +101,7 @@ def split(
 
 
 def fail(request: Request, _: Returned | Stepped) -> Returned:
-    raise FrameError(f"{request.at}: nothing came back")
+    raise FrameError(f"{request.id}: nothing came back")
 
 
 def returned(**changes: object) -> Spoil:
@@ -120,7 +120,7 @@ def with_nan(states: torch.Tensor) -> torch.Tensor:
 
 def kind(what: type, step: int = 1, micro: int = 0) -> Callable[[Request], bool]:
     return lambda request: (
-        isinstance(request, what) and (request.at.step, request.at.micro) == (step, micro)
+        isinstance(request, what) and (request.id.step, request.id.micro) == (step, micro)
     )
 
 
@@ -132,10 +132,10 @@ FAULTS = [
     ("more rows", with_states(lambda x: torch.cat([x, x])), r"expected \(\d+, 16\) numbers"),
     ("narrow", with_states(lambda x: x[:, 1:]), r"got \(\d+, 15\)"),
     ("one number", with_states(lambda x: x.sum()), r"expected \(\d+, 16\) numbers .*got \(\)"),
-    ("Stepped", lambda request, _: Stepped(request.at), "expected states in return, got Stepped"),
+    ("Stepped", lambda request, _: Stepped(request.id), "expected states in return, got Stepped"),
     (
         "another's",
-        lambda request, reply: replace(reply, at=replace(request.at, micro=7)),
+        lambda request, reply: replace(reply, id=replace(request.id, micro=7)),
         "the answer to another request came",
     ),
     ("a norm below 0", returned(squared_norm=-1.0), "squared norm of 0 or more in return, got -1"),
@@ -174,7 +174,7 @@ def test_whose_answer_fails_ends_and_the_others_go_on(cut, when, spoil, reason, 
         (None, "the line is dead"),
         (fail, "nothing came back"),
         (
-            lambda request, _: Returned(request.at, torch.zeros(1, 16)),
+            lambda request, _: Returned(request.id, torch.zeros(1, 16)),
             "expected Stepped, got Returned",
         ),
     ],
@@ -190,7 +190,7 @@ def test_whose_step_fails_ends_and_the_others_go_on(cut: CutPoint, spoil, reason
 
 
 @pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)], ids=str)
-def test_a_step_without_the_norm_of_the_tail_is_not_taken(cut: CutPoint) -> None:
+def test_a_step_without_the_norm_of_the_server_part_is_not_taken(cut: CutPoint) -> None:
     """The common clip factor cannot be known without it."""
     last = Activations if cut.upper is None else Gradients
     when, spoil = kind(last, 1, 1), returned(squared_norm=None)
@@ -214,13 +214,13 @@ def test_as_many_microbatches_are_under_way_as_is_asked_for(cut: CutPoint, in_fl
     def sent(request: Request) -> bool:
         nonlocal most
         if isinstance(request, Activations):
-            waiting.add(request.at.micro)
+            waiting.add(request.id.micro)
             most = max(most, len(waiting))
         return True
 
     def answered(request: Request, reply: Returned | Stepped) -> Returned | Stepped:
         if isinstance(request, Activations):
-            waiting.remove(request.at.micro)
+            waiting.remove(request.id.micro)
         return reply
 
     split("b", cut, faulty="b", when=sent, spoil=answered, in_flight=in_flight)

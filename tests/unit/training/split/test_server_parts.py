@@ -23,7 +23,7 @@ from by_hand import (
     refusal,
     requests_of,
     served,
-    tail_job,
+    server_job,
 )
 from models import VOCABULARY
 from polyrank.algebra import Adapter, Dense, LowRank
@@ -47,7 +47,7 @@ CONTEXT, WIDTH = MODEL.spec.context, MODEL.spec.hidden
 
 
 def job(client: str = "a", cut: CutPoint = STRAIGHT, seed: int = 1, **options: object):
-    return tail_job(MODEL, client, cut, seed=seed, **options)
+    return server_job(MODEL, client, cut, seed=seed, **options)
 
 
 def labelled(label: int | Sequence[int]) -> Callable[[Activations], Request]:
@@ -65,7 +65,7 @@ def labelled(label: int | Sequence[int]) -> Callable[[Activations], Request]:
 
 
 def at(**changes: object) -> Callable[[Request], Request]:
-    return lambda good: replace(good, at=replace(good.at, **changes))
+    return lambda good: replace(good, id=replace(good.id, **changes))
 
 
 def with_state(value: float) -> Callable[[Request], Request]:
@@ -88,7 +88,7 @@ def states(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Request]
 # The requests of a straight client: 0, 1 activations, 2 step, 3, 4 activations, 5 step;
 # of one in a U-shape: 0, 1 activations, 2, 3 gradients, 4 step, 5, 6, 7, 8, 9.
 ALWAYS = [
-    ("another client", at(client="nobody"), "there is no tail for this client"),
+    ("another client", at(client="nobody"), "the server trains nothing for this client"),
     ("another round", at(round=4), "expected client 'a', round 3, attempt 0"),
     ("another attempt", at(attempt=1), "expected client 'a', round 3, attempt 0"),
     ("a later step", at(step=7), "expected a request of step"),
@@ -141,7 +141,7 @@ BACK = [
     ("gradients NaN", with_state(NAN), "gradients hold NaN or infinity"),
     ("gradients infinite", with_state(INFINITY), "gradients hold NaN or infinity"),
     ("another last", lambda g: replace(g, last=not g.last), "said that it was"),
-    ("activations instead", lambda g: Activations(g.at, True, 0.1, (2,), g.states[:2], None), ""),
+    ("activations instead", lambda g: Activations(g.id, True, 0.1, (2,), g.states[:2], None), ""),
 ]
 STEPS = [
     ("a microbatch", at(micro=1), "expected microbatch 0 of a request for a step"),
@@ -167,7 +167,7 @@ CASES = [
         1,
         (
             "an early step",
-            lambda g: Step(replace(g.at, micro=0), 1.0),
+            lambda g: Step(replace(g.id, micro=0), 1.0),
             "comes after the last microbatch",
         ),
     ),
@@ -176,7 +176,7 @@ CASES = [
         2,
         (
             "an early step",
-            lambda g: Step(replace(g.at, micro=0), 1.0),
+            lambda g: Step(replace(g.id, micro=0), 1.0),
             "comes after the last microbatch",
         ),
     ),
@@ -185,7 +185,7 @@ CASES = [
         3,
         (
             "an early step",
-            lambda g: Step(replace(g.at, micro=0), 1.0),
+            lambda g: Step(replace(g.id, micro=0), 1.0),
             "comes after the last microbatch",
         ),
     ),
@@ -205,20 +205,20 @@ def labels_to(good: Activations) -> Request:
 
 
 def gradients_to(good: Activations) -> Request:
-    return Gradients(good.at, good.last, good.states)
+    return Gradients(good.id, good.last, good.states)
 
 
 def more(good: Step) -> Request:
     one = requests_of(MODEL, job())[1]
-    return replace(one, at=replace(good.at, micro=2))
+    return replace(one, id=replace(good.id, micro=2))
 
 
 @functools.cache
 def undisturbed(cut: CutPoint, name: str, seed: int) -> tuple[list[Reply], Adapter]:
     """Return what a client is answered that is served alone, and its adapter."""
     one = job(name, cut, seed=seed)
-    with ServerParts(MODEL, [one]) as tails:
-        return served_one_by_one(tails, requests_of(MODEL, one)), tails.adapter(name)
+    with ServerParts(MODEL, [one]) as server_parts:
+        return served_one_by_one(server_parts, requests_of(MODEL, one)), server_parts.adapter(name)
 
 
 @pytest.mark.parametrize(
@@ -232,20 +232,20 @@ def test_a_bad_request_is_refused_and_changes_nothing(cut, index, case) -> None:
     mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
     bad = spoil(mine[index])
     expected_replies, expected_adapter = undisturbed(cut, "b", 2)
-    with ServerParts(MODEL, [one, other]) as tails:
+    with ServerParts(MODEL, [one, other]) as server_parts:
         for i, (good, beside) in enumerate(zip(mine, its, strict=True)):
             if i == index:
-                refused, reply = tails.answer([bad, beside])
+                refused, reply = server_parts.answer([bad, beside])
                 assert isinstance(refused, Refused)
-                assert refused.at == bad.at
-                assert str(bad.at) in refused.reason
+                assert refused.id == bad.id
+                assert str(bad.id) in refused.reason
                 assert re.search(expected, refused.reason), refused.reason
-                served(tails, good)
+                served(server_parts, good)
             else:
-                reply = served(tails, good, beside)[1]
+                reply = served(server_parts, good, beside)[1]
             assert_same_reply(reply, expected_replies[i], 1e-12)
-        assert_equal(tails.adapter("a"), undisturbed(cut, "a", 1)[1])
-        assert_equal(tails.adapter("b"), expected_adapter)
+        assert_equal(server_parts.adapter("a"), undisturbed(cut, "a", 1)[1])
+        assert_equal(server_parts.adapter("b"), expected_adapter)
 
 
 def test_the_clients_of_these_tests_do_train() -> None:
@@ -261,19 +261,19 @@ def test_a_repeated_request_is_answered_again_and_applied_once(cut: CutPoint) ->
     """Each as soon as it was answered, and at every later moment of the step."""
     jobs = [job("a", cut, seed=1), job("b", cut, seed=2)]
     pairs = list(zip(*(requests_of(MODEL, one) for one in jobs), strict=True))
-    with ServerParts(MODEL, jobs) as tails, ServerParts(MODEL, jobs) as undisturbed:
+    with ServerParts(MODEL, jobs) as server_parts, ServerParts(MODEL, jobs) as undisturbed:
         before: list[tuple[Request, Reply]] = []
         for good, beside in pairs:
             served(undisturbed, good, beside)
-            first, _ = served(tails, good, beside)
+            first, _ = served(server_parts, good, beside)
             before = [] if isinstance(good, Step) else before
             before.append((good, first))
             for request, answer in before * 2:
-                assert_same_reply(served(tails, request)[0], answer)
+                assert_same_reply(served(server_parts, request)[0], answer)
         for name in "ab":
-            assert_equal(tails.adapter(name), undisturbed.adapter(name), 0.0)
+            assert_equal(server_parts.adapter(name), undisturbed.adapter(name), 0.0)
         last = before[-1][0]
-        assert served(tails, last) == [Stepped(last.at)]
+        assert served(server_parts, last) == [Stepped(last.id)]
 
 
 @pytest.mark.parametrize(
@@ -297,13 +297,13 @@ def test_a_repeated_request_is_answered_again_and_applied_once(cut: CutPoint) ->
 def test_a_repetition_that_says_something_else_is_refused(cut, index, change) -> None:
     one = job("a", cut)
     requests = requests_of(MODEL, one)
-    with ServerParts(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as server_parts:
         for i, request in enumerate(requests):
-            served(tails, request)
+            served(server_parts, request)
             if i == index:
-                assert "already" in refusal(tails.answer([change(request)])[0])
-                served(tails, request)
-        assert_equal(tails.adapter("a"), alone(MODEL, one), 0.0)
+                assert "already" in refusal(server_parts.answer([change(request)])[0])
+                served(server_parts, request)
+        assert_equal(server_parts.adapter("a"), alone(MODEL, one), 0.0)
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -311,28 +311,30 @@ def test_a_request_of_another_step_is_no_repetition(step: int) -> None:
     """Though one of that number was answered in this step."""
     one = job("a")
     requests = requests_of(MODEL, one)
-    with ServerParts(MODEL, [one]) as tails:
-        served_one_by_one(tails, requests[:4])
-        assert "request of step 1" in refusal(tails.answer([at(step=step)(requests[3])])[0])
+    with ServerParts(MODEL, [one]) as server_parts:
+        served_one_by_one(server_parts, requests[:4])
+        assert "request of step 1" in refusal(server_parts.answer([at(step=step)(requests[3])])[0])
 
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
 def test_after_the_last_step_nothing_more_is_served(cut: CutPoint) -> None:
     one = job("a", cut)
     requests = requests_of(MODEL, one)
-    with ServerParts(MODEL, [one]) as tails:
-        served_one_by_one(tails, requests)
-        finished = tails.adapter("a")
+    with ServerParts(MODEL, [one]) as server_parts:
+        served_one_by_one(server_parts, requests)
+        finished = server_parts.adapter("a")
         late = [*requests[:-1], *(at(step=2)(each) for each in requests[-5:])]
         for request in late:
-            assert "all 2 steps of this round are taken" in refusal(tails.answer([request])[0])
-        tails.leave("a")
-        served(tails, requests[-1])
-        assert_equal(tails.adapter("a"), finished, 0.0)
+            assert "all 2 steps of this round are taken" in refusal(
+                server_parts.answer([request])[0]
+            )
+        server_parts.leave("a")
+        served(server_parts, requests[-1])
+        assert_equal(server_parts.adapter("a"), finished, 0.0)
 
 
-def served_one_by_one(tails: ServerParts, requests: Sequence[Request]) -> list[Reply]:
-    return [served(tails, request)[0] for request in requests]
+def served_one_by_one(server_parts: ServerParts, requests: Sequence[Request]) -> list[Reply]:
+    return [served(server_parts, request)[0] for request in requests]
 
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
@@ -340,62 +342,64 @@ def served_one_by_one(tails: ServerParts, requests: Sequence[Request]) -> list[R
 def test_a_client_that_has_left_is_served_no_more(cut: CutPoint, count: int) -> None:
     one, other = job("a", cut, seed=1), job("b", cut, seed=2)
     mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
-    with ServerParts(MODEL, [one, other]) as tails:
+    with ServerParts(MODEL, [one, other]) as server_parts:
         for good, beside in zip(mine[:count], its[:count], strict=True):
-            served(tails, good, beside)
-        tails.leave("a")
-        tails.leave("nobody")
+            served(server_parts, good, beside)
+        server_parts.leave("a")
+        server_parts.leave("nobody")
         for i in range(count, len(its)):
-            refused, _ = tails.answer([mine[i], its[i]])
+            refused, _ = server_parts.answer([mine[i], its[i]])
             assert "has left" in refusal(refused)
             for earlier in mine[:count]:
-                assert "has left" in refusal(tails.answer([earlier])[0])
-        with pytest.raises(FrameError, match=r"'a': its tail took \d of 2 steps and it has left"):
-            tails.adapter("a")
-        assert_equal(tails.adapter("b"), alone(MODEL, other))
+                assert "has left" in refusal(server_parts.answer([earlier])[0])
+        with pytest.raises(
+            FrameError, match=r"'a': the server took \d of 2 steps for it and it has left"
+        ):
+            server_parts.adapter("a")
+        assert_equal(server_parts.adapter("b"), alone(MODEL, other))
 
 
 def test_there_is_no_adapter_before_the_last_step() -> None:
     one = job("a")
-    with ServerParts(MODEL, [one]) as tails:
-        served_one_by_one(tails, requests_of(MODEL, one)[:-1])
-        with pytest.raises(FrameError, match="took 1 of 2 steps; there is no update"):
-            tails.adapter("a")
+    with ServerParts(MODEL, [one]) as server_parts:
+        served_one_by_one(server_parts, requests_of(MODEL, one)[:-1])
+        with pytest.raises(FrameError, match="took 1 of 2 steps for it; it has no update"):
+            server_parts.adapter("a")
 
 
 @pytest.mark.parametrize("index", [0, 2])
 def test_two_requests_of_one_client_at_once_are_not_served_twice(index: int) -> None:
     one = job("a")
     requests = requests_of(MODEL, one)
-    with ServerParts(MODEL, [one]) as tails:
-        served_one_by_one(tails, requests[:index])
-        first, second = tails.answer([requests[index], requests[index]])
+    with ServerParts(MODEL, [one]) as server_parts:
+        served_one_by_one(server_parts, requests[:index])
+        first, second = server_parts.answer([requests[index], requests[index]])
         assert not isinstance(first, Refused)
         assert "one request of a client at a time" in refusal(second)
-        served_one_by_one(tails, requests[index + 1 :])
-        assert_equal(tails.adapter("a"), alone(MODEL, one), 0.0)
+        served_one_by_one(server_parts, requests[index + 1 :])
+        assert_equal(server_parts.adapter("a"), alone(MODEL, one), 0.0)
 
 
 def test_answers_come_in_the_order_of_the_requests() -> None:
     """Of clients at different points, some refused, some repeating."""
     jobs = [job(name, seed=i) for i, name in enumerate("abcd")]
     sent = [requests_of(MODEL, one) for one in jobs]
-    with ServerParts(MODEL, jobs) as tails:
-        served_one_by_one(tails, [*sent[0][:2], *sent[1][:1], *sent[2][:2]])
+    with ServerParts(MODEL, jobs) as server_parts:
+        served_one_by_one(server_parts, [*sent[0][:2], *sent[1][:1], *sent[2][:2]])
         asked = [sent[3][1], sent[0][2], sent[1][0], sent[2][1], sent[3][0]]
-        replies = tails.answer(asked[:4])
-        assert [reply.at for reply in replies] == [request.at for request in asked[:4]]
+        replies = server_parts.answer(asked[:4])
+        assert [reply.id for reply in replies] == [request.id for request in asked[:4]]
         assert [type(reply) for reply in replies] == [Refused, Stepped, Returned, Returned]
 
 
 def test_what_a_client_says_does_not_depend_on_who_is_served_with_it() -> None:
     jobs = [job(name, seed=i, rank=i) for i, name in enumerate("abc", start=1)]
     sent = [requests_of(MODEL, one) for one in jobs]
-    with ServerParts(MODEL, jobs) as tails:
+    with ServerParts(MODEL, jobs) as server_parts:
         for requests in zip(*sent, strict=True):
-            served(tails, *requests)
+            served(server_parts, *requests)
         for one in jobs:
-            assert_equal(tails.adapter(one.client), alone(MODEL, one))
+            assert_equal(server_parts.adapter(one.client), alone(MODEL, one))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -407,26 +411,26 @@ def test_gradients_may_come_one_by_one_though_activations_came_together(
     model = model_of_three(checkpointing=checkpointing)
     jobs = {name: job(name, BENT, seed=i, rank=i) for i, name in enumerate("abc", start=1)}
     sent = {name: requests_of(MODEL, one) for name, one in jobs.items()}
-    with ServerParts(model, list(jobs.values())) as tails:
+    with ServerParts(model, list(jobs.values())) as server_parts:
         for i in (0, 1):
-            served(tails, *(sent[name][i] for name in jobs))
+            served(server_parts, *(sent[name][i] for name in jobs))
         for name in order:
-            served_one_by_one(tails, sent[name][2:])
+            served_one_by_one(server_parts, sent[name][2:])
         for name, one in jobs.items():
-            assert_equal(tails.adapter(name), alone(MODEL, one))
+            assert_equal(server_parts.adapter(name), alone(MODEL, one))
 
 
 def test_one_client_of_a_pass_may_leave_before_its_gradients() -> None:
     jobs = {name: job(name, BENT, seed=i) for i, name in enumerate("abc", start=1)}
     sent = {name: requests_of(MODEL, one) for name, one in jobs.items()}
-    with ServerParts(MODEL, list(jobs.values())) as tails:
+    with ServerParts(MODEL, list(jobs.values())) as server_parts:
         for i in (0, 1):
-            served(tails, *(sent[name][i] for name in jobs))
-        served(tails, sent["a"][2])
-        tails.leave("b")
-        served_one_by_one(tails, [*sent["c"][2:], *sent["a"][3:]])
+            served(server_parts, *(sent[name][i] for name in jobs))
+        served(server_parts, sent["a"][2])
+        server_parts.leave("b")
+        served_one_by_one(server_parts, [*sent["c"][2:], *sent["a"][3:]])
         for name in "ac":
-            assert_equal(tails.adapter(name), alone(MODEL, jobs[name]))
+            assert_equal(server_parts.adapter(name), alone(MODEL, jobs[name]))
 
 
 def spoiled(value: float, **options: object):
@@ -445,42 +449,42 @@ def test_a_client_whose_numbers_overflow_is_refused_and_the_others_go_on(
 ) -> None:
     one, other = spoiled(value, cut=cut), job("b", cut, seed=2)
     mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
-    with ServerParts(MODEL, [one, other]) as tails:
-        reply, beside = tails.answer([mine[0], its[0]])
+    with ServerParts(MODEL, [one, other]) as server_parts:
+        reply, beside = server_parts.answer([mine[0], its[0]])
         assert "not finite; nothing of it was applied. Lower local.lr" in refusal(reply)
-        assert str(mine[0].at) in refusal(reply)
+        assert str(mine[0].id) in refusal(reply)
         assert isinstance(beside, Returned)
         for request in its[1:]:
-            refused, _ = tails.answer([mine[1], request])
+            refused, _ = server_parts.answer([mine[1], request])
             assert "has left" in refusal(refused)
-        assert_equal(tails.adapter("b"), alone(MODEL, other))
+        assert_equal(server_parts.adapter("b"), alone(MODEL, other))
 
 
 def test_a_gradient_whose_norm_overflows_is_refused_in_time() -> None:
     """Loss and states are finite here, and yet no step could be taken with such numbers."""
     model = model_of_three("opt")
-    one, other = (tail_job(model, name, seed=i) for i, name in enumerate("ab"))
+    one, other = (server_job(model, name, seed=i) for i, name in enumerate("ab"))
     mine = [replace(r, weight=1e200) for r in requests_of(model, one)[:2]]
     its = requests_of(model, other)
-    with ServerParts(model, [one, other]) as tails:
-        served(tails, mine[0], its[0])
-        refused, _ = tails.answer([mine[1], its[1]])
+    with ServerParts(model, [one, other]) as server_parts:
+        served(server_parts, mine[0], its[0])
+        refused, _ = server_parts.answer([mine[1], its[1]])
         assert "squared norm inf of the gradient is not finite" in refusal(refused)
-        served_one_by_one(tails, its[2:])
-        assert_equal(tails.adapter("b"), alone(model, other))
+        served_one_by_one(server_parts, its[2:])
+        assert_equal(server_parts.adapter("b"), alone(model, other))
 
 
 def test_a_rate_that_is_far_too_high_ends_in_a_refusal() -> None:
     local = replace(LOCAL, lr=1e160, steps=3)
     one, other = job("a", local=local), job("b", seed=2)
     mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
-    with ServerParts(MODEL, [one, other]) as tails:
+    with ServerParts(MODEL, [one, other]) as server_parts:
         for i in range(3):
-            served(tails, mine[i], its[i])
-        refused, _ = tails.answer([mine[3], its[3]])
+            served(server_parts, mine[i], its[i])
+        refused, _ = server_parts.answer([mine[3], its[3]])
         assert "not finite" in refusal(refused)
-        served_one_by_one(tails, its[4:])
-        assert_equal(tails.adapter("b"), alone(MODEL, other))
+        served_one_by_one(server_parts, its[4:])
+        assert_equal(server_parts.adapter("b"), alone(MODEL, other))
 
 
 def test_nothing_acts_on_the_model_between_calls_and_after() -> None:
@@ -491,10 +495,10 @@ def test_nothing_acts_on_the_model_between_calls_and_after() -> None:
     summed = replace(one, assignment=replace(one.assignment, merged=merged))
     ids = torch.arange(4, 12)[None]
     plain = MODEL.module(input_ids=ids).logits
-    with ServerParts(MODEL, [one]) as tails:
+    with ServerParts(MODEL, [one]) as server_parts:
         assert torch.equal(MODEL.module(input_ids=ids).logits, plain)
         for request in requests_of(MODEL, one):
-            served(tails, request)
+            served(server_parts, request)
             assert torch.equal(MODEL.module(input_ids=ids).logits, plain)
     with ServerParts(MODEL, [summed]):
         assert not torch.equal(MODEL.module(input_ids=ids).logits, plain)
@@ -505,8 +509,8 @@ def test_the_states_of_a_request_are_neither_kept_nor_changed() -> None:
     one = job("a", BENT)
     requests = requests_of(MODEL, one)
     kept = [getattr(request, "states", torch.zeros(0)).clone() for request in requests]
-    with ServerParts(MODEL, [one]) as tails:
-        served_one_by_one(tails, requests)
+    with ServerParts(MODEL, [one]) as server_parts:
+        served_one_by_one(server_parts, requests)
     for request, before in zip(requests, kept, strict=True):
         states = getattr(request, "states", torch.zeros(0))
         assert torch.equal(states, before)
@@ -526,15 +530,15 @@ def test_no_graph_of_a_finished_step_is_kept(cut: CutPoint, shared: bool) -> Non
     one, other = job("a", cut), replace(job("b", cut), seed=2)
     mine, its = requests_of(MODEL, one), requests_of(MODEL, other)
     before = graphs()
-    with ServerParts(MODEL, [one, other], shared=shared) as tails:
+    with ServerParts(MODEL, [one, other], shared=shared) as server_parts:
         step = next(i for i, each in enumerate(mine) if isinstance(each, Step))
         for good, beside in zip(mine[: step + 1], its, strict=False):
-            served(tails, good, beside)
+            served(server_parts, good, beside)
         assert graphs() == before
-        served(tails, mine[step + 1], its[step + 1])
+        served(server_parts, mine[step + 1], its[step + 1])
         assert (graphs() > before) == (cut == BENT)
-        tails.leave("a")
-        tails.leave("b")
+        server_parts.leave("a")
+        server_parts.leave("b")
         assert graphs() == before
 
 
@@ -546,8 +550,8 @@ def test_the_memory_of_a_request_is_let_go_at_once(cut: CutPoint, shared: bool) 
     array = first.states.numpy().copy()
     memory = weakref.ref(array)
     request = replace(first, states=torch.from_numpy(array))
-    with ServerParts(MODEL, [one], shared=shared) as tails:
-        served(tails, request)
+    with ServerParts(MODEL, [one], shared=shared) as server_parts:
+        served(server_parts, request)
         del array, request
         gc.collect()
         assert memory() is None
@@ -558,16 +562,16 @@ def test_states_that_carry_a_graph_are_taken_as_numbers() -> None:
     requests = requests_of(MODEL, one)
     attached = [
         replace(r, states=r.states.clone().requires_grad_() * 1.0)
-        if r.at and not isinstance(r, Step)
+        if r.id and not isinstance(r, Step)
         else r
         for r in requests
     ]
-    with ServerParts(MODEL, [one]) as tails:
-        served_one_by_one(tails, attached)
-        assert_equal(tails.adapter("a"), alone(MODEL, one), 0.0)
+    with ServerParts(MODEL, [one]) as server_parts:
+        served_one_by_one(server_parts, attached)
+        assert_equal(server_parts.adapter("a"), alone(MODEL, one), 0.0)
 
 
-def test_tails_that_cannot_be_are_refused() -> None:
+def test_server_parts_that_cannot_be_are_refused() -> None:
     with pytest.raises(ModelError, match=r"expected clients of one cut, got \['1', '2'\]"):
         ServerParts(MODEL, [job("a"), job("b", CutPoint(2))])
     with pytest.raises(ModelError, match=r"expected clients of one cut, got \[\]"):
@@ -606,9 +610,9 @@ JUNK: list[Callable[[Request], Request]] = [
     at(micro=5),
     at(client="nobody"),
     lambda good: replace(good, states=good.states * NAN) if hasattr(good, "states") else good,
-    lambda good: Step(at(step=good.at.step + 1)(good).at, 0.5),
-    lambda good: Step(good.at, 2.0),
-    lambda good: Activations(good.at, True, -1.0, (1,), torch.zeros(1, WIDTH), None),
+    lambda good: Step(at(step=good.id.step + 1)(good).id, 0.5),
+    lambda good: Step(good.id, 2.0),
+    lambda good: Activations(good.id, True, -1.0, (1,), torch.zeros(1, WIDTH), None),
 ]
 
 
@@ -619,7 +623,7 @@ def test_repetitions_and_junk_in_any_order_change_nothing(data, cut: CutPoint, n
     left = {one.client: requests_of(MODEL, one) for one in jobs}
     had: dict[str, list[tuple[Request, Reply]]] = {name: [] for name in names}
     action = st.sampled_from(["next", "next", "repeat", "junk", "nothing"])
-    with ServerParts(MODEL, jobs) as tails:
+    with ServerParts(MODEL, jobs) as server_parts:
         for _ in range(data.draw(st.integers(0, 25))):
             asked: list[tuple[str, str, Request, Reply | None]] = []
             for name in names:
@@ -632,9 +636,9 @@ def test_repetitions_and_junk_in_any_order_change_nothing(data, cut: CutPoint, n
                     bad = data.draw(st.sampled_from(JUNK))(left[name][0])
                     if bad is not left[name][0]:
                         asked.append((name, what, bad, None))
-            replies = tails.answer([request for _, _, request, _ in asked])
+            replies = server_parts.answer([request for _, _, request, _ in asked])
             for (name, what, request, before), reply in zip(asked, replies, strict=True):
-                assert reply.at == request.at
+                assert reply.id == request.id
                 if what == "junk":
                     assert isinstance(reply, Refused)
                 elif what == "repeat":
@@ -646,22 +650,22 @@ def test_repetitions_and_junk_in_any_order_change_nothing(data, cut: CutPoint, n
                     had[name] = [] if isinstance(request, Step) else had[name]
                     had[name].append((request, reply))
         for name in names:
-            served_one_by_one(tails, left[name])
+            served_one_by_one(server_parts, left[name])
         for seed, name in enumerate(names, start=1):
-            assert_equal(tails.adapter(name), undisturbed(cut, name, seed)[1])
+            assert_equal(server_parts.adapter(name), undisturbed(cut, name, seed)[1])
 
 
 @pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)])
 def test_a_step_has_no_more_microbatches_than_were_agreed(cut):
     """What is kept of a client that never steps has a bound."""
     model = model_of_three()
-    one = tail_job(model, "a", cut)
+    one = server_job(model, "a", cut)
     first = replace(requests_of(model, one)[0], last=False)
-    with ServerParts(model, [one]) as tails:
+    with ServerParts(model, [one]) as server_parts:
         for micro in range(one.local.accumulation):
-            (reply,) = tails.answer([replace(first, at=replace(first.at, micro=micro))])
+            (reply,) = server_parts.answer([replace(first, id=replace(first.id, micro=micro))])
             assert isinstance(reply, Returned)
-        over = replace(first.at, micro=one.local.accumulation)
-        (reply,) = tails.answer([replace(first, at=over)])
+        over = replace(first.id, micro=one.local.accumulation)
+        (reply,) = server_parts.answer([replace(first, id=over)])
         assert isinstance(reply, Refused)
         assert f"at most {one.local.accumulation} microbatches in a step" in reply.reason

@@ -15,7 +15,7 @@ from jobs import job
 from polyrank.algebra import Adapter, Dense
 from polyrank.model import LoadedModel, Span, load_model
 from polyrank.planning import CutPoint
-from polyrank.split_server.interface import Collected
+from polyrank.split_server.interface import ServerPartResult
 from polyrank.training import LocalTraining, Scoring
 from polyrank.training.job import Trained
 from polyrank.training.split import (
@@ -24,7 +24,7 @@ from polyrank.training.split import (
     ServerPartJob,
     SplitJob,
     SplitSettings,
-    train_head,
+    train_client_part,
     train_split,
 )
 from polyrank.transport import InProcessLinks
@@ -54,12 +54,14 @@ def split_job(
     return SplitJob(scored, cut, ROUND, ATTEMPT)
 
 
-def tails_of(model: LoadedModel, jobs: Sequence[SplitJob]) -> list[ServerPartJob]:
-    """Return the jobs as a desk gets them: of the server's sites, without what is merged."""
+def server_jobs(model: LoadedModel, jobs: Sequence[SplitJob]) -> list[ServerPartJob]:
+    """Return the jobs as the split server gets them: of its sites, without what is merged."""
     found = []
     for one in jobs:
-        tail = one.at_server(model)
-        found.append(replace(tail, assignment=replace(tail.assignment, merged=NOTHING)))
+        server_part = one.at_server(model)
+        found.append(
+            replace(server_part, assignment=replace(server_part.assignment, merged=NOTHING))
+        )
     return found
 
 
@@ -87,16 +89,16 @@ def train_one(
     split: SplitSettings = SPLIT,
     on_step: Callable[[], None] | None = None,
 ) -> Trained:
-    """Train a client on a model of its own blocks; it reaches its tail through a socket."""
+    """Train a client on a model of its own blocks; it reaches its server part through a socket."""
     assert isinstance(access, Credentials), access
-    mine = one.changed(one.job.assignment.only(model.spec.shapes))
-    return train_head(model, mine, GrpcLink(access), split, on_step=on_step)
+    mine = one.with_assignment(one.job.assignment.only(model.spec.shapes))
+    return train_client_part(model, mine, GrpcLink(access), split, on_step=on_step)
 
 
 def train_all(
     source: Path,
     jobs: Sequence[SplitJob],
-    accesses: Mapping[str, Credentials | str],
+    credentials: Mapping[str, Credentials | str],
     split: SplitSettings = SPLIT,
     dtype: str = "float32",
 ) -> dict[str, Trained]:
@@ -105,7 +107,7 @@ def train_all(
     models = [head_model(source, one.cut, dtype) for one in jobs]
 
     def train(model: LoadedModel, one: SplitJob) -> Trained:
-        return train_one(model, one, accesses[one.job.client], split)
+        return train_one(model, one, credentials[one.job.client], split)
 
     with ThreadPoolExecutor(len(jobs)) as pool:
         names = [one.job.client for one in jobs]
@@ -117,8 +119,8 @@ def in_process(
 ) -> dict[str, Trained]:
     """Return what `train_split` gives: one by one, or together where they share an adapter."""
 
-    def connect(tail: ServerPart) -> Callable[[str], Link]:
-        return InProcessLinks(tail, split.wire, model.spec.hidden, TOKENS).link
+    def connect(server_part: ServerPart) -> Callable[[str], Link]:
+        return InProcessLinks(server_part, split.wire, model.spec.hidden, TOKENS).link
 
     groups = [list(jobs)] if split.adapters == "shared" else [[one] for one in jobs]
     found = {}
@@ -128,14 +130,14 @@ def in_process(
     return found
 
 
-def whole(head: Trained, tail: Collected) -> Trained:
+def whole(head: Trained, part: ServerPartResult) -> Trained:
     """Return what a client and its server have trained, together."""
     assert head.failure is None, head.failure
-    assert not head.adapter.keys() & tail.adapter.keys()
+    assert not head.adapter.keys() & part.adapter.keys()
     return replace(
         head,
-        adapter=Adapter({**head.adapter, **tail.adapter}),
-        importance={**head.importance, **tail.importance},
+        adapter=Adapter({**head.adapter, **part.adapter}),
+        importance={**head.importance, **part.importance},
     )
 
 
