@@ -245,7 +245,7 @@ def test_a_repeated_request_is_answered_again_and_applied_once(meeting):
     assert len(place.server_part.applied) == 1
 
 
-def test_what_is_refused_says_why_and_the_link_stays_usable(meeting):
+def test_a_refusal_says_why_and_the_link_stays_usable(meeting):
     link = meeting().link("a")
     refused = link.submit(activations(step=13))
     good = link.submit(activations(step=1))
@@ -303,7 +303,7 @@ def test_an_answer_that_is_not_finite_becomes_a_refusal(meeting):
         link.submit(activations(step=14)).result()
 
 
-def test_what_cannot_be_sent_is_refused_at_once_and_the_link_stays_usable(meeting):
+def test_a_request_that_cannot_be_sent_is_refused_at_once_and_the_link_stays_usable(meeting):
     link = meeting().link("a")
     sent = activations()
     with pytest.raises(FrameError, match="finite"):
@@ -399,7 +399,7 @@ def test_a_request_that_waits_for_others_is_answered_once_they_are_there(meeting
     assert sorted(applied) == list(CLIENTS)
 
 
-def test_who_leaves_is_waited_for_no_more(meeting):
+def test_a_client_that_has_left_is_not_waited_for(meeting):
     place = meeting(server_part=Patient())
     links = {client: place.link(client) for client in CLIENTS}
     steps = {c: links[c].submit(Step(RequestId(c, 2, 1, 0), 0.5)) for c in ("a", "b")}

@@ -145,7 +145,7 @@ def test_clients_of_several_cuts_at_once_learn_the_bytes_that_one_process_gives(
         assert min(one.up, one.down) > 0
 
 
-def test_what_is_merged_into_the_base_is_given_once_and_changes_no_byte(
+def test_merged_sums_are_sent_once_and_change_no_byte(
     server_process: SplitServerProcess, source: Path, model: LoadedModel
 ) -> None:
     merged = random_sums(model)

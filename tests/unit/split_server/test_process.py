@@ -132,7 +132,7 @@ def test_its_last_lines_are_told(made: Made) -> None:
     assert "exit status is 3" in lines[0]
 
 
-def test_one_that_takes_too_long_is_ended(made: Made) -> None:
+def test_a_process_that_takes_too_long_is_killed(made: Made) -> None:
     server = made("time.sleep(600)", start=0.3)
     with pytest.raises(SplitServerError, match="no answer in time"):
         opened(server)
@@ -140,7 +140,7 @@ def test_one_that_takes_too_long_is_ended(made: Made) -> None:
     assert_gone(server._child.process.pid)
 
 
-def test_one_that_had_worked_is_started_again_a_bounded_number_of_times_in_a_round(
+def test_a_process_that_had_worked_is_restarted_a_bounded_number_of_times(
     made: Made, tmp_path: Path
 ) -> None:
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x');"

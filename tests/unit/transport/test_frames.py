@@ -238,7 +238,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG.values(), ids=WRONG)
-def test_what_no_frame_can_hold_is_refused_by_the_sender(message):
+def test_a_message_that_no_frame_can_hold_is_refused_by_the_sender(message):
     with pytest.raises(FrameError, match=r"expected .* came"):
         encode(message, WIRE)
 

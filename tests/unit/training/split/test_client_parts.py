@@ -153,7 +153,9 @@ MOMENTS = [
 @pytest.mark.parametrize("adapters", ["own", "shared"])
 @pytest.mark.parametrize(("cut", "when"), MOMENTS)
 @pytest.mark.parametrize(("spoil", "reason"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
-def test_whose_answer_fails_ends_and_the_others_go_on(cut, when, spoil, reason, adapters) -> None:
+def test_a_client_whose_reply_fails_ends_and_the_others_go_on(
+    cut, when, spoil, reason, adapters
+) -> None:
     trained, links = split("abc", cut, faulty="b", when=when, spoil=spoil, adapters=adapters)
     assert trained["b"].failure is not None
     with pytest.raises(FrameError, match=f"(?s)client 'b', round 1.*{reason}"):
@@ -180,7 +182,9 @@ def test_whose_answer_fails_ends_and_the_others_go_on(cut, when, spoil, reason, 
     ],
 )
 @pytest.mark.parametrize("cut", [CutPoint(1), CutPoint(1, 2)], ids=str)
-def test_whose_step_fails_ends_and_the_others_go_on(cut: CutPoint, spoil, reason: str) -> None:
+def test_a_client_whose_step_fails_ends_and_the_others_go_on(
+    cut: CutPoint, spoil, reason: str
+) -> None:
     trained, _ = split("abc", cut, faulty="b", when=kind(Step, 1), spoil=spoil)
     assert reason in (trained["b"].failure or "")
     assert "client 'b', round 1, attempt 0, step 1" in (trained["b"].failure or "")

@@ -158,7 +158,7 @@ def first(sent: Sequence[Activations]) -> Tensor:
     return sent[0].states
 
 
-def test_what_leaves_is_bounded_then_noised_and_nothing_else() -> None:
+def test_sent_activations_are_bounded_then_noised_and_nothing_else() -> None:
     plain = first(split(EXACT)[1]["a"])
     held = first(split(replace(EXACT, clip=1.0))[1]["a"])
     assert bool((plain.norm(dim=1) > 1.0).any())
@@ -197,7 +197,7 @@ def test_noise_is_drawn_anew_for_every_client_step_and_microbatch_and_again_alik
             )
 
 
-def test_noise_does_not_depend_on_who_is_in_the_pass() -> None:
+def test_noise_does_not_depend_on_the_clients_in_the_pass() -> None:
     settings = replace(EXACT, noise=0.4, clip=2.0)
     together, alone = split(settings)[0], split(settings, names="b")[0]
     assert_equal(together[1].adapter, alone[0].adapter)

@@ -145,7 +145,7 @@ def test_merged_sums_and_sparse_starts_go_across_the_cut() -> None:
                 assert_same(one, other)
 
 
-def test_what_is_merged_tells_a_difference() -> None:
+def test_merged_sums_make_a_difference() -> None:
     """The comparison above would not see a merged sum that both paths leave out."""
     model = deep()
     merged = Adapter(

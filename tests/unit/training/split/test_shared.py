@@ -335,7 +335,7 @@ def test_unequal_ranks_behind_the_cut_are_refused_before_any_training() -> None:
 # --- clients that come to grief ---
 
 
-def test_who_diverges_leaves_and_the_shared_set_stays_whole() -> None:
+def test_a_client_that_diverges_leaves_and_the_shared_set_stays_finite() -> None:
     """Its activations are finite, and what the server part makes of them is not."""
     model = model_of_three("opt")
     jobs = [server_job(model, name, local=BY_HAND) for name in "abc"]
@@ -381,7 +381,7 @@ def test_in_a_u_shape_too() -> None:
         assert_equal(server_parts.adapter("c"), others.adapter("c"))
 
 
-def test_the_step_waits_for_all_who_are_at_work() -> None:
+def test_the_step_waits_for_all_working_clients() -> None:
     model = model_of_three()
     jobs = [replace(server_job(model, n), seed=i) for i, n in enumerate("ab", start=1)]
     mine, its = (requests_of(model, one) for one in jobs)
@@ -400,7 +400,7 @@ def test_the_step_waits_for_all_who_are_at_work() -> None:
         assert server_parts.adapter("a").hash() == others.adapter("a").hash()
 
 
-def test_who_leaves_is_not_waited_for_and_what_it_gave_stays() -> None:
+def test_a_client_that_leaves_is_not_waited_for_and_its_gradients_stay() -> None:
     model = model_of_three()
     jobs = [replace(server_job(model, n), seed=i) for i, n in enumerate("ab", start=1)]
     mine, its = (requests_of(model, one) for one in jobs)
@@ -422,7 +422,9 @@ def test_who_leaves_is_not_waited_for_and_what_it_gave_stays() -> None:
 
 
 @pytest.mark.parametrize("cut", [STRAIGHT, BENT], ids=str)
-def test_who_leaves_in_mid_step_counts_with_what_has_come(cut: CutPoint) -> None:
+def test_a_client_that_leaves_in_mid_step_counts_with_the_gradients_that_came(
+    cut: CutPoint,
+) -> None:
     """As if the client's step had been that much shorter, whatever its weight had announced."""
     model = model_of_three()
     local = replace(BY_HAND, steps=1)

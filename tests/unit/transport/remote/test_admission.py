@@ -165,7 +165,7 @@ def test_compressed_messages_are_refused_unread():
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_who_keeps_saying_that_it_is_alive_is_ended():
+def test_a_client_that_sends_alive_too_often_is_ended():
     with serving([job("a"), job("b")]) as place:
         with Raw(place.access["b"]) as raw:
             raw.send(hello=raw.hello())

@@ -97,7 +97,7 @@ def test_a_new_stream_takes_the_place_of_what_came_on_the_old_one():
     assert made.take().forgotten == frozenset()
 
 
-def test_what_a_broken_stream_has_brought_is_served():
+def test_frames_of_a_broken_stream_are_served():
     made = batcher(connected=("a",))
     made.add("a", b"a0", 0.0)
     made.disconnect("a")

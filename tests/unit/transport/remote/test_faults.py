@@ -119,7 +119,7 @@ def test_a_stream_that_is_cut_again_and_again_goes_on_at_its_step():
         assert place.hashes("a", place.train("a", link)) == undisturbed()
 
 
-def test_what_was_served_but_not_received_is_not_applied_again():
+def test_a_request_whose_reply_was_lost_is_not_applied_again():
     """The stream breaks between the server part's answer and its way back, for every request."""
     proxies = []
     arounds = []

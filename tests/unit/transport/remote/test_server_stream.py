@@ -79,7 +79,7 @@ def test_a_wrong_hello_is_refused_with_a_reason(place, changes, code, reason):
      pb.Up(alive=pb.Alive()).SerializeToString(), pb.Up(proof=pb.Proof()).SerializeToString(),
      pb.Up(part=pb.Part(data=b"x", last=True)).SerializeToString()],
 )  # fmt: skip
-def test_what_is_no_hello_is_refused_before_one(place, message):
+def test_messages_before_a_hello_are_refused(place, message):
     with Raw(place.access["b"]) as raw:
         raw.send(message)
         assert raw.refused()[0] is INVALID
@@ -251,7 +251,7 @@ def test_a_message_that_is_too_long_ends_its_stream_unread(place):
         assert raw.refused()[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_strangers_are_few_and_are_sent_away(monkeypatch):
+def test_unauthenticated_streams_are_few_and_refused(monkeypatch):
     monkeypatch.setattr("polyrank.transport.remote.server_stream.HELLO_SECONDS", 0.5)
     with serving([job("a")]) as place:
         raws = [Raw(place.access["a"]) for _ in range(40)]

@@ -1,11 +1,11 @@
-"""Who may speak for which client: tokens redeem once, and only their secret resumes."""
+"""Authentication: a token is accepted once, and only its secret resumes the session."""
 
 import pytest
 
 from polyrank.errors import FrameError
 from polyrank.transport.remote.sessions import SessionId, Sessions, proof
 
-WORK = SessionId("run", 2, 1, "a")
+SESSION = SessionId("run", 2, 1, "a")
 SECRET, NONCE = b"s" * 32, b"n" * 32
 OTHERS = [
     SessionId("other", 2, 1, "a"),
@@ -25,31 +25,31 @@ class Clock:
 def opened():
     clock = Clock()
     sessions = Sessions(clock)
-    return sessions, sessions.issue(WORK, 10.0), clock
+    return sessions, sessions.issue(SESSION, 10.0), clock
 
 
 def test_a_token_redeems_once():
     sessions, token, _ = opened()
-    sessions.redeem(WORK, token, SECRET)
+    sessions.redeem(SESSION, token, SECRET)
     with pytest.raises(FrameError, match="not accepted"):
-        sessions.redeem(WORK, token, SECRET)
-    sessions.prove(WORK, NONCE, proof(SECRET, NONCE, WORK))
+        sessions.redeem(SESSION, token, SECRET)
+    sessions.prove(SESSION, NONCE, proof(SECRET, NONCE, SESSION))
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_a_token_is_of_one_piece_of_work_alone(other):
+def test_a_token_is_valid_for_one_session_alone(other):
     sessions, token, _ = opened()
     sessions.issue(other, 10.0)
     with pytest.raises(FrameError, match="not accepted"):
         sessions.redeem(other, token, SECRET)
-    sessions.redeem(WORK, token, SECRET)
+    sessions.redeem(SESSION, token, SECRET)
 
 
 def test_a_token_expires_and_a_session_does_not():
     sessions, token, clock = opened()
     clock.now += 10.0
     with pytest.raises(FrameError, match="has expired"):
-        sessions.redeem(WORK, token, SECRET)
+        sessions.redeem(SESSION, token, SECRET)
     other, clock.now = SessionId("run", 2, 1, "b"), 100.0
     sessions.redeem(other, sessions.issue(other, 10.0), SECRET)
     clock.now += 1000.0
@@ -62,7 +62,7 @@ def test_nothing_is_accepted_after_the_end():
     sessions.redeem(other, sessions.issue(other, 10.0), SECRET)
     sessions.clear()
     with pytest.raises(FrameError):
-        sessions.redeem(WORK, token, SECRET)
+        sessions.redeem(SESSION, token, SECRET)
     with pytest.raises(FrameError):
         sessions.prove(other, NONCE, proof(SECRET, NONCE, other))
 
@@ -70,22 +70,22 @@ def test_nothing_is_accepted_after_the_end():
 def test_only_the_secret_resumes_and_only_its_work_and_nonce():
     sessions, token, _ = opened()
     with pytest.raises(FrameError):  # before the token was redeemed nobody resumes
-        sessions.prove(WORK, NONCE, proof(bytes(32), NONCE, WORK))
-    sessions.redeem(WORK, token, SECRET)
+        sessions.prove(SESSION, NONCE, proof(bytes(32), NONCE, SESSION))
+    sessions.redeem(SESSION, token, SECRET)
     wrong = [
-        proof(b"t" * 32, NONCE, WORK),
-        proof(bytes(32), NONCE, WORK),
-        proof(SECRET, b"m" * 32, WORK),
+        proof(b"t" * 32, NONCE, SESSION),
+        proof(bytes(32), NONCE, SESSION),
+        proof(SECRET, b"m" * 32, SESSION),
         *(proof(SECRET, NONCE, other) for other in OTHERS),
         b"",
         token,
     ]
     for given in wrong:
         with pytest.raises(FrameError, match="no session"):
-            sessions.prove(WORK, NONCE, given)
+            sessions.prove(SESSION, NONCE, given)
     with pytest.raises(FrameError):
         sessions.prove(OTHERS[0], NONCE, proof(SECRET, NONCE, OTHERS[0]))
-    sessions.prove(WORK, NONCE, proof(SECRET, NONCE, WORK))
+    sessions.prove(SESSION, NONCE, proof(SECRET, NONCE, SESSION))
 
 
 def test_no_two_works_are_proved_alike():
@@ -97,13 +97,13 @@ def test_no_two_works_are_proved_alike():
 def test_refusals_say_the_same_whatever_is_wrong_and_show_nothing():
     sessions, token, _ = opened()
     reasons = set()
-    for work, given in ((OTHERS[0], token), (WORK, b"x" * 32)):
+    for work, given in ((OTHERS[0], token), (SESSION, b"x" * 32)):
         with pytest.raises(FrameError) as caught:
             sessions.redeem(work, given, SECRET)
         reasons.add(str(caught.value))
-    sessions.redeem(WORK, token, SECRET)
+    sessions.redeem(SESSION, token, SECRET)
     with pytest.raises(FrameError) as caught:
-        sessions.redeem(WORK, token, SECRET)
+        sessions.redeem(SESSION, token, SECRET)
     reasons.add(str(caught.value))
     assert len(reasons) == 1
     held = repr(vars(sessions))
@@ -111,17 +111,17 @@ def test_refusals_say_the_same_whatever_is_wrong_and_show_nothing():
     assert repr(SECRET) not in held
 
 
-def test_tokens_and_nonces_are_fresh_and_a_work_has_one_token():
+def test_tokens_and_nonces_are_fresh_and_a_session_has_one_token():
     sessions, token, _ = opened()
     others = {sessions.issue(other, 1.0) for other in OTHERS} | {sessions.challenge(), token}
     assert len(others) == len(OTHERS) + 2
     assert {len(one) for one in others} == {32}
     with pytest.raises(FrameError, match="one token"):
-        sessions.issue(WORK, 1.0)
+        sessions.issue(SESSION, 1.0)
 
 
 def test_a_secret_of_another_length_spends_no_token():
     sessions, token, _ = opened()
     with pytest.raises(FrameError, match="secret: expected 32 bytes"):
-        sessions.redeem(WORK, token, b"short")
-    sessions.redeem(WORK, token, SECRET)
+        sessions.redeem(SESSION, token, b"short")
+    sessions.redeem(SESSION, token, SECRET)
