@@ -1,4 +1,4 @@
-"""A split step between processes: over loopback, and through a slow line with more under way.
+"""A split step between processes: over loopback, and through a slow line with more in flight.
 
     python benchmarks/split_link.py                  # the miniature and a Llama of 34 M; minutes
     python benchmarks/split_link.py --quick          # a tiny model, to see that it runs
@@ -12,7 +12,7 @@ medians over optimizer steps, after warm-up and without set-up. Beside them the 
 each of the two processes spends on a step: what is left of a step's seconds is waiting.
 
 Then the same through a proxy, a third process, which lets so many bits a second through and delays
-them by so many seconds, each way: with more and more microbatches under way, beside what the cost
+them by so many seconds, each way: with more and more microbatches in flight, beside what the cost
 model foresees for such a line from the whole step's speed.
 
 First it is checked that the cut client learns the same over the network as in process.
@@ -60,7 +60,7 @@ from polyrank.transport.remote import Credentials, GrpcLink
 
 NAME = "client"
 WIRES = ("float32", "bf16")
-UNDER_WAY = (1, 2, 4, 8)
+IN_FLIGHT = (1, 2, 4, 8)
 SECONDS = 600.0
 """How long a client may take, in all."""
 PROXY = """
@@ -133,7 +133,7 @@ def sources(options: argparse.Namespace, folder: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Setup:
     """A model, twice: here and in the split server's process."""
 
     model: LoadedModel
@@ -170,9 +170,9 @@ class Taken:
 class Watch:
     """Notes when each optimizer step is done, and what the processes have spent by then."""
 
-    def __init__(self, bench: Bench):
-        self._cuda = bench.model.device.type == "cuda"
-        self._warm, self._server = bench.options.warm, bench.server.pid
+    def __init__(self, setup: Setup):
+        self._cuda = setup.model.device.type == "cuda"
+        self._warm, self._server = setup.options.warm, setup.server.pid
         self._marks: list[tuple[float, float, float]] = []
 
     def __call__(self) -> None:
@@ -196,22 +196,22 @@ class Watch:
 # --- the ways -------------------------------------------------------------------------------------
 
 
-def whole(bench: Bench, job: Job) -> Taken:
+def whole(setup: Setup, job: Job) -> Taken:
     """Train the client uncut."""
-    watch = Watch(bench)
-    (trained,) = train_cohort(bench.model, [job], watch)
+    watch = Watch(setup)
+    (trained,) = train_cohort(setup.model, [job], watch)
     return watch.taken(trained)
 
 
-def in_process(bench: Bench, job: Job, under_way: int) -> Taken:
+def in_process(setup: Setup, job: Job, in_flight: int) -> Taken:
     """Train it cut, both ends here."""
-    watch, most = Watch(bench), bench.options.batch * bench.options.length
+    watch, most = Watch(setup), setup.options.batch * setup.options.length
     (trained,) = train_split(
-        bench.model,
-        [SplitJob(job, bench.cut, round=1)],
-        settings_of(bench, under_way),
+        setup.model,
+        [SplitJob(job, setup.cut, round=1)],
+        settings_of(setup, in_flight),
         lambda server_part: (
-            InProcessLinks(server_part, bench.wire, bench.model.spec.hidden, most).link
+            InProcessLinks(server_part, setup.wire, setup.model.spec.hidden, most).link
         ),
         cohort=1,
         on_step=watch,
@@ -219,43 +219,43 @@ def in_process(bench: Bench, job: Job, under_way: int) -> Taken:
     return watch.taken(trained)
 
 
-def loopback(bench: Bench, job: Job, under_way: int, delay: float = 0.0, mbit: float = 0) -> Taken:
+def loopback(setup: Setup, job: Job, in_flight: int, delay: float = 0.0, mbit: float = 0) -> Taken:
     """Train it cut, the server in its own process, through a proxy that counts and may hinder."""
-    one = SplitJob(job, bench.cut, round=1)
-    access = opened(bench, one)
-    watch = Watch(bench)
+    one = SplitJob(job, setup.cut, round=1)
+    access = opened(setup, one)
+    watch = Watch(setup)
     with between(access.address, delay, mbit * 1e6 / 8) as (address, carried):
         trained = train_client_part(
-            bench.model,
-            one.at_client(bench.model),
+            setup.model,
+            one.at_client(setup.model),
             GrpcLink(replace(access, address=address)),
-            settings_of(bench, under_way),
+            settings_of(setup, in_flight),
             on_step=watch,
         )
         return watch.taken(trained, carried())
 
 
-def direct(bench: Bench, job: Job, under_way: int) -> Taken:
+def direct(setup: Setup, job: Job, in_flight: int) -> Taken:
     """Train it cut, the server in its own process and nothing between."""
-    one = SplitJob(job, bench.cut, round=1)
-    link = GrpcLink(opened(bench, one))
-    watch = Watch(bench)
-    settings = settings_of(bench, under_way)
+    one = SplitJob(job, setup.cut, round=1)
+    link = GrpcLink(opened(setup, one))
+    watch = Watch(setup)
+    settings = settings_of(setup, in_flight)
     return watch.taken(
-        train_client_part(bench.model, one.at_client(bench.model), link, settings, on_step=watch)
+        train_client_part(setup.model, one.at_client(setup.model), link, settings, on_step=watch)
     )
 
 
-def settings_of(bench: Bench, under_way: int) -> SplitSettings:
-    return SplitSettings(wire=bench.wire, in_flight=under_way)  # type: ignore[arg-type]
+def settings_of(setup: Setup, in_flight: int) -> SplitSettings:
+    return SplitSettings(wire=setup.wire, in_flight=in_flight)  # type: ignore[arg-type]
 
 
-def opened(bench: Bench, one: SplitJob) -> Credentials:
+def opened(setup: Setup, one: SplitJob) -> Credentials:
     """Return the way to a new server part of the client."""
-    server_part = one.at_server(bench.model)
-    most = bench.options.batch * bench.options.length
+    server_part = one.at_server(setup.model)
+    most = setup.options.batch * setup.options.length
     work = OpenRound(1, 0, [server_part], Adapter({}), {NAME: most}, SECONDS)
-    found = bench.server.open(work)[NAME]
+    found = setup.server.open(work)[NAME]
     if isinstance(found, str):
         raise RuntimeError(found)
     return found
@@ -304,16 +304,16 @@ def measure(source: Path, options: argparse.Namespace) -> None:
             threads=options.threads,
         )
         with SplitServerProcess(settings) as server:
-            bench = Bench(model, server, cut, wire, options)
-            check(bench)
-            steps(bench)
-            line(bench)
+            setup = Setup(model, server, cut, wire, options)
+            check(setup)
+            steps(setup)
+            slow_line(setup)
 
 
-def check(bench: Bench) -> None:
+def check(setup: Setup) -> None:
     """Raise RuntimeError if the client learns something else over the network than in process."""
-    job = bench.job(1, 2)
-    one = replace(bench, options=argparse.Namespace(**{**vars(bench.options), "warm": 1}))
+    job = setup.job(1, 2)
+    one = replace(setup, options=argparse.Namespace(**{**vars(setup.options), "warm": 1}))
     near, far = in_process(one, job, 1).trained, direct(one, job, 1).trained
     gap = abs(near.metrics["loss"] - far.metrics["loss"])
     apart = sum((near.adapter[s] - d).norm() ** 2 for s, d in far.adapter.items()) ** 0.5
@@ -322,21 +322,21 @@ def check(bench: Bench) -> None:
         raise RuntimeError(f"not the same training: losses {gap:.1e}, ΔW {apart / moved:.1e} apart")
 
 
-def steps(bench: Bench) -> None:
+def steps(setup: Setup) -> None:
     """Print a step's seconds, whole, cut in process, and cut over loopback; and its bytes."""
-    o = bench.options
-    for accumulation, under_way in ((1, 1), (o.accumulation, 2)):
-        job = bench.job(accumulation, o.steps + o.warm)
+    o = setup.options
+    for accumulation, in_flight in ((1, 1), (o.accumulation, 2)):
+        job = setup.job(accumulation, o.steps + o.warm)
         ways = {
-            "whole": lambda job=job: whole(bench, job),
-            "in process": lambda job=job, m=under_way: in_process(bench, job, m),
-            "loopback": lambda job=job, m=under_way: direct(bench, job, m),
+            "whole": lambda job=job: whole(setup, job),
+            "in process": lambda job=job, m=in_flight: in_process(setup, job, m),
+            "loopback": lambda job=job, m=in_flight: direct(setup, job, m),
         }
         found = repeated(ways, o.repeats)
         tokens = accumulation * o.batch * o.length
         print(
-            f"**{bench.wire}, {accumulation} microbatch(es) of {o.batch * o.length} tokens a step, "
-            f"{under_way} under way**\n\n"
+            f"**{setup.wire}, {accumulation} microbatch(es) of {o.batch * o.length} tokens a step, "
+            f"{in_flight} in flight**\n\n"
             "| way | step, ms | tokens/s | of whole | processor here, ms | at the server, ms |\n"
             "| --- | ---: | ---: | ---: | ---: | ---: |"
         )
@@ -350,15 +350,15 @@ def steps(bench: Bench) -> None:
                 f"| {there if name == 'loopback' else '–'} |"
             )
         print()
-    traffic(bench)
+    traffic(setup)
 
 
-def traffic(bench: Bench) -> None:
+def traffic(setup: Setup) -> None:
     """Print the bytes of a step: by the cost model, in frames, and on the connection."""
-    o = bench.options
-    short, long = (bench.job(o.accumulation, count) for count in (1 + o.warm, 5 + o.warm))
-    a, b = (loopback(bench, job, 2) for job in (short, long))
-    wire = costs(bench, o.accumulation, 2).wire(bench.cut)
+    o = setup.options
+    short, long = (setup.job(o.accumulation, count) for count in (1 + o.warm, 5 + o.warm))
+    a, b = (loopback(setup, job, 2) for job in (short, long))
+    wire = costs(setup, o.accumulation, 2).wire(setup.cut)
     print("| bytes a step | cost model | frames | of it | on the connection | of it |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for i, (way, foreseen) in enumerate((("up", wire.up), ("down", wire.down))):
@@ -372,17 +372,17 @@ def traffic(bench: Bench) -> None:
     print(flush=True)
 
 
-def line(bench: Bench) -> None:
-    """Print what microbatches under way gain on the slow line, and what the cost model foresees."""
-    o = bench.options
-    job = bench.job(o.accumulation, o.steps + o.warm)
-    few = [one for one in UNDER_WAY if one <= o.accumulation]
-    ways = {"whole": lambda: whole(bench, job)} | {
-        m: lambda m=m: loopback(bench, job, m, o.delay, o.mbit) for m in few
+def slow_line(setup: Setup) -> None:
+    """Print what microbatches in flight gain on the slow line, and what the cost model foresees."""
+    o = setup.options
+    job = setup.job(o.accumulation, o.steps + o.warm)
+    few = [one for one in IN_FLIGHT if one <= o.accumulation]
+    ways = {"whole": lambda: whole(setup, job)} | {
+        m: lambda m=m: loopback(setup, job, m, o.delay, o.mbit) for m in few
     }
     found = repeated(ways, o.repeats)
     tokens = o.accumulation * o.batch * o.length
-    speed = costs(bench, o.accumulation, 1).operations(ranks(bench), None).client
+    speed = costs(setup, o.accumulation, 1).operations(ranks(setup), None).client
     # By processor time where that is the work: others may use the machine too.
     work = statistics.median(run.here for run in found["whole"])
     flops = speed / (work if o.device == "cpu" else middle(found["whole"]))
@@ -391,14 +391,14 @@ def line(bench: Bench) -> None:
     )
     server = DeviceProfile("server", 2**40, flops)
     foreseen = {
-        m: costs(bench, o.accumulation, m).seconds(ranks(bench), bench.cut, device, server, 1).step
+        m: costs(setup, o.accumulation, m).seconds(ranks(setup), setup.cut, device, server, 1).step
         for m in few
     }
     print(
-        f"**{bench.wire}, {o.mbit:g} Mbit/s and {1e3 * o.delay:g} ms each way, {o.accumulation} "
+        f"**{setup.wire}, {o.mbit:g} Mbit/s and {1e3 * o.delay:g} ms each way, {o.accumulation} "
         f"microbatches of {o.batch * o.length} tokens a step** (whole: "
         f"{1e3 * middle(found['whole']):,.0f} ms)\n\n"
-        "| under way | step, ms | tokens/s | gain | foreseen, ms | gain | measured / foreseen |\n"
+        "| in flight | step, ms | tokens/s | gain | foreseen, ms | gain | measured / foreseen |\n"
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
     for m in few:
@@ -411,22 +411,22 @@ def line(bench: Bench) -> None:
     print(flush=True)
 
 
-def costs(bench: Bench, accumulation: int, under_way: int) -> CostModel:
-    o = bench.options
+def costs(setup: Setup, accumulation: int, in_flight: int) -> CostModel:
+    o = setup.options
     load = Workload(
         o.batch,
         o.length,
         o.length // 2,
         accumulation=accumulation,
-        itemsize=bench.model.dtype.itemsize,
-        wire=bench.wire,
-        in_flight=under_way,
+        itemsize=setup.model.dtype.itemsize,
+        wire=setup.wire,
+        in_flight=in_flight,
     )
-    return CostModel(anatomy_of(bench.model), bench.model.spec, load)
+    return CostModel(anatomy_of(setup.model), setup.model.spec, load)
 
 
-def ranks(bench: Bench) -> dict[str, int]:
-    return dict.fromkeys(bench.model.spec.shapes, bench.options.rank)
+def ranks(setup: Setup) -> dict[str, int]:
+    return dict.fromkeys(setup.model.spec.shapes, setup.options.rank)
 
 
 def repeated(ways: dict, repeats: int) -> dict:
