@@ -300,7 +300,7 @@ def test_a_server_that_is_gone_is_given_up_once_patience_ends():
 def test_functions_run_on_the_server_parts_thread_while_clients_train():
     with serving([job("a")]) as place:
         names = {place.server.call(lambda: threading.current_thread().name) for _ in range(2)}
-        assert names == {"split tails"}
+        assert names == {"split server parts"}
         with pytest.raises(ZeroDivisionError):
             place.server.call(lambda: 1 // 0)
         assert place.hashes("a", place.train("a")) == undisturbed()
