@@ -253,7 +253,7 @@ def test_a_server_that_dies_is_noticed_by_all_and_started_again_but_not_for_ever
 
     os.kill(hanging or 0, signal.SIGSTOP)
     with monkeypatch.context() as patched:
-        patched.setattr(server_process, "_reply_in", 0.3)
+        patched.setattr(server_process, "_reply_seconds", 0.3)
         with pytest.raises(SplitServerError, match="no answer in time"):
             server_process.collect("a")
     assert_gone(hanging or 0)

@@ -69,13 +69,13 @@ class InProcessLink:
         """Frames that no server part has seen yet."""
         self._links = links
         self._unanswered: deque[PendingFrame] = deque()
-        self._closed = False
+        self.closed = False
         self._up = self._down = 0
         links.enter(self)
 
     def submit(self, request: Request) -> PendingFrame:
         """Encode a request and queue it; FrameError if it cannot be sent, or after `close`."""
-        if self._closed:
+        if self.closed:
             raise FrameError(f"{request.id}: the link is closed; open a new one")
         frame = write_request(request, self.limits)
         self._up += len(frame)
@@ -100,8 +100,8 @@ class InProcessLink:
 
     def close(self) -> None:
         """Close the link: waiting requests are dropped, and unfinished work is discarded."""
-        if not self._closed:
-            self._closed = True
+        if not self.closed:
+            self.closed = True
             self.waiting.clear()
             self._unanswered.clear()
             self._links.leave(self)
@@ -109,7 +109,7 @@ class InProcessLink:
     def _answer(self, pending: PendingFrame) -> None:
         """Have all waiting requests answered, this one among them."""
         self._links.drain()
-        if pending in self._unanswered or self._closed:
+        if pending in self._unanswered or self.closed:
             raise FrameError(
                 "the link was closed or the server part failed before the request was answered, "
                 "or the request waits for clients that have not asked yet"
