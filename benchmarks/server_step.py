@@ -63,7 +63,7 @@ def case(mode: str, stack: str, shape: tuple[int, int]) -> Case:
     contributions = []
     exact = [LowRank(u * s, v.T)] if mode == "delta" else []
     for w, r in zip(normalised(EXAMPLES), RANKS, strict=True):
-        dealt = rule.deal_site(state, SITE, r, 16 / r, seed=0)
+        dealt = rule.assign_site(state, SITE, r, 16 / r, seed=0)
         noise = LowRank(normal(draw, m, r) / m**0.5, normal(draw, r, n) / n**0.5)
         near = LowRank(dealt.start.b + 1e-3 * noise.b, dealt.start.a + 1e-3 * noise.a)
         result = {"random": noise, "collinear": near}[stack]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from polyrank.aggregation import (
     Contribution,
-    Dealt,
     FleetSpec,
     Rule,
+    SiteAssignment,
     SiteReport,
     State,
     fixed,
@@ -33,7 +33,7 @@ class Client:
     weight: float
 
 
-Training = Callable[[int, Dealt], Delta]
+Training = Callable[[int, SiteAssignment], Delta]
 
 
 def fleet(ranks: Sequence[int], alpha: float = 16.0, weights: Sequence[float] | None = None):
@@ -72,11 +72,13 @@ def widened(state: State) -> State:
     return State(tensors, state.scalars)
 
 
-def dealt_to(rule: Rule, state: State, client: str, rank: int, scale: float, seed: int) -> Dealt:
+def dealt_to(
+    rule: Rule, state: State, client: str, rank: int, scale: float, seed: int
+) -> SiteAssignment:
     """Return what a client gets: its own, where the rule keeps something for it."""
     if rule.personal(state, client):
-        return rule.deal_own(state, client, SITE, rank, scale, seed)
-    return rule.deal_site(state, SITE, rank, scale, seed)
+        return rule.assign_own(state, client, SITE, rank, scale, seed)
+    return rule.assign_site(state, SITE, rank, scale, seed)
 
 
 def play(
@@ -121,7 +123,7 @@ def play_round(
     return rule.conclude(state, [*weights]), report
 
 
-def no_training(_: int, dealt: Dealt) -> Delta:
+def no_training(_: int, dealt: SiteAssignment) -> Delta:
     """Return a copy of what was dealt."""
     return dealt.start.scale(1.0)
 
@@ -129,7 +131,7 @@ def no_training(_: int, dealt: Dealt) -> Delta:
 def noisy_training(seed: int, size: float = 1.0, dtype: torch.dtype = torch.float64) -> Training:
     """Return a training that adds noise of its own to all that a client is to train."""
 
-    def training(i: int, dealt: Dealt) -> Delta:
+    def training(i: int, dealt: SiteAssignment) -> Delta:
         draw = torch.Generator().manual_seed(1000 * seed + i)
 
         def noisy(tensor: torch.Tensor) -> torch.Tensor:

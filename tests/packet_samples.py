@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from aggregation_rounds import noisy_training
-from polyrank.aggregation import Dealt, FleetSpec, Penalty, Rule, Update
+from polyrank.aggregation import FleetSpec, Penalty, Rule, SiteAssignment, Update
 from polyrank.aggregation.types import Assignment
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.evaluation.clients import ClientMetrics
@@ -59,7 +59,7 @@ def update_to(assignment: Assignment, client: str = "c0", number: int = 1, whole
     """Return an update that adds noise to all that is to be trained."""
     training = noisy_training(number, dtype=torch.float32)
     adapter = {
-        site: training(i, Dealt(start, train=assignment.train))
+        site: training(i, SiteAssignment(start, train=assignment.train))
         for i, (site, start) in enumerate(assignment.start.items())
     }
     metrics = {"loss": 0.1 + 0.2, "tokens": 12, "target_tokens": 7, "wire_up": 0.0}

@@ -1,7 +1,6 @@
 from .aggregation import FFA as FFA
 from .aggregation import Assignment as Assignment
 from .aggregation import Contribution as Contribution
-from .aggregation import Dealt as Dealt
 from .aggregation import FedIT as FedIT
 from .aggregation import FleetSpec as FleetSpec
 from .aggregation import FlexLoRA as FlexLoRA
@@ -9,6 +8,7 @@ from .aggregation import FLoRA as FLoRA
 from .aggregation import HetLoRA as HetLoRA
 from .aggregation import Rule as Rule
 from .aggregation import Segment as Segment
+from .aggregation import SiteAssignment as SiteAssignment
 from .aggregation import SiteReport as SiteReport
 from .aggregation import SLoRA as SLoRA
 from .aggregation import State as State

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from polyrank.aggregation import Contribution, FleetSpec, FlexLoRA, State, normalised
-from polyrank.aggregation.fresh import fresh_rows
+from polyrank.aggregation.client_factors import initial_rows
 from polyrank.algebra import LowRank
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flexlora_by_hand.py"
@@ -35,7 +35,7 @@ def library_run(hand, base, clients, rule, **training):
     for t in range(ROUNDS):
         parts = {site: [] for site in hand.SHAPES}
         for w, client in zip(weights, clients, strict=True):
-            dealt = {s: rule.deal_site(state, s, client.rank, client.s, t) for s in hand.SHAPES}
+            dealt = {s: rule.assign_site(state, s, client.rank, client.s, t) for s in hand.SHAPES}
             factors = {s: (d.start.b / client.s, d.start.a) for s, d in dealt.items()}
             frozen = {
                 s: torch.zeros(shape, dtype=torch.float64)
@@ -60,7 +60,7 @@ def test_library_and_hand_agree_round_by_round(hand, mode, factorisation, optimi
     base, clients = hand.problem()
 
     def fresh(site, rank, n, seed):
-        return fresh_rows(n, rank, seed=seed, site=site)
+        return initial_rows(n, rank, seed=seed, site=site)
 
     by_hand = hand.flexlora(base, clients, mode, ROUNDS, fresh=fresh, optimizer=optimizer)
     rule = FlexLoRA(mode, factorisation=factorisation)

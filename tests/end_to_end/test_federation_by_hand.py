@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import federations
 from polyrank.aggregation import FlexLoRA
-from polyrank.aggregation.fresh import fresh_rows
+from polyrank.aggregation.client_factors import initial_rows
 from polyrank.run import RunSettings
 from polyrank.seeds import derive
 from polyrank.training import LocalTraining
@@ -69,7 +69,7 @@ def deal(d, rank, site, number):
     """B = UΣ/s and A = Vᵀ; before the first round B = 0 and A fresh, in float32 like the state."""
     if not d.any():
         seed = derive(5, number, "deal")
-        fresh = fresh_rows(d.shape[1], rank, seed=seed, site=site).float().double()
+        fresh = initial_rows(d.shape[1], rank, seed=seed, site=site).float().double()
         return d.new_zeros(d.shape[0], rank), fresh
     u, sigma, vt = torch.linalg.svd(d, full_matrices=False)
     return u[:, :rank] * sigma[:rank] / SCALE, vt[:rank]

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import federations
 from models import tiny_loaded
 from polyrank.aggregation import rule
-from polyrank.aggregation.fresh import fresh_rows
+from polyrank.aggregation.client_factors import initial_rows
 from polyrank.planning import CutPoint, Fleet, LoRAType, Scaling
 from polyrank.run import RunSettings
 from polyrank.seeds import derive
@@ -331,7 +331,7 @@ def by_hand(hand, parts, cuts, **options):
     """Yield the merged sum per site after each round."""
 
     def fresh(site, rank, n, t):
-        rows = fresh_rows(n, rank, seed=derive(SEED, t + 1, "deal"), site=site)
+        rows = initial_rows(n, rank, seed=derive(SEED, t + 1, "deal"), site=site)
         return rows.float().double() if t == 0 else rows  # the state is float32 until a merge
 
     clients = clients_by_hand(hand, parts, cuts)

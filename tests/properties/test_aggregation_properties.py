@@ -24,7 +24,7 @@ from aggregation_rounds import (
     product,
     widened,
 )
-from polyrank.aggregation import Contribution, Dealt, FedIT, FlexLoRA
+from polyrank.aggregation import Contribution, FedIT, FlexLoRA, SiteAssignment
 from polyrank.algebra import LowRank
 
 MODES = ["replace", "delta", "tail-in-base"]
@@ -121,8 +121,8 @@ def test_factors_rounded_on_the_wire_do_not_move_the_fixed_point(mode, split):
 
     def contributions(t, received):
         for client in clients:
-            exact = rule.deal_site(state, SITE, client.rank, client.scale, t)
-            sent = Dealt(exact.start.to(dtype=torch.bfloat16), exact.frozen)
+            exact = rule.assign_site(state, SITE, client.rank, client.scale, t)
+            sent = SiteAssignment(exact.start.to(dtype=torch.bfloat16), exact.frozen)
             yield Contribution(client.weight, sent, received(sent.start))
 
     for t in range(5):
@@ -274,7 +274,7 @@ def test_aggregate_is_the_definition_in_dense_matrices(rule, clients):
     after, report = play(rule, state, clients, training)
     total = torch.zeros(SHAPE, dtype=torch.float64)
     for i, client in enumerate(clients):
-        dealt = rule.deal_site(state, SITE, client.rank, client.scale, 0)
+        dealt = rule.assign_site(state, SITE, client.rank, client.scale, 0)
         result = training(i, dealt).dense()
         increment = {"replace": result}.get(rule.mode, d + result - dealt.start.dense())
         total += client.weight * increment
@@ -294,7 +294,7 @@ def test_every_client_starts_at_the_best_approximation_of_its_rank_after_any_rou
     state, _ = play(rule, state, clients, noisy_training(5))
     d = product(rule, state)
     for client in clients:
-        dealt = rule.deal_site(state, SITE, client.rank, client.scale, seed=1)
+        dealt = rule.assign_site(state, SITE, client.rank, client.scale, seed=1)
         assert distance(dealt.start.dense(), best(d, client.rank)) < 1e-9
 
 
@@ -306,7 +306,7 @@ def test_the_same_state_and_seed_deal_the_same_bits(rule, clients):
     torch.manual_seed(1)
     two = full_rank_start(rule, max(c.rank for c in clients))
     for client in clients:
-        a, b = (rule.deal_site(s, SITE, client.rank, client.scale, 3).start for s in (one, two))
+        a, b = (rule.assign_site(s, SITE, client.rank, client.scale, 3).start for s in (one, two))
         assert torch.equal(a.b, b.b)
         assert torch.equal(a.a, b.a)
 

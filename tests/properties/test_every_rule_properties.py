@@ -125,7 +125,7 @@ def test_the_same_state_and_seed_deal_the_same_bits_and_ranks_nest(case, seed):
     state = State(state.tensors, json.loads(json.dumps(state.scalars)))  # as after a resume
     dealt = {}
     for client in clients:
-        one, two = (rule.deal_site(state, SITE, client.rank, 2.0, seed).start for _ in range(2))
+        one, two = (rule.assign_site(state, SITE, client.rank, 2.0, seed).start for _ in range(2))
         assert one.shape == SHAPE
         dealt[client.rank] = one
         for x, y in zip(one.tensors().values(), two.tensors().values(), strict=True):

@@ -8,17 +8,17 @@ from polyrank.aggregation.flora import FLoRA
 from polyrank.aggregation.full import Full
 from polyrank.aggregation.hetlora import HetLoRA
 from polyrank.aggregation.registry import DEFAULT, OPTIONS, RULES, rule
-from polyrank.aggregation.rule import Rule, deal
+from polyrank.aggregation.rule import Rule, assign
 from polyrank.aggregation.segment import Segment
 from polyrank.aggregation.slora import SLoRA
 from polyrank.aggregation.types import (
     TRAINED,
     Assignment,
     Contribution,
-    Dealt,
     FleetSpec,
     Json,
     Penalty,
+    SiteAssignment,
     SiteReport,
     State,
     Train,
@@ -35,7 +35,6 @@ __all__ = [
     "TRAINED",
     "Assignment",
     "Contribution",
-    "Dealt",
     "FLoRA",
     "FedIT",
     "FleetSpec",
@@ -47,12 +46,13 @@ __all__ = [
     "Rule",
     "SLoRA",
     "Segment",
+    "SiteAssignment",
     "SiteReport",
     "State",
     "Train",
     "Update",
+    "assign",
     "code_allowed",
-    "deal",
     "fixed",
     "is_custom",
     "normalised",

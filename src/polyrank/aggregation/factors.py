@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from polyrank.aggregation.fresh import fresh_rows
+from polyrank.aggregation.client_factors import initial_rows
 from polyrank.aggregation.incoming import (
     Change,
     checked_fleet,
@@ -38,17 +38,17 @@ def beginning(rule: str, spec: FleetSpec) -> State:
     tensors: dict[str, Tensor] = {}
     for site, (m, n) in spec.shapes.items():
         k = spec.server_rank[site]
-        a = fresh_rows(n, k, seed=spec.seed, site=site).to(torch.float32)
-        tensors |= stored(site, LowRank(torch.zeros(m, k), a))
+        a = initial_rows(n, k, seed=spec.seed, site=site).to(torch.float32)
+        tensors |= tensors_of(site, LowRank(torch.zeros(m, k), a))
     return State(tensors)
 
 
-def stored(site: str, factors: LowRank) -> dict[str, Tensor]:
+def tensors_of(site: str, factors: LowRank) -> dict[str, Tensor]:
     """Return the tensors of the state that hold these factors."""
     return {f"{site}/b": factors.b, f"{site}/a": factors.a}
 
 
-def held(rule: str, state: State, site: str) -> LowRank:
+def server_factors(rule: str, state: State, site: str) -> LowRank:
     """Return the server's factors at a site; SiteError if the state has none."""
     try:
         return LowRank(state.tensors[f"{site}/b"], state.tensors[f"{site}/a"])
@@ -58,42 +58,42 @@ def held(rule: str, state: State, site: str) -> LowRank:
 
 def prefix(rule: str, state: State, site: str, rank: int, scale: float) -> LowRank:
     """Return the first `rank` columns of B and rows of A; raises as every deal does."""
-    kept = held(rule, state, site)
-    checked_rank(rule, site, rank, kept.shape)
+    server = server_factors(rule, state, site)
+    checked_rank(rule, site, rank, server.shape)
     checked_scale(rule, site, scale)
-    _checked_within(rule, f"a client at {site!r}", rank, kept.rank)
-    return kept.prefix(rank)
+    _checked_within(rule, f"a client at {site!r}", rank, server.rank)
+    return server.prefix(rank)
 
 
-def returned(
-    rule: str, site: str, kept: LowRank, contributions: Iterator[Contribution]
+def changes(
+    rule: str, site: str, server: LowRank, contributions: Iterator[Contribution]
 ) -> Iterator[Change]:
     """Yield what `incoming` lets pass; UpdateError also for a rank above the server's."""
-    for one in incoming(rule, site, kept.shape, contributions):
-        if one.result.rank > kept.rank:
+    for change in incoming(rule, site, server.shape, contributions):
+        if change.result.rank > server.rank:
             raise UpdateError(
-                f"{rule}: an update at {site!r} has rank {one.result.rank}, the server keeps "
-                f"{kept.rank}; nothing is cut"
+                f"{rule}: an update at {site!r} has rank {change.result.rank}, the server keeps "
+                f"{server.rank}; nothing is cut"
             )
-        yield one
+        yield change
 
 
-def started(rule: str, state: State, found: Mapping[str, Factorisation]) -> State:
+def started(rule: str, state: State, updates: Mapping[str, Factorisation]) -> State:
     """Return the state with BA = these updates: B = UΣ, A = Vᵀ, the old rows where Σ is zero."""
     tensors: dict[str, Tensor] = {}
-    for site, given in found.items():
-        old = held(rule, state, site)
-        new = given.truncated(old.rank)
+    for site, update in updates.items():
+        old = server_factors(rule, state, site)
+        new = update.truncated(old.rank)
         a = torch.cat([new.v.T, old.a[new.rank :]])
-        tensors |= stored(site, LowRank(new.padded(old.rank).lowrank().b.to(a.dtype), a))
+        tensors |= tensors_of(site, LowRank(new.padded(old.rank).lowrank().b.to(a.dtype), a))
     return state.update(tensors)
 
 
 def ordered(rule: str, state: State) -> Adapter[Delta]:
     """Return BA at every site at the server's rank, its factors ordered by singular value."""
     sites = [name.removesuffix("/b") for name in state.tensors if name.endswith("/b")]
-    kept = {site: held(rule, state, site) for site in sites}
-    return Adapter({s: factorise(d, d.rank).lowrank(d.rank) for s, d in kept.items()})
+    server = {site: server_factors(rule, state, site) for site in sites}
+    return Adapter({s: factorise(d, d.rank).lowrank(d.rank) for s, d in server.items()})
 
 
 def _checked_within(rule: str, holder: str, rank: int, server: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from polyrank.aggregation import factors
 from polyrank.aggregation.incoming import checked_fleet, checked_rank, checked_scale, incoming
 from polyrank.aggregation.rule import Rule
-from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
+from polyrank.aggregation.types import Contribution, FleetSpec, SiteAssignment, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Factorisation, LowRank
 from polyrank.errors import RuleError
 from polyrank.lazy_torch import torch
@@ -46,35 +46,37 @@ class FedIT(Rule):
             _refuse_mixed(site, ranks | {"the server": spec.server_rank[site]})
         return factors.beginning(self.name, spec)
 
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:  # noqa: ARG002
+    def assign_site(
+        self, state: State, site: str, rank: int, scale: float, seed: int
+    ) -> SiteAssignment:
         """Return the mean factors as they are; RuleError for another rank than the state's."""
-        held = factors.held(self.name, state, site)
-        checked_rank(self.name, site, rank, held.shape)
+        server = factors.server_factors(self.name, state, site)
+        checked_rank(self.name, site, rank, server.shape)
         checked_scale(self.name, site, scale)
-        if rank != held.rank:
-            _refuse_mixed(site, {"the client": rank, "the server": held.rank})
-        return Dealt(held)
+        if rank != server.rank:
+            _refuse_mixed(site, {"the client": rank, "the server": server.rank})
+        return SiteAssignment(server)
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
     ) -> tuple[State, SiteReport]:
         """Return the state with both factors averaged at this site."""
-        held = factors.held(self.name, state, site)
-        b, a = torch.zeros_like(held.b).double(), torch.zeros_like(held.a).double()
+        server = factors.server_factors(self.name, state, site)
+        b, a = torch.zeros_like(server.b).double(), torch.zeros_like(server.a).double()
         dtype = torch.float32
-        for one in incoming(self.name, site, held.shape, contributions):
-            if one.result.rank != held.rank:
-                _refuse_mixed(site, {"an update": one.result.rank, "the server": held.rank})
-            b += one.weight * one.result.b
-            a += one.weight * one.result.a
-            dtype = torch.promote_types(dtype, one.result.b.dtype)
+        for change in incoming(self.name, site, server.shape, contributions):
+            if change.result.rank != server.rank:
+                _refuse_mixed(site, {"an update": change.result.rank, "the server": server.rank})
+            b += change.weight * change.result.b
+            a += change.weight * change.result.a
+            dtype = torch.promote_types(dtype, change.result.b.dtype)
         mean = LowRank(b.to(dtype), a.to(dtype))
         report = SiteReport(energy=mean.norm() ** 2, discarded=0.0)
-        return state.update(factors.stored(site, mean)), report
+        return state.update(factors.tensors_of(site, mean)), report
 
-    def started(self, state: State, found: Mapping[str, Factorisation]) -> State:
+    def started(self, state: State, updates: Mapping[str, Factorisation]) -> State:
         """Return the state with B̄Ā = these updates: B̄ = UΣ, Ā = Vᵀ, fresh rows where Σ is zero."""
-        return factors.started(self.name, state, found)
+        return factors.started(self.name, state, updates)
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return B̄Ā at every site, its factors ordered by singular value."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from polyrank.aggregation import factors
 from polyrank.aggregation.rule import Rule
-from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
+from polyrank.aggregation.types import Contribution, FleetSpec, SiteAssignment, SiteReport, State
 from polyrank.algebra import Adapter, Delta, LowRank
 from polyrank.errors import UpdateError
 from polyrank.lazy_torch import torch
@@ -55,48 +55,50 @@ class FFA(Rule):
         """Return B = 0 and the A of the run; RankError for a client above the server's rank."""
         return factors.beginning(self.name, spec)
 
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:  # noqa: ARG002
+    def assign_site(
+        self, state: State, site: str, rank: int, scale: float, seed: int
+    ) -> SiteAssignment:
         """Return the first `rank` columns of B, to be trained, and rows of A, fixed."""
-        return Dealt(factors.prefix(self.name, state, site, rank, scale), train="b")
+        return SiteAssignment(factors.prefix(self.name, state, site, rank, scale), train="b")
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
     ) -> tuple[State, SiteReport]:
         """Return the state with the next B; UpdateError for an update that changed A."""
-        old = factors.held(self.name, state, site)
+        old = factors.server_factors(self.name, state, site)
         b = torch.zeros_like(old.b).double()
         dtype = old.b.dtype
-        with_a = _with_a_as_dealt(self.name, site, contributions)
-        for one in factors.returned(self.name, site, old, with_a):
-            r = one.result.rank
-            b[:, :r] += one.weight * one.result.b.double()
+        with_a = _with_fixed_a(self.name, site, contributions)
+        for change in factors.changes(self.name, site, old, with_a):
+            r = change.result.rank
+            b[:, :r] += change.weight * change.result.b.double()
             if self.correction:
-                b[:, :r] -= one.weight * one.start.b.double()
-            dtype = torch.promote_types(dtype, one.result.b.dtype)
+                b[:, :r] -= change.weight * change.start.b.double()
+            dtype = torch.promote_types(dtype, change.result.b.dtype)
         if self.correction:
             b += old.b
         new = LowRank(b.to(dtype), old.a.to(dtype))
         report = SiteReport(energy=new.norm() ** 2, discarded=0.0)
-        return state.update(factors.stored(site, new)), report
+        return state.update(factors.tensors_of(site, new)), report
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return BA at every site, its factors ordered by singular value."""
         return factors.ordered(self.name, state)
 
 
-def _with_a_as_dealt(
+def _with_fixed_a(
     rule: str, site: str, contributions: Iterator[Contribution]
 ) -> Iterator[Contribution]:
     """Yield the contributions; UpdateError for one whose A is another than it was dealt."""
-    for one in contributions:
-        start, result = one.dealt.start, one.result
+    for contribution in contributions:
+        start, result = contribution.sent.start, contribution.result
         if (
             isinstance(start, LowRank)
             and isinstance(result, LowRank)
             and not torch.equal(result.a, start.a.to(result.a.dtype))
         ):
             raise UpdateError(
-                f"{rule}: the update of client {one.client!r} at {site!r} has another A than it "
-                "was dealt; A is fixed, train B alone"
+                f"{rule}: client {contribution.client!r} returned another A at {site!r} than "
+                "it was dealt; A is fixed, train B alone"
             )
-        yield one
+        yield contribution

@@ -10,7 +10,7 @@ from polyrank.aggregation.choose import choose
 from polyrank.aggregation.incoming import Change, incoming
 from polyrank.aggregation.increments import incremented
 from polyrank.aggregation.rule import Rule
-from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
+from polyrank.aggregation.types import Contribution, FleetSpec, SiteAssignment, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Factorisation, LowRank
 
 
@@ -61,12 +61,14 @@ class FlexLoRA(Rule):
         """Return D = 0 at every site; SiteError or RankError for ranks that do not fit."""
         return spectral.beginning(self.name, spec)
 
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
+    def assign_site(
+        self, state: State, site: str, rank: int, scale: float, seed: int
+    ) -> SiteAssignment:
         """Return T_rank(D), with random rows where it has no direction, s folded into B."""
         server = spectral.read(self.name, state, site)
         start = spectral.prefix(self.name, site, server, rank, scale, seed, self.split)
         frozen = server.tail(min(rank, server.alive)) if _MODES[self.mode].tail else None
-        return Dealt(start, frozen)
+        return SiteAssignment(start, frozen)
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
@@ -89,9 +91,9 @@ class FlexLoRA(Rule):
         """Return the server's rank where clients hold the rest of D, and nothing otherwise."""
         return spec.server_rank if _MODES[self.mode].tail else {}
 
-    def started(self, state: State, found: Mapping[str, Factorisation]) -> State:
+    def started(self, state: State, updates: Mapping[str, Factorisation]) -> State:
         """Return the state with D = these updates, cut to the server's rank."""
-        return spectral.started(self.name, state, found)
+        return spectral.started(self.name, state, updates)
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return D at every site as B = UΣ, A = Vᵀ, at the server's rank."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from polyrank.aggregation.fresh import fresh_rows
+from polyrank.aggregation.client_factors import at_rank, initial_rows, own_factors, own_tensors
 from polyrank.aggregation.incoming import (
     Change,
     checked_fleet,
@@ -14,9 +14,15 @@ from polyrank.aggregation.incoming import (
     checked_scale,
     incoming,
 )
-from polyrank.aggregation.kept import fitted, keeping, kept
 from polyrank.aggregation.rule import Rule
-from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, Json, SiteReport, State
+from polyrank.aggregation.types import (
+    Contribution,
+    FleetSpec,
+    Json,
+    SiteAssignment,
+    SiteReport,
+    State,
+)
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
 from polyrank.errors import RuleError, SiteError
 from polyrank.lazy_torch import torch
@@ -95,32 +101,34 @@ class FLoRA(Rule):
         stacks: dict[str, Json] = {f"{site}{_STACKS}": [0] for site in spec.shapes}
         return State(tensors, {**stacks, "rounds": 0, "seen": {}})
 
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
+    def assign_site(
+        self, state: State, site: str, rank: int, scale: float, seed: int
+    ) -> SiteAssignment:
         """Return B = 0 and a fresh A."""
-        held = _merged(self.name, state, site)
-        m, n = held.shape
+        server = _merged(self.name, state, site)
+        m, n = server.shape
         checked_rank(self.name, site, rank, (m, n))
         checked_scale(self.name, site, scale)
-        a = fresh_rows(n, rank, seed=seed, site=site).to(held.dtype)
-        return Dealt(LowRank(held.new_zeros(m, rank), a))
+        a = initial_rows(n, rank, seed=seed, site=site).to(server.dtype)
+        return SiteAssignment(LowRank(server.new_zeros(m, rank), a))
 
     def personal(self, state: State, client: str) -> bool:
         """Whether factors are kept for the client."""
         if self.reinitialise:
             return False
-        return any(kept(state, site, client) is not None for site in _sites(state))
+        return any(own_factors(state, site, client) is not None for site in _sites(state))
 
-    def deal_own(
+    def assign_own(
         self, state: State, client: str, site: str, rank: int, scale: float, seed: int
-    ) -> Dealt:
+    ) -> SiteAssignment:
         """Return the client's own factors and their negative, frozen; as for all if it has none."""
-        own = None if self.reinitialise else kept(state, site, client)
+        own = None if self.reinitialise else own_factors(state, site, client)
         if own is None:
-            return self.deal_site(state, site, rank, scale, seed)
+            return self.assign_site(state, site, rank, scale, seed)
         checked_rank(self.name, site, rank, own.shape)
         checked_scale(self.name, site, scale)
-        start = fitted(own, rank, seed=seed, site=site)
-        return Dealt(start, frozen=LowRank(-start.b, start.a))
+        start = at_rank(own, rank, seed=seed, site=site)
+        return SiteAssignment(start, frozen=LowRank(-start.b, start.a))
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
@@ -135,7 +143,7 @@ class FLoRA(Rule):
         own: dict[str, Tensor] = {}
         if not self.reinitialise:
             for client, factors in returned.items():
-                own |= keeping(site, client, cast("LowRank", factors))  # `incoming` looked.
+                own |= own_tensors(site, client, cast("LowRank", factors))  # `incoming` looked.
         before = _stacks(self.name, state, site)
         now: list[Json] = [*before[: _rounds(state) + 1], before[-1] + sum(travelled)]
         report = SiteReport(energy=new.norm() ** 2, discarded=0.0)
@@ -198,16 +206,16 @@ _BATCH = 256
 def _added(total: Tensor, changes: Iterator[Change]) -> Tensor:
     """Return total + Σ w_i (result_i − start_i) in the widest dtype, small ranks batched."""
     new, waiting = total.clone(), list[LowRank]()
-    for one in changes:
-        waiting.append(_increment(one).scale(one.weight))
+    for change in changes:
+        waiting.append(_increment(change).scale(change.weight))
         if sum(term.rank for term in waiting) >= _BATCH:
             new = _with(new, waiting)
     return _with(new, waiting)
 
 
-def _increment(one: Change) -> LowRank:
+def _increment(change: Change) -> LowRank:
     """result − start = (B' − B)A' + B(A' − A), whose terms are as small as what was changed."""
-    start, result = one.start, one.result
+    start, result = change.start, change.result
     if not start.b.any():
         return result
     return LowRank(result.b - start.b, result.a) + LowRank(start.b, result.a - start.a)
@@ -227,12 +235,12 @@ def _noted(
     contributions: Iterator[Contribution], nbytes: list[int], returned: dict[str, Delta]
 ) -> Iterator[Contribution]:
     """Yield the contributions, noting what each adds to the stack and what its client returned."""
-    for one in contributions:
-        if one.weight > 0:
-            start = one.dealt.start.nbytes if one.dealt.frozen is not None else 0
-            nbytes.append(one.result.nbytes + start)
-        returned[one.client] = one.result
-        yield one
+    for contribution in contributions:
+        if contribution.weight > 0:
+            start = contribution.sent.start.nbytes if contribution.sent.frozen is not None else 0
+            nbytes.append(contribution.result.nbytes + start)
+        returned[contribution.client] = contribution.result
+        yield contribution
 
 
 def _key(site: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from polyrank.aggregation.incoming import checked_finite, checked_fleet, weighed
 from polyrank.aggregation.rule import Rule
-from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
+from polyrank.aggregation.types import Contribution, FleetSpec, SiteAssignment, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Dense
 from polyrank.errors import SiteError, UpdateError
 from polyrank.lazy_torch import torch
@@ -50,19 +50,21 @@ class Full(Rule):
         checked_fleet(self.name, spec)
         return State({_key(site): torch.zeros(shape) for site, shape in spec.shapes.items()})
 
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:  # noqa: ARG002
+    def assign_site(
+        self, state: State, site: str, rank: int, scale: float, seed: int
+    ) -> SiteAssignment:
         """Return D, whatever the rank."""
-        return Dealt(_held(self.name, state, site))
+        return SiteAssignment(_server_sum(self.name, state, site))
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
     ) -> tuple[State, SiteReport]:
         """Return the state with D averaged at this site, summed in float64."""
-        held = _held(self.name, state, site)
-        total, dtype = torch.zeros(held.shape, dtype=torch.float64), held.matrix.dtype
-        for place, one in weighed(self.name, site, contributions):
-            result = _checked(place, held, one.result)
-            total.add_(result.matrix.double(), alpha=one.weight)
+        server = _server_sum(self.name, state, site)
+        total, dtype = torch.zeros(server.shape, dtype=torch.float64), server.matrix.dtype
+        for place, contribution in weighed(self.name, site, contributions):
+            result = _checked(place, server, contribution.result)
+            total.add_(result.matrix.double(), alpha=contribution.weight)
             dtype = torch.promote_types(dtype, result.matrix.dtype)
         new = Dense(total.to(dtype))
         report = SiteReport(energy=new.norm() ** 2, discarded=0.0)
@@ -71,7 +73,7 @@ class Full(Rule):
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return D at every site, dense."""
         sites = [name.removesuffix(_SUFFIX) for name in state.tensors if name.endswith(_SUFFIX)]
-        return Adapter({site: _held(self.name, state, site) for site in sites})
+        return Adapter({site: _server_sum(self.name, state, site) for site in sites})
 
 
 _SUFFIX = "/dense"
@@ -81,18 +83,18 @@ def _key(site: str) -> str:
     return f"{site}{_SUFFIX}"
 
 
-def _held(rule: str, state: State, site: str) -> Dense:
+def _server_sum(rule: str, state: State, site: str) -> Dense:
     try:
         return Dense(state.tensors[_key(site)])
     except KeyError:
         raise SiteError(f"{rule}: no site {site!r} in the state") from None
 
 
-def _checked(place: str, held: Dense, result: Delta) -> Dense:
+def _checked(place: str, server: Dense, result: Delta) -> Dense:
     """Return what came back, or raise UpdateError."""
-    if not isinstance(result, Dense) or result.shape != held.shape:
+    if not isinstance(result, Dense) or result.shape != server.shape:
         raise UpdateError(
-            f"{place}: expected a dense update of {held.shape}, got {type(result).__name__} of "
+            f"{place}: expected a dense update of {server.shape}, got {type(result).__name__} of "
             f"{result.shape}"
         )
     checked_finite(place, result)

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import cast
 
 from polyrank.aggregation import factors
-from polyrank.aggregation.fresh import fresh_rows
+from polyrank.aggregation.client_factors import initial_rows
 from polyrank.aggregation.incoming import Change
 from polyrank.aggregation.rule import Rule
-from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, Json, SiteReport, State
+from polyrank.aggregation.types import (
+    Contribution,
+    FleetSpec,
+    Json,
+    SiteAssignment,
+    SiteReport,
+    State,
+)
 from polyrank.algebra import Adapter, Delta, Factorisation, LowRank
 from polyrank.errors import RuleError
 from polyrank.lazy_torch import torch
@@ -80,20 +87,22 @@ class HetLoRA(Rule):
             site: min(rank, _pruned(state, site).get(client, rank)) for site, rank in ranks.items()
         }
 
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
+    def assign_site(
+        self, state: State, site: str, rank: int, scale: float, seed: int
+    ) -> SiteAssignment:
         """Return the first `rank` columns and rows, and the penalty on their tail."""
         start = factors.prefix(self.name, state, site, rank, scale)
         dead = ~(start.b.any(dim=0) | start.a.any(dim=1))
         if dead.any():
-            fresh = fresh_rows(start.shape[1], rank, seed=seed, site=site).to(start.a)
-            start = LowRank(start.b, torch.where(dead[:, None], fresh, start.a))
+            rows = initial_rows(start.shape[1], rank, seed=seed, site=site).to(start.a)
+            start = LowRank(start.b, torch.where(dead[:, None], rows, start.a))
         if self.gamma == 1 or self.penalty == 0:
-            return Dealt(start)
-        return Dealt(start, penalty=(self.penalty, self._kept(rank)))
+            return SiteAssignment(start)
+        return SiteAssignment(start, penalty=(self.penalty, self._rank_to_keep(rank)))
 
     def weigh(
         self,
-        state: State,  # noqa: ARG002
+        state: State,
         weights: Mapping[str, float],
         norm: Callable[[str], float],
     ) -> Mapping[str, float]:
@@ -103,50 +112,50 @@ class HetLoRA(Rule):
         """
         norms = {client: norm(client) for client in weights}
         least = 1e-12 * max(norms.values())
-        return {client: max(one, least) or 1.0 for client, one in norms.items()}
+        return {client: max(size, least) or 1.0 for client, size in norms.items()}
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
     ) -> tuple[State, SiteReport]:
         """Return the state with both factors averaged at this site, and the ranks given up."""
-        old = factors.held(self.name, state, site)
+        old = factors.server_factors(self.name, state, site)
         b, a = torch.zeros_like(old.b).double(), torch.zeros_like(old.a).double()
         dtype = torch.float32
         pruned = dict(_pruned(state, site))
-        for one in factors.returned(self.name, site, old, contributions):
-            r = self._surviving(one)
-            if r < one.result.rank:
-                pruned[one.client] = r
-            b[:, :r] += one.weight * one.result.b[:, :r]
-            a[:r] += one.weight * one.result.a[:r]
-            dtype = torch.promote_types(dtype, one.result.b.dtype)
+        for change in factors.changes(self.name, site, old, contributions):
+            r = self._surviving(change)
+            if r < change.result.rank:
+                pruned[change.client] = r
+            b[:, :r] += change.weight * change.result.b[:, :r]
+            a[:r] += change.weight * change.result.a[:r]
+            dtype = torch.promote_types(dtype, change.result.b.dtype)
         mean = LowRank(b.to(dtype), a.to(dtype))
         report = SiteReport(energy=mean.norm() ** 2, discarded=0.0)
         scalars: dict[str, Json] = {_key(site): dict(sorted(pruned.items()))} if pruned else {}
-        return state.update(factors.stored(site, mean), scalars), report
+        return state.update(factors.tensors_of(site, mean), scalars), report
 
-    def started(self, state: State, found: Mapping[str, Factorisation]) -> State:
+    def started(self, state: State, updates: Mapping[str, Factorisation]) -> State:
         """Return the state with B̄Ā = these updates: B̄ = UΣ, Ā = Vᵀ, fresh rows where Σ is zero."""
-        return factors.started(self.name, state, found)
+        return factors.started(self.name, state, updates)
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return B̄Ā at every site, its factors ordered by singular value."""
         return factors.ordered(self.name, state)
 
-    def _kept(self, rank: int) -> int:
+    def _rank_to_keep(self, rank: int) -> int:
         """⌊γr⌋, at least 1; a product within rounding below a whole number counts as that."""
         return max(1, math.floor(self.gamma * rank + 1e-9))
 
-    def _surviving(self, one: Change) -> int:
+    def _surviving(self, change: Change) -> int:
         """The rank that a client keeps at a site after its training."""
-        kept = self._kept(one.result.rank)
-        before, after = _tail(one.start, kept), _tail(one.result, kept)
-        return kept if after < before else one.result.rank
+        keep = self._rank_to_keep(change.result.rank)
+        before, after = _tail(change.start, keep), _tail(change.result, keep)
+        return keep if after < before else change.result.rank
 
 
-def _tail(factors_: LowRank, kept: int) -> float:
+def _tail(factors_: LowRank, keep: int) -> float:
     """‖B[:, kept:]‖_F ‖A[kept:]‖_F in float64."""
-    b, a = factors_.b[:, kept:].double(), factors_.a[kept:].double()
+    b, a = factors_.b[:, keep:].double(), factors_.a[keep:].double()
     return float(b.norm() * a.norm())
 
 

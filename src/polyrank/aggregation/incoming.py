@@ -1,4 +1,4 @@
-"""What every rule checks of a fleet, of a deal, and of what clients return."""
+"""Checks that every rule makes: of a fleet, of ranks and scales, and of updates."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def checked_fleet(rule: str, spec: FleetSpec) -> None:
     for site in spec.shapes:
         if site not in spec.server_rank:
             raise SiteError(f"{rule}: site {site!r} has no server rank; give it one")
-    dealt = {"the server": spec.server_rank} | {f"client {c!r}": r for c, r in spec.ranks.items()}
-    for holder, ranks in dealt.items():
+    holders = {"the server": spec.server_rank} | {f"client {c!r}": r for c, r in spec.ranks.items()}
+    for holder, ranks in holders.items():
         for site, rank in ranks.items():
             if site not in spec.shapes:
                 raise SiteError(
@@ -66,12 +66,12 @@ def weighed(
     end if the weights do not sum to one.
     """
     weights = []
-    for index, one in enumerate(contributions):
+    for index, contribution in enumerate(contributions):
         place = f"{rule}: contribution {index} at {site!r}"
-        if not (math.isfinite(one.weight) and one.weight >= 0):
-            raise RuleError(f"{place} has weight {one.weight}; expected a finite one ≥ 0")
-        weights.append(one.weight)
-        yield place, one
+        if not (math.isfinite(contribution.weight) and contribution.weight >= 0):
+            raise RuleError(f"{place} has weight {contribution.weight}; expected a finite one ≥ 0")
+        weights.append(contribution.weight)
+        yield place, contribution
     if not weights:
         raise RuleError(f"{rule}: no contribution at {site!r}; a merge needs at least one")
     if abs(math.fsum(weights) - 1) > 1e-6:
@@ -100,8 +100,8 @@ def incoming(
     Raises what `weighed` raises; UpdateError for what is no pair of factors, for another shape or
     rank than was dealt, or entries that are NaN or infinite. Messages name site and position.
     """
-    for place, one in weighed(rule, site, contributions):
-        start, result = one.dealt.start, one.result
+    for place, contribution in weighed(rule, site, contributions):
+        start, result = contribution.sent.start, contribution.result
         if not isinstance(start, LowRank) or not isinstance(result, LowRank):
             raise UpdateError(
                 f"{place}: expected low-rank factors, dealt were {type(start).__name__}, got "
@@ -113,8 +113,8 @@ def incoming(
                 f"{shape} and rank {start.rank}; nothing is broadcast or cut"
             )
         checked_finite(place, result)
-        if one.weight > 0:
-            yield _widened(one.client, one.weight, start, result)
+        if contribution.weight > 0:
+            yield _widened(contribution.client, contribution.weight, start, result)
 
 
 def _widened(client: str, weight: float, start: LowRank, result: LowRank) -> Change:

@@ -12,7 +12,7 @@ from polyrank.lazy_torch import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Dealt factors that fit no basis become a new one, up to this many; later ones go out singly, so
+# Starts that fit no basis become a new one, up to this many; later ones go out singly, so
 # that memory does not grow with the number of clients.
 _MOST_BASES = 16
 
@@ -41,7 +41,7 @@ class _Basis:
         return LowRank(b, self.term.a)
 
 
-def incremented(held: LowRank, contributions: Iterator[Change]) -> Iterator[LowRank]:
+def incremented(server: LowRank, changes: Iterator[Change]) -> Iterator[LowRank]:
     """Yield terms whose sum is D + Σ w_i (result_i − start_i), where D = `held`.
 
     Clients are dealt prefixes of one set of factors, so their starts are not stacked again:
@@ -49,10 +49,10 @@ def incremented(held: LowRank, contributions: Iterator[Change]) -> Iterator[LowR
     holds for rounded factors too, since rounding a prefix is the prefix of rounding. A result that
     is identical to a start joins its basis and cancels exactly.
     """
-    bases = [_Basis(held)]
-    bases[0].take(1.0, held)
-    for one in contributions:
-        for weight, term in ((-one.weight, one.start), (one.weight, one.result)):
+    bases = [_Basis(server)]
+    bases[0].take(1.0, server)
+    for change in changes:
+        for weight, term in ((-change.weight, change.start), (change.weight, change.result)):
             if any(basis.take(weight, term) for basis in bases):
                 continue
             if weight < 0 and len(bases) < _MOST_BASES:
@@ -64,9 +64,9 @@ def incremented(held: LowRank, contributions: Iterator[Change]) -> Iterator[LowR
         yield basis.sum()
 
 
-def _identical(one: LowRank, other: LowRank) -> bool:
-    if one.b.dtype != other.b.dtype or one.shape != other.shape:
+def _identical(first: LowRank, second: LowRank) -> bool:
+    if first.b.dtype != second.b.dtype or first.shape != second.shape:
         return False
-    if not torch.equal(one.b[:1], other.b[:1]):
+    if not torch.equal(first.b[:1], second.b[:1]):
         return False  # most pairs differ in the first row already
-    return torch.equal(one.b, other.b) and torch.equal(one.a, other.a)
+    return torch.equal(first.b, second.b) and torch.equal(first.a, second.a)

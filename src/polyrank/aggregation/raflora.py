@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from polyrank.aggregation import spectral
 from polyrank.aggregation.incoming import Change, incoming
 from polyrank.aggregation.rule import Rule
-from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
+from polyrank.aggregation.types import Contribution, FleetSpec, SiteAssignment, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Factorisation, LowRank
 from polyrank.lazy_torch import torch
 
@@ -57,10 +57,14 @@ class RaFLoRA(Rule):
         """Return D = 0 at every site; SiteError or RankError for ranks that do not fit."""
         return spectral.beginning(self.name, spec)
 
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
+    def assign_site(
+        self, state: State, site: str, rank: int, scale: float, seed: int
+    ) -> SiteAssignment:
         """Return T_rank(D), with random rows where it has no direction, s folded into B."""
         server = spectral.read(self.name, state, site)
-        return Dealt(spectral.prefix(self.name, site, server, rank, scale, seed, self.split))
+        return SiteAssignment(
+            spectral.prefix(self.name, site, server, rank, scale, seed, self.split)
+        )
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
@@ -71,9 +75,9 @@ class RaFLoRA(Rule):
         terms = _terms(server, changes)
         return spectral.merged(state, site, server, terms, self.factorisation)
 
-    def started(self, state: State, found: Mapping[str, Factorisation]) -> State:
+    def started(self, state: State, updates: Mapping[str, Factorisation]) -> State:
         """Return the state with D = these updates, cut to the server's rank."""
-        return spectral.started(self.name, state, found)
+        return spectral.started(self.name, state, updates)
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return D at every site as B = UΣ, A = Vᵀ, at the server's rank."""

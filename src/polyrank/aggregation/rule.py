@@ -1,4 +1,4 @@
-"""What a rule is: how updates become the next state, and the state becomes assignments."""
+"""The interface of rules, and an assignment made by one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from polyrank.aggregation.types import (
     TRAINED,
     Assignment,
     Contribution,
-    Dealt,
     FleetSpec,
     Penalty,
+    SiteAssignment,
     SiteReport,
     State,
 )
@@ -23,9 +23,9 @@ from polyrank.errors import RuleError
 class Rule(ABC):
     """How updates become the next state, and the state becomes assignments. Pure.
 
-    A round asks, in this order: `merged` once; `ranks`, `personal` and `deal_site` (or `deal_own`)
-    for every client; `weigh` once; `merge_site` for every site; `conclude` once. Rules are frozen
-    dataclasses whose fields are their options.
+    A round asks, in this order: `merged` once; `ranks`, `personal` and `assign_site` (or
+    `assign_own`) for every client; `weigh` once; `merge_site` for every site; `conclude` once.
+    Rules are frozen dataclasses whose fields are their options.
     """
 
     @property
@@ -52,7 +52,9 @@ class Rule(ABC):
         """Return the state before the first round; RuleError if this fleet cannot be served."""
 
     @abstractmethod
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
+    def assign_site(
+        self, state: State, site: str, rank: int, scale: float, seed: int
+    ) -> SiteAssignment:
         """Return what a client of this rank and scale gets at one site; deterministic in `seed`."""
 
     @abstractmethod
@@ -69,31 +71,31 @@ class Rule(ABC):
         as an exact sum is `Dense`.
         """
 
-    def ranks(self, state: State, client: str, ranks: Mapping[str, int]) -> Mapping[str, int]:  # noqa: ARG002
+    def ranks(self, state: State, client: str, ranks: Mapping[str, int]) -> Mapping[str, int]:
         """Return the ranks to deal to a client that can afford `ranks`: those, unless pruned."""
         return ranks
 
-    def personal(self, state: State, client: str) -> bool:  # noqa: ARG002
+    def personal(self, state: State, client: str) -> bool:
         """Whether this client is dealt factors of its own, not those of all clients of its rank."""
         return False
 
-    def deal_own(
+    def assign_own(
         self,
         state: State,
-        client: str,  # noqa: ARG002
+        client: str,
         site: str,
         rank: int,
         scale: float,
         seed: int,
-    ) -> Dealt:
-        """Return what a `personal` client gets at one site: as `deal_site`, unless it has more."""
-        return self.deal_site(state, site, rank, scale, seed)
+    ) -> SiteAssignment:
+        """Return what a `personal` client gets at one site: as `assign_site` unless it has more."""
+        return self.assign_site(state, site, rank, scale, seed)
 
     def weigh(
         self,
-        state: State,  # noqa: ARG002
+        state: State,
         weights: Mapping[str, float],
-        norm: Callable[[str], float],  # noqa: ARG002
+        norm: Callable[[str], float],
     ) -> Mapping[str, float]:
         """Return the clients' weights in a round, not yet normalised: those given, unless own.
 
@@ -101,19 +103,19 @@ class Rule(ABC):
         """
         return weights
 
-    def conclude(self, state: State, clients: Sequence[str]) -> State:  # noqa: ARG002
+    def conclude(self, state: State, clients: Sequence[str]) -> State:
         """Return the state at the end of a round, all sites merged; `clients` were accepted."""
         return state
 
-    def merged(self, state: State) -> Adapter[Dense]:  # noqa: ARG002
+    def merged(self, state: State) -> Adapter[Dense]:
         """Return what is added to the base of every client, whichever sites it trains."""
         return Adapter({})
 
     def catch_up(
         self,
-        state: State,  # noqa: ARG002
-        client: str,  # noqa: ARG002
-        sites: Collection[str] | None = None,  # noqa: ARG002
+        state: State,
+        client: str,
+        sites: Collection[str] | None = None,
     ) -> int:
         """Return the bytes of `merged` that this client has yet to download; 0 without merging.
 
@@ -121,22 +123,22 @@ class Rule(ABC):
         """
         return 0
 
-    def frozen_ranks(self, spec: FleetSpec) -> Mapping[str, int]:  # noqa: ARG002
+    def frozen_ranks(self, spec: FleetSpec) -> Mapping[str, int]:
         """Return per site the largest rank of a frozen term that a client may come to hold."""
         return {}
 
-    def growth(self, spec: FleetSpec) -> int:  # noqa: ARG002
+    def growth(self, spec: FleetSpec) -> int:
         """Return by how many bytes the state may come to grow, about, once all took part."""
         return 0
 
-    def elsewhere(self, state: State, sites: Collection[str]) -> Adapter[LowRank]:  # noqa: ARG002
+    def elsewhere(self, state: State, sites: Collection[str]) -> Adapter[LowRank]:
         """Return what is active, and not trained, at the sites other than these for their client.
 
         A client that trains nothing at a site is dealt nothing there, unless the rule says so here.
         """
         return Adapter({})
 
-    def started(self, state: State, found: Mapping[str, Factorisation]) -> State:  # noqa: ARG002
+    def started(self, state: State, updates: Mapping[str, Factorisation]) -> State:
         """Return the state that begins at these updates instead of at zero (SLoRA's start).
 
         Raises RuleError if the rule cannot begin anywhere but at zero.
@@ -144,7 +146,7 @@ class Rule(ABC):
         raise RuleError(f"{self.name}: it cannot start from a given update")
 
 
-def deal(
+def assign(
     rule: Rule,
     state: State,
     ranks: Mapping[str, int],
@@ -160,36 +162,40 @@ def deal(
     rule said of it already, so that assignments share it. Raises RuleError if sites are to be
     trained in different ways.
     """
-    dealt: dict[str, Dealt] = {}
+    sites: dict[str, SiteAssignment] = {}
     for s in sorted(ranks):
         asked = (s, ranks[s], scale[s], seed)
-        dealt[s] = (
-            rule.deal_site(state, *asked)
+        sites[s] = (
+            rule.assign_site(state, *asked)
             if client is None
-            else rule.deal_own(state, client, *asked)
+            else rule.assign_own(state, client, *asked)
         )
-    ways = {one.train for one in dealt.values()} or {"both"}
+    ways = {site_assignment.train for site_assignment in sites.values()} or {"both"}
     if len(ways) > 1:
         raise RuleError(f"{rule.name}: expected one way of training at all sites, got {ways}")
     train = ways.pop()
     choose(f"way of training in {rule.name}", train, TRAINED)
     return Assignment(
-        start=Adapter({site: one.start for site, one in dealt.items()}),
+        start=Adapter({site: site_assignment.start for site, site_assignment in sites.items()}),
         scale={site: scale[site] for site in sorted(ranks)},
         frozen=Adapter(
-            {s: one.frozen for s, one in dealt.items() if one.frozen is not None}
+            {
+                s: site_assignment.frozen
+                for s, site_assignment in sites.items()
+                if site_assignment.frozen is not None
+            }
             | dict(rule.elsewhere(state, ranks))
         ),
         merged=rule.merged(state) if merged is None else merged,
         train=train,
-        penalty=_penalty(dealt),
+        penalty=_penalty(sites),
     )
 
 
-def _penalty(dealt: Mapping[str, Dealt]) -> Penalty | None:
-    found = {site: one.penalty for site, one in dealt.items() if one.penalty is not None}
-    strengths = {strength for strength, _ in found.values()}
+def _penalty(sites: Mapping[str, SiteAssignment]) -> Penalty | None:
+    terms = {name: site.penalty for name, site in sites.items() if site.penalty is not None}
+    strengths = {strength for strength, _ in terms.values()}
     if len(strengths) > 1:
         raise RuleError(f"expected one strength of the penalty at all sites, got {strengths}")
-    keep = {site: keep for site, (_, keep) in found.items()}
+    keep = {site: keep for site, (_, keep) in terms.items()}
     return Penalty(strengths.pop(), keep) if strengths else None

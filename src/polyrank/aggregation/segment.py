@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from polyrank.aggregation import factors
 from polyrank.aggregation.rule import Rule
-from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
+from polyrank.aggregation.types import Contribution, FleetSpec, SiteAssignment, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Factorisation, LowRank
 from polyrank.lazy_torch import torch
 
@@ -41,35 +41,37 @@ class Segment(Rule):
         """Return B = 0 and a random A; RankError for a client above the server's rank."""
         return factors.beginning(self.name, spec)
 
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:  # noqa: ARG002
+    def assign_site(
+        self, state: State, site: str, rank: int, scale: float, seed: int
+    ) -> SiteAssignment:
         """Return the first `rank` columns of B̄ and rows of Ā."""
-        return Dealt(factors.prefix(self.name, state, site, rank, scale))
+        return SiteAssignment(factors.prefix(self.name, state, site, rank, scale))
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
     ) -> tuple[State, SiteReport]:
         """Return the state with every column averaged over those who hold it."""
-        old = factors.held(self.name, state, site)
+        old = factors.server_factors(self.name, state, site)
         b, a = torch.zeros_like(old.b).double(), torch.zeros_like(old.a).double()
         c = torch.zeros(old.rank, dtype=torch.float64)
         dtype = old.b.dtype
-        for one in factors.returned(self.name, site, old, contributions):
-            r = one.result.rank
-            b[:, :r] += one.weight * one.result.b
-            a[:r] += one.weight * one.result.a
-            c[:r] += one.weight
-            dtype = torch.promote_types(dtype, one.result.b.dtype)
+        for change in factors.changes(self.name, site, old, contributions):
+            r = change.result.rank
+            b[:, :r] += change.weight * change.result.b
+            a[:r] += change.weight * change.result.a
+            c[:r] += change.weight
+            dtype = torch.promote_types(dtype, change.result.b.dtype)
         some = c > 0
         mean = LowRank(
             torch.where(some, b / c.clamp_min(_TINY), old.b.double()).to(dtype),
             torch.where(some[:, None], a / c.clamp_min(_TINY)[:, None], old.a.double()).to(dtype),
         )
         report = SiteReport(energy=mean.norm() ** 2, discarded=0.0)
-        return state.update(factors.stored(site, mean)), report
+        return state.update(factors.tensors_of(site, mean)), report
 
-    def started(self, state: State, found: Mapping[str, Factorisation]) -> State:
+    def started(self, state: State, updates: Mapping[str, Factorisation]) -> State:
         """Return the state with B̄Ā = these updates: B̄ = UΣ, Ā = Vᵀ, fresh rows where Σ is zero."""
-        return factors.started(self.name, state, found)
+        return factors.started(self.name, state, updates)
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return B̄Ā at every site, its factors ordered by singular value."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from polyrank import seeds
 from polyrank.aggregation.incoming import checked_finite, checked_rank, checked_scale, weighed
 from polyrank.aggregation.rule import Rule
-from polyrank.aggregation.types import Contribution, Dealt, FleetSpec, SiteReport, State
+from polyrank.aggregation.types import Contribution, FleetSpec, SiteAssignment, SiteReport, State
 from polyrank.algebra import Adapter, Delta, Dense, Factorisation, LowRank, Sparse, factor_dense
 from polyrank.errors import RuleError, SiteError, UpdateError
 from polyrank.lazy_torch import torch
@@ -75,8 +75,8 @@ class SLoRA(Rule):
         state = self.inner.init(spec)
         tensors: dict[str, Tensor] = {}
         for site, shape in spec.shapes.items():
-            held = [spec.server_rank[site], *(r[site] for r in spec.ranks.values() if site in r)]
-            positions = _order(shape, spec.seed, site)[: _entries(shape, max(held))].clone()
+            server = [spec.server_rank[site], *(r[site] for r in spec.ranks.values() if site in r)]
+            positions = _order(shape, spec.seed, site)[: _entries(shape, max(server))].clone()
             tensors |= _tensors(site, torch.zeros(len(positions)), positions)
         shapes = {site: [m, n] for site, (m, n) in spec.shapes.items()}
         stage = {"round": 0, "shapes": shapes, "server_rank": dict(spec.server_rank)}
@@ -90,11 +90,11 @@ class SLoRA(Rule):
         """As the inner rule; during the sparse rounds nobody is."""
         return not self._sparse(state) and self.inner.personal(state, client)
 
-    def deal_own(
+    def assign_own(
         self, state: State, client: str, site: str, rank: int, scale: float, seed: int
-    ) -> Dealt:
+    ) -> SiteAssignment:
         """As the inner rule."""
-        return self.inner.deal_own(state, client, site, rank, scale, seed)
+        return self.inner.assign_own(state, client, site, rank, scale, seed)
 
     def weigh(
         self, state: State, weights: Mapping[str, float], norm: Callable[[str], float]
@@ -122,14 +122,16 @@ class SLoRA(Rule):
         """As the inner rule."""
         return self.inner.growth(spec)
 
-    def deal_site(self, state: State, site: str, rank: int, scale: float, seed: int) -> Dealt:
+    def assign_site(
+        self, state: State, site: str, rank: int, scale: float, seed: int
+    ) -> SiteAssignment:
         """Return the first entries of the order, as many as the rank's factors have; then inner."""
         if not self._sparse(state):
-            return self.inner.deal_site(state, site, rank, scale, seed)
-        held = _held(self.name, state, site)
-        checked_rank(self.name, site, rank, held.shape)
+            return self.inner.assign_site(state, site, rank, scale, seed)
+        server = _server_values(self.name, state, site)
+        checked_rank(self.name, site, rank, server.shape)
         checked_scale(self.name, site, scale)
-        return Dealt(_first(held, _entries(held.shape, rank)))
+        return SiteAssignment(_first(server, _entries(server.shape, rank)))
 
     def merge_site(
         self, state: State, site: str, contributions: Iterator[Contribution]
@@ -137,14 +139,14 @@ class SLoRA(Rule):
         """Return the state with the values' increments averaged at this site; then as inner."""
         if not self._sparse(state):
             return self.inner.merge_site(state, site, contributions)
-        held = _held(self.name, state, site)
-        values, dtype = held.values.to(torch.float64, copy=True), held.values.dtype
-        for place, one in weighed(self.name, site, contributions):
-            start, result = _checked(place, held, one)
+        server = _server_values(self.name, state, site)
+        values, dtype = server.values.to(torch.float64, copy=True), server.values.dtype
+        for place, contribution in weighed(self.name, site, contributions):
+            start, result = _checked(place, server, contribution)
             change = result.values.double() - start.values.double()
-            values[: len(change)] += one.weight * change
+            values[: len(change)] += contribution.weight * change
             dtype = torch.promote_types(dtype, result.values.dtype)
-        new = Sparse(values.to(dtype), held.positions, held.shape)
+        new = Sparse(values.to(dtype), server.positions, server.shape)
         report = SiteReport(energy=new.norm() ** 2, discarded=0.0)
         return state.update(_tensors(site, new.values, new.positions)), report
 
@@ -157,18 +159,18 @@ class SLoRA(Rule):
         if done < self.rounds:
             return state.update({}, {_KEY: {**stage, "round": done}})  # type: ignore[dict-item]
         ranks = cast("Mapping[str, int]", stage["server_rank"])
-        found: dict[str, Factorisation] = {}
+        updates: dict[str, Factorisation] = {}
         for site, rank in ranks.items():
-            found[site] = factor_dense(_held(self.name, state, site).dense(), rank)
-        kept = {name: t for name, t in state.tensors.items() if not name.endswith(_SUFFIXES)}
-        return self.inner.started(State(kept, {**state.scalars, _KEY: {"round": done}}), found)
+            updates[site] = factor_dense(_server_values(self.name, state, site).dense(), rank)
+        others = {name: t for name, t in state.tensors.items() if not name.endswith(_SUFFIXES)}
+        return self.inner.started(State(others, {**state.scalars, _KEY: {"round": done}}), updates)
 
     def adapter(self, state: State) -> Adapter[Delta]:
         """Return the sparse update at every site; then as the inner rule."""
         if not self._sparse(state):
             return self.inner.adapter(state)
         sites = cast("Mapping[str, object]", _stage(state)["shapes"])
-        return Adapter({site: _held(self.name, state, site) for site in sites})
+        return Adapter({site: _server_values(self.name, state, site) for site in sites})
 
     def _sparse(self, state: State) -> bool:
         """Whether the first stage is not over."""
@@ -199,7 +201,7 @@ def _stage(state: State) -> Mapping[str, object]:
     return cast("Mapping[str, object]", state.scalars[_KEY])
 
 
-def _held(rule: str, state: State, site: str) -> Sparse:
+def _server_values(rule: str, state: State, site: str) -> Sparse:
     shapes = cast("Mapping[str, tuple[int, int]]", _stage(state)["shapes"])
     try:
         values, positions = (state.tensors[f"{site}{suffix}"] for suffix in _SUFFIXES)
@@ -209,21 +211,21 @@ def _held(rule: str, state: State, site: str) -> Sparse:
     return Sparse(values, positions, (m, n))
 
 
-def _first(held: Sparse, count: int) -> Sparse:
-    return Sparse(held.values[:count], held.positions[:count], held.shape)
+def _first(server: Sparse, count: int) -> Sparse:
+    return Sparse(server.values[:count], server.positions[:count], server.shape)
 
 
-def _checked(place: str, held: Sparse, one: Contribution) -> tuple[Sparse, Sparse]:
+def _checked(place: str, server: Sparse, contribution: Contribution) -> tuple[Sparse, Sparse]:
     """Return what was dealt and what came back, or raise UpdateError."""
-    start, result = one.dealt.start, one.result
+    start, result = contribution.sent.start, contribution.result
     if not isinstance(start, Sparse) or not isinstance(result, Sparse):
         raise UpdateError(
             f"{place}: expected a sparse update, dealt was {type(start).__name__}, got "
             f"{type(result).__name__}"
         )
-    expected = _first(held, len(start.values))
+    expected = _first(server, len(start.values))
     for what, other in (("was dealt", start), ("is returned", result)):
-        if other.shape != held.shape or not torch.equal(other.positions, expected.positions):
+        if other.shape != server.shape or not torch.equal(other.positions, expected.positions):
             raise UpdateError(
                 f"{place}: what {what} has {len(other.values)} values of a {other.shape} matrix at "
                 f"other positions than the first {len(expected.values)} of the order"

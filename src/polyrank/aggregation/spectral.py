@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from polyrank.aggregation.choose import choose
-from polyrank.aggregation.fresh import fresh_rows
+from polyrank.aggregation.client_factors import initial_rows
 from polyrank.aggregation.incoming import checked_fleet, checked_rank, checked_scale
 from polyrank.aggregation.types import FleetSpec, SiteReport, State
 from polyrank.algebra import METHODS, Adapter, Delta, Factorisation, LowRank, factorise
@@ -111,7 +111,7 @@ def prefix(
     a = server.v.new_empty(rank, server.shape[1])
     a[:alive] = (server.v[:, :alive] * on_v).T
     if alive < rank:
-        a[alive:] = fresh_rows(server.shape[1], rank, seed=seed, site=site)[alive:]
+        a[alive:] = initial_rows(server.shape[1], rank, seed=seed, site=site)[alive:]
     return LowRank(b, a)
 
 

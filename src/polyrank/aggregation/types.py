@@ -1,4 +1,4 @@
-"""What passes between a server and its clients in a round."""
+"""The records that pass between a server and its clients in a round."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Penalty:
 
 
 @dataclass(frozen=True)
-class Dealt:
+class SiteAssignment:
     """One site of an assignment: the update to start from, and how it is to be trained.
 
     `start` is trained: `LowRank` factors, a `Sparse` update whose values alone are trained, or a
@@ -214,10 +214,10 @@ class Update:
 
 @dataclass(frozen=True)
 class Contribution:
-    """One client's part in one site's merge: its weight, what it was dealt, what it returned."""
+    """One client's part in one site's merge: its weight, what it was sent, what it returned."""
 
     weight: float
-    dealt: Dealt
+    sent: SiteAssignment
     result: Delta
     client: str = ""
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
 
-from polyrank.aggregation import Assignment, Rule, State
-from polyrank.aggregation import deal as deal_all
+from polyrank.aggregation import Assignment, Rule, State, assign
 from polyrank.algebra import Adapter, Delta, Dense
 from polyrank.planning import CutPoint, Scaling
 from polyrank.seeds import derive
@@ -83,7 +82,7 @@ class RoundAssignments:
             if key not in self._made:
                 scale = {site: self.settings.scaling.scale(rank) for site, rank in ranks.items()}
                 seed = derive(self.settings.seed, self.number, "deal")
-                assignment = deal_all(
+                assignment = assign(
                     rule, self.state, ranks, scale, seed, client=own, merged=self._merged
                 )
                 self._made[key] = assignment, assignment.hash()

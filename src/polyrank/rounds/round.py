@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from polyrank.aggregation import Assignment, Contribution, Dealt, SiteReport, State, Update
+from polyrank.aggregation import Assignment, Contribution, SiteAssignment, SiteReport, State, Update
 from polyrank.aggregation.weights import capped, normalised
 from polyrank.algebra import Delta
 from polyrank.errors import RuleError, UpdateError
@@ -271,7 +271,7 @@ class Round:
         for client, weight in zip(clients, weights, strict=True):
             assignment = self.assignment(client)
             penalty = assignment.penalty
-            sent = Dealt(
+            sent = SiteAssignment(
                 assignment.start[site],
                 assignment.frozen.get(site),
                 assignment.train,

@@ -85,7 +85,7 @@ def test_it_is_a_rule_like_any_other_with_options_and_behind_slora(folder):
         ("nowhere_rules:Renamed", {}, r"module 'nowhere_rules' that is installed or in one of \["),
         ("own_rules:Missing", {}, "expected a class Missing derived from .*Rule in .*own_rules.py"),
         ("own_rules:CONSTANT", {}, "derived from polyrank.aggregation.Rule in .*, got 3"),
-        ("own_rules:Unfinished", {}, "Unfinished lacks adapter, deal_site, init, merge_site"),
+        ("own_rules:Unfinished", {}, "Unfinished lacks adapter, assign_site, init, merge_site"),
         ("own_rules:Renamed", {"gamma": 1.0}, r"no option 'gamma' \(it has \['factorisation'"),
         ("own_rules:Asking", {}, "no weight; give every field a default"),
         ("broken_rules:Any", {}, "importing 'broken_rules' failed: ValueError: not today"),

@@ -28,7 +28,7 @@ def test_it_is_the_mean_of_b_times_the_mean_of_a():
     training = noisy_training(0)
     after, report = play(rule, before, clients, training)
     results = [
-        training(i, rule.deal_site(before, SITE, 4, c.scale, 0)) for i, c in enumerate(clients)
+        training(i, rule.assign_site(before, SITE, 4, c.scale, 0)) for i, c in enumerate(clients)
     ]
     b = sum(c.weight * one.b for c, one in zip(clients, results, strict=True))
     a = sum(c.weight * one.a for c, one in zip(clients, results, strict=True))
@@ -47,12 +47,12 @@ def test_it_is_the_mean_of_b_times_the_mean_of_a():
 def test_all_clients_start_from_the_same_factors_which_are_the_state():
     rule, clients = FedIT(), fleet([4, 4])
     state = fresh_state(rule, SHAPE, clients)
-    one, two = (rule.deal_site(state, SITE, 4, 4.0, seed).start for seed in (0, 1))
+    one, two = (rule.assign_site(state, SITE, 4, 4.0, seed).start for seed in (0, 1))
     assert torch.equal(one.a, two.a)
     assert not one.b.any()
     assert one.a.abs().max() <= 11**-0.5
     state, _ = play(rule, state, clients, noisy_training(0))
-    assert torch.equal(rule.deal_site(state, SITE, 4, 4.0, 9).start.a, state.tensors[f"{SITE}/a"])
+    assert torch.equal(rule.assign_site(state, SITE, 4, 4.0, 9).start.a, state.tensors[f"{SITE}/a"])
 
 
 def test_a_round_without_training_is_a_fixed_point():
@@ -97,13 +97,13 @@ def test_another_rank_at_dealing_or_merging_is_refused():
     rule, clients = FedIT(), fleet([4, 4])
     state = fresh_state(rule, SHAPE, clients)
     with pytest.raises(RuleError, match="rank 2"):
-        rule.deal_site(state, SITE, 2, 1.0, 0)
+        rule.assign_site(state, SITE, 2, 1.0, 0)
     with pytest.raises(RankError):
-        rule.deal_site(state, SITE, 0, 1.0, 0)
+        rule.assign_site(state, SITE, 0, 1.0, 0)
     with pytest.raises(SiteError, match="'other'"):
-        rule.deal_site(state, "other", 4, 1.0, 0)
+        rule.assign_site(state, "other", 4, 1.0, 0)
     one = LowRank(torch.ones(14, 1), torch.ones(1, 11))
-    dealt = rule.deal_site(state, SITE, 4, 1.0, 0)
+    dealt = rule.assign_site(state, SITE, 4, 1.0, 0)
     with pytest.raises(UpdateError, match="nothing is broadcast"):
         rule.merge_site(state, SITE, iter([Contribution(1.0, dealt, one)]))
 

@@ -15,7 +15,15 @@ from aggregation_rounds import (
     product,
     widened,
 )
-from polyrank.aggregation import FFA, Contribution, Dealt, FleetSpec, FlexLoRA, SLoRA, deal
+from polyrank.aggregation import (
+    FFA,
+    Contribution,
+    FleetSpec,
+    FlexLoRA,
+    SiteAssignment,
+    SLoRA,
+    assign,
+)
 from polyrank.algebra import LowRank
 from polyrank.errors import RankError, RuleError, UpdateError
 
@@ -38,7 +46,7 @@ def test_with_equal_ranks_the_mean_of_b_times_a_is_the_mean_of_the_products(rule
     training = noisy_training(1)
     after, report = play(rule, before, clients, training)
     products = [
-        c.weight * training(i, rule.deal_site(before, SITE, 4, c.scale, 0)).dense()
+        c.weight * training(i, rule.assign_site(before, SITE, 4, c.scale, 0)).dense()
         for i, c in enumerate(clients)
     ]
     assert distance(product(rule, after), sum(products)) < 1e-12
@@ -52,7 +60,7 @@ def test_under_mixed_ranks_the_increments_are_averaged_exactly():
     after, _ = play(CORRECTED, before, clients, training)
     expected = product(CORRECTED, before)
     for i, c in enumerate(clients):
-        dealt = CORRECTED.deal_site(before, SITE, c.rank, c.scale, 0)
+        dealt = CORRECTED.assign_site(before, SITE, c.rank, c.scale, 0)
         expected = expected + c.weight * (training(i, dealt).dense() - dealt.start.dense())
     assert distance(product(CORRECTED, after), expected) < 1e-12
 
@@ -63,7 +71,7 @@ def test_without_the_correction_b_is_the_mean_of_padded_factors_and_collapses():
     training = noisy_training(1)
     after, _ = play(PLAIN, before, clients, training)
     b = sum(
-        c.weight * padded(training(i, PLAIN.deal_site(before, SITE, c.rank, 1.0, 0)), 8).b
+        c.weight * padded(training(i, PLAIN.assign_site(before, SITE, c.rank, 1.0, 0)), 8).b
         for i, c in enumerate(clients)
     )
     assert distance(after.tensors[f"{SITE}/b"], b) < 1e-12
@@ -80,10 +88,10 @@ def test_b_rounded_on_the_wire_does_not_move_the_fixed_point():
 
     def contributions():
         for client in clients:
-            exact = CORRECTED.deal_site(state, SITE, client.rank, client.scale, 0).start
+            exact = CORRECTED.assign_site(state, SITE, client.rank, client.scale, 0).start
             sent = exact.to(dtype=torch.bfloat16)
             assert not torch.equal(sent.b.double(), exact.b)
-            yield Contribution(client.weight, Dealt(sent, train="b"), sent)
+            yield Contribution(client.weight, SiteAssignment(sent, train="b"), sent)
 
     after, _ = CORRECTED.merge_site(state, SITE, contributions())
     assert distance(product(CORRECTED, after), product(CORRECTED, state)) < 1e-12
@@ -97,12 +105,12 @@ def test_a_is_the_same_for_all_and_for_ever_and_does_not_travel():
         state, _ = play(CORRECTED, state, clients, noisy_training(t, dtype=torch.float32), seed=t)
     assert torch.equal(state.tensors[f"{SITE}/a"], first.tensors[f"{SITE}/a"])
     for rank in RANKS:
-        dealt = CORRECTED.deal_site(state, SITE, rank, 1.0, seed=rank)
+        dealt = CORRECTED.assign_site(state, SITE, rank, 1.0, seed=rank)
         assert dealt.train == "b"
         assert torch.equal(dealt.start.a, first.tensors[f"{SITE}/a"][:rank])
         assert torch.equal(dealt.start.b, state.tensors[f"{SITE}/b"][:, :rank])
     assert 0 < float(dealt.start.a.abs().max()) <= 11**-0.5
-    assignment = deal(CORRECTED, state, {SITE: 8}, {SITE: 1.0}, 0)
+    assignment = assign(CORRECTED, state, {SITE: 8}, {SITE: 1.0}, 0)
     assert assignment.train == "b"
     assert assignment.nbytes == assignment.travelling(assignment.start) == 14 * 8 * 4
 

@@ -17,7 +17,7 @@ from aggregation_rounds import (
     product,
     widened,
 )
-from polyrank.aggregation import Contribution, Dealt, FleetSpec, FlexLoRA, State, deal
+from polyrank.aggregation import Contribution, FleetSpec, FlexLoRA, SiteAssignment, State, assign
 from polyrank.algebra import LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError
 
@@ -40,21 +40,21 @@ def trained(rule: FlexLoRA, shape=(14, 11), rounds: int = 1) -> State:
 def test_round_zero_deals_no_update_and_a_random_a_shared_by_all_ranks(mode, split):
     rule = FlexLoRA(mode, split)
     state = fresh_state(rule, (14, 11), fleet(RANKS))
-    large = rule.deal_site(state, SITE, 8, 2.0, seed=5)
-    small = rule.deal_site(state, SITE, 2, 8.0, seed=5)
+    large = rule.assign_site(state, SITE, 8, 2.0, seed=5)
+    small = rule.assign_site(state, SITE, 2, 8.0, seed=5)
     assert large.frozen is None
     assert not large.start.b.any()
     assert torch.equal(small.start.a, large.start.a[:2])
     assert large.start.a.abs().max() <= 1 / math.sqrt(11)
     assert large.start.a.std() == pytest.approx(1 / math.sqrt(33), rel=0.2)
-    other = rule.deal_site(state, SITE, 8, 2.0, seed=6)
+    other = rule.assign_site(state, SITE, 8, 2.0, seed=6)
     assert not torch.equal(other.start.a, large.start.a)
 
 
 def test_fresh_rows_differ_from_site_to_site():
     shapes = {"q": (14, 11), "k": (14, 11)}
     state = FlexLoRA().init(FleetSpec(shapes, {}, dict.fromkeys(shapes, 4), seed=0))
-    q, k = (FlexLoRA().deal_site(state, site, 4, 1.0, seed=5).start.a for site in shapes)
+    q, k = (FlexLoRA().assign_site(state, site, 4, 1.0, seed=5).start.a for site in shapes)
     assert not torch.equal(q, k)
 
 
@@ -66,7 +66,7 @@ def test_every_client_starts_from_the_best_approximation_of_its_rank(mode, split
     state = trained(rule)
     d = product(rule, state)
     for rank in RANKS:
-        dealt = rule.deal_site(state, SITE, rank, scale, seed=0)
+        dealt = rule.assign_site(state, SITE, rank, scale, seed=0)
         assert dealt.start.rank == rank
         assert distance(dealt.start.dense(), best(d, rank)) < 1e-12
 
@@ -77,8 +77,8 @@ def test_left_and_balanced_deal_the_same_products_in_their_own_factors(mode):
     state = trained(left)
     scale = 4.0
     for rank in RANKS:
-        one = left.deal_site(state, SITE, rank, scale, 0).start
-        two = balanced.deal_site(state, SITE, rank, scale, 0).start
+        one = left.assign_site(state, SITE, rank, scale, 0).start
+        two = balanced.assign_site(state, SITE, rank, scale, 0).start
         torch.testing.assert_close(one.dense(), two.dense())
         s = state.tensors[f"{SITE}/s"][:rank]
         # What training holds: B divided by its scale. Both factors carry √(σ/s), or B all of σ/s.
@@ -92,9 +92,9 @@ def test_left_and_balanced_deal_the_same_products_in_their_own_factors(mode):
 def test_smaller_ranks_are_prefixes_of_larger_ones_bit_by_bit(split):
     rule = FlexLoRA(split=split)
     state = trained(rule)
-    large = rule.deal_site(state, SITE, 8, 2.0, 0).start
+    large = rule.assign_site(state, SITE, 8, 2.0, 0).start
     for rank in RANKS:
-        small = rule.deal_site(state, SITE, rank, 2.0, 0).start
+        small = rule.assign_site(state, SITE, rank, 2.0, 0).start
         assert torch.equal(small.b, large.b[:, :rank])
         assert torch.equal(small.a, large.a[:rank])
 
@@ -109,7 +109,7 @@ def test_dead_directions_are_repaired_so_that_they_can_train(mode, split):
     clients = fleet([8])
     state = fresh_state(rule, (14, 11), clients)
     state, _ = rule.merge_site(state, SITE, iter([Contribution(1.0, _dealt(4, 14, 11), d)]))
-    start = rule.deal_site(state, SITE, 8, 2.0, seed=3).start
+    start = rule.assign_site(state, SITE, 8, 2.0, seed=3).start
     b, a = (f.clone().requires_grad_() for f in (start.b, start.a))
     torch.nn.functional.linear(torch.randn(20, 11), b @ a).square().sum().backward()
     assert not start.b[:, 3:].any()
@@ -118,15 +118,15 @@ def test_dead_directions_are_repaired_so_that_they_can_train(mode, split):
     b.grad = None
     loss.backward()
     assert (b.grad.norm(dim=0) > 0).all()
-    again = rule.deal_site(state, SITE, 6, 4.0, seed=3).start
+    again = rule.assign_site(state, SITE, 6, 4.0, seed=3).start
     assert torch.equal(again.a[3:], start.a[3:6])
     nothing_yet = fresh_state(rule, (14, 11), clients)
-    first = rule.deal_site(nothing_yet, SITE, 8, 2.0, seed=3).start
+    first = rule.assign_site(nothing_yet, SITE, 8, 2.0, seed=3).start
     assert torch.equal(first.a[3:], start.a[3:]), "row j depends on seed, site and j alone"
 
 
-def _dealt(rank: int, m: int, n: int) -> Dealt:
-    return Dealt(LowRank(torch.zeros(m, rank), torch.ones(rank, n)))
+def _dealt(rank: int, m: int, n: int) -> SiteAssignment:
+    return SiteAssignment(LowRank(torch.zeros(m, rank), torch.ones(rank, n)))
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -135,11 +135,11 @@ def test_tail_in_base_lets_every_client_start_exactly_at_the_aggregate(split):
     state = trained(rule)
     d = product(rule, state)
     for rank in (1, 2, 4):
-        dealt = rule.deal_site(state, SITE, rank, 3.0, 0)
+        dealt = rule.assign_site(state, SITE, rank, 3.0, 0)
         assert dealt.frozen is not None
         assert dealt.frozen.rank == 8 - rank
         assert distance(dealt.start.dense() + dealt.frozen.dense(), d) < 1e-12
-    assert rule.deal_site(state, SITE, 8, 3.0, 0).frozen is None
+    assert rule.assign_site(state, SITE, 8, 3.0, 0).frozen is None
 
 
 def test_tail_in_base_acts_whole_where_a_client_trains_nothing():
@@ -151,7 +151,7 @@ def test_tail_in_base_acts_whole_where_a_client_trains_nothing():
         u, s, vh = torch.linalg.svd(torch.randn(6, 5, generator=draw), full_matrices=False)
         held = {"k/u": u[:, :3], "k/s": s[:3], "k/v": vh[:3].T.contiguous()}
         state = state.update(held)
-        got = deal(rule, state, {"q": 2}, {"q": 1.0}, 0)
+        got = assign(rule, state, {"q": 2}, {"q": 1.0}, 0)
         assert set(got.start) == {"q"}
         if rule.mode == "delta":
             assert not got.frozen
@@ -164,17 +164,17 @@ def test_tail_in_base_acts_whole_where_a_client_trains_nothing():
 def test_only_tail_in_base_sends_a_frozen_term():
     for mode in ("replace", "delta"):
         state = trained(FlexLoRA(mode))
-        assert FlexLoRA(mode).deal_site(state, SITE, 2, 1.0, 0).frozen is None
+        assert FlexLoRA(mode).assign_site(state, SITE, 2, 1.0, 0).frozen is None
 
 
 def test_deal_gathers_sites_scales_and_the_frozen_terms():
     rule = FlexLoRA("tail-in-base")
     state = trained(rule)
-    assignment = deal(rule, state, {SITE: 2}, {SITE: 8.0}, seed=1)
+    assignment = assign(rule, state, {SITE: 2}, {SITE: 8.0}, seed=1)
     assert assignment.ranks == {SITE: 2}
     assert assignment.scale == {SITE: 8.0}
     assert [*assignment.frozen] == [SITE]
-    assert assignment.hash() != deal(rule, state, {SITE: 2}, {SITE: 4.0}, seed=1).hash()
+    assert assignment.hash() != assign(rule, state, {SITE: 2}, {SITE: 4.0}, seed=1).hash()
 
 
 def test_a_server_rank_below_a_clients_is_filled_up_with_fresh_directions():
@@ -183,7 +183,7 @@ def test_a_server_rank_below_a_clients_is_filled_up_with_fresh_directions():
     state = widened(fresh_state(rule, (14, 11), clients, server_rank=3))
     state, report = play(rule, state, clients, noisy_training(0))
     assert report.discarded > 0
-    start = rule.deal_site(state, SITE, 6, 1.0, 0).start
+    start = rule.assign_site(state, SITE, 6, 1.0, 0).start
     assert not start.b[:, 3:].any()
     assert (start.a[3:].norm(dim=1) > 0).all()
 
@@ -196,7 +196,7 @@ def test_replace_is_the_weighted_sum_of_full_size_updates():
     state, report = play(rule, state, clients, training)
     fresh = widened(fresh_state(rule, (14, 11), clients, server_rank=8))
     dense = sum(
-        c.weight * training(i, rule.deal_site(fresh, SITE, c.rank, c.scale, 0)).dense()
+        c.weight * training(i, rule.assign_site(fresh, SITE, c.rank, c.scale, 0)).dense()
         for i, c in enumerate(clients)
     )
     assert distance(product(rule, state), dense) < 1e-12
@@ -244,7 +244,7 @@ def test_half_precision_results_are_widened_before_they_are_weighted(mode):
     after, _ = play(rule, state, clients, half)
     exact = sum(
         c.weight
-        * half(i, rule.deal_site(state, SITE, 4, c.scale, 0)).to(dtype=torch.float64).dense()
+        * half(i, rule.assign_site(state, SITE, 4, c.scale, 0)).to(dtype=torch.float64).dense()
         for i, c in enumerate(clients)
     )
     assert {t.dtype for t in after.tensors.values()} == {torch.float32}
@@ -295,7 +295,7 @@ def test_an_update_of_another_rank_or_shape_is_refused_and_never_broadcast(mode)
 def test_weights_that_are_no_shares_are_refused(mode, weights):
     rule = FlexLoRA(mode)
     state = fresh_state(rule, (14, 11), fleet([4, 4]))
-    dealt = rule.deal_site(state, SITE, 4, 1.0, 0)
+    dealt = rule.assign_site(state, SITE, 4, 1.0, 0)
     given = iter([Contribution(w, dealt, dealt.start) for w in weights])
     with pytest.raises(RuleError):
         rule.merge_site(state, SITE, given)
@@ -310,19 +310,19 @@ def test_ranks_and_sites_that_do_not_fit_are_refused_before_the_run():
         with pytest.raises(RankError, match=r"1…11"):
             rule.init(FleetSpec(shapes, {"ada": {SITE: 8}}, {SITE: rank}, 0))
         with pytest.raises(RankError, match=r"1…11"):
-            rule.deal_site(trained(rule), SITE, rank, 1.0, 0)
+            rule.assign_site(trained(rule), SITE, rank, 1.0, 0)
     with pytest.raises(SiteError, match=r"'ada'.*'other'"):
         rule.init(FleetSpec(shapes, {"ada": {"other": 8}}, {SITE: 8}, 0))
     with pytest.raises(SiteError, match="no server rank"):
         rule.init(FleetSpec(shapes, {"ada": {SITE: 8}}, {}, 0))
     with pytest.raises(SiteError, match="'other'"):
-        rule.deal_site(trained(rule), "other", 1, 1.0, 0)
+        rule.assign_site(trained(rule), "other", 1, 1.0, 0)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scale_that_cannot_be_divided_by_is_refused(scale):
     with pytest.raises(RuleError, match="scale"):
-        FlexLoRA().deal_site(trained(FlexLoRA()), SITE, 2, scale, 0)
+        FlexLoRA().assign_site(trained(FlexLoRA()), SITE, 2, scale, 0)
 
 
 def test_contributions_are_read_lazily_and_not_kept():
@@ -341,7 +341,7 @@ def test_contributions_are_read_lazily_and_not_kept():
     def contributions():
         nonlocal alive, most
         for i, client in enumerate(clients):
-            dealt = rule.deal_site(state, SITE, 4, client.scale, 0)
+            dealt = rule.assign_site(state, SITE, 4, client.scale, 0)
             result = noisy_training(i, dtype=torch.float32)(i, dealt)
             alive += 1
             most = max(most, alive)

@@ -17,7 +17,7 @@ from aggregation_rounds import (
     product,
     widened,
 )
-from polyrank.aggregation import Contribution, FleetSpec, FLoRA, SLoRA, State, deal
+from polyrank.aggregation import Contribution, FleetSpec, FLoRA, SLoRA, State, assign
 from polyrank.algebra import Dense, LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError
 from polyrank.planning import Fleet, LoRAType
@@ -35,7 +35,7 @@ def test_all_updates_of_all_rounds_add_up_exactly():
     for t in range(3):
         training = noisy_training(t)
         for i, c in enumerate(clients):
-            dealt = RULE.deal_site(state, SITE, c.rank, c.scale, t)
+            dealt = RULE.assign_site(state, SITE, c.rank, c.scale, t)
             expected += c.weight * training(i, dealt).dense()
         state, report = play(RULE, state, clients, training, seed=t)
         assert distance(product(RULE, state), expected) < 1e-12
@@ -48,7 +48,7 @@ def test_stacks_of_more_than_a_batch_add_up_too():
     state = widened(fresh_state(RULE, SHAPE, clients))
     training = noisy_training(0)
     after, _ = play(RULE, state, clients, training)
-    starts = [RULE.deal_site(state, SITE, 8, 1.0, 0)] * 70
+    starts = [RULE.assign_site(state, SITE, 8, 1.0, 0)] * 70
     expected = sum(training(i, one).dense() / 70 for i, one in enumerate(starts))
     assert distance(product(RULE, after), expected) < 1e-12
     assert not state.tensors[f"{SITE}/merged"].any()  # the state before is as it was
@@ -67,19 +67,19 @@ def test_every_round_begins_at_zero_with_a_fresh_row_of_a_for_all():
     clients = fleet(RANKS)
     state = fresh_state(RULE, SHAPE, clients)
     state, _ = play(RULE, state, clients, noisy_training(0, dtype=torch.float32))
-    large, small = (RULE.deal_site(state, SITE, rank, 1.0, seed=5).start for rank in (8, 2))
+    large, small = (RULE.assign_site(state, SITE, rank, 1.0, seed=5).start for rank in (8, 2))
     assert not large.b.any()
     assert torch.equal(large.a[:2], small.a)
     assert 0 < float(large.a.abs().max()) <= 11**-0.5
-    assert not torch.equal(RULE.deal_site(state, SITE, 8, 1.0, seed=6).start.a, large.a)
+    assert not torch.equal(RULE.assign_site(state, SITE, 8, 1.0, seed=6).start.a, large.a)
 
 
 def test_one_tensor_serves_all_clients_and_there_is_none_before_the_first_merge():
     clients = fleet(RANKS)
     state = fresh_state(RULE, SHAPE, clients)
-    assert not deal(RULE, state, {SITE: 4}, {SITE: 1.0}, 0).merged
+    assert not assign(RULE, state, {SITE: 4}, {SITE: 1.0}, 0).merged
     state, _ = play(RULE, state, clients, noisy_training(0, dtype=torch.float32))
-    one, two = (deal(RULE, state, {SITE: r}, {SITE: 1.0}, 0).merged[SITE] for r in (1, 8))
+    one, two = (assign(RULE, state, {SITE: r}, {SITE: 1.0}, 0).merged[SITE] for r in (1, 8))
     assert one.matrix is two.matrix is state.tensors[f"{SITE}/merged"]
     adapter = RULE.adapter(state)[SITE]
     assert isinstance(adapter, Dense)
@@ -94,7 +94,7 @@ def test_a_client_downloads_the_stacks_that_it_missed_and_no_more():
     def round_of(state, ranks):
         def contributions():
             for client, rank in ranks.items():
-                dealt = RULE.deal_site(state, SITE, rank, 1.0, 0)
+                dealt = RULE.assign_site(state, SITE, rank, 1.0, 0)
                 yield Contribution(1 / len(ranks), dealt, dealt.start, client)
 
         return RULE.conclude(RULE.merge_site(state, SITE, contributions())[0], [*ranks])
@@ -121,7 +121,7 @@ def test_stacks_of_all_sites_count_as_they_travelled():
     spec = FleetSpec(shapes, {"a": dict.fromkeys(shapes, 2)}, dict.fromkeys(shapes, 2), seed=0)
     state = RULE.init(spec)
     for site in shapes:
-        dealt = RULE.deal_site(state, site, 2, 1.0, 0)
+        dealt = RULE.assign_site(state, site, 2, 1.0, 0)
         sent = dealt.start.to(dtype=torch.bfloat16)
         none = Contribution(0.0, dealt, sent, "b")  # weighs nothing, so it is not sent on
         state, _ = RULE.merge_site(state, site, iter([Contribution(1.0, dealt, sent, "a"), none]))
@@ -140,7 +140,7 @@ def test_what_is_missed_at_some_sites_is_told_for_every_round_and_adds_up():
     state = RULE.init(FleetSpec(shapes, ranks, dict.fromkeys(shapes, 4), seed=0))
     for clients, rank, sites in ((["a"], 1, "q up"), (["b"], 2, "up"), (["a"], 4, "q")):
         for site in sites.split():  # in the second round nobody trains q, in the third nobody up
-            dealt = RULE.deal_site(state, site, rank, 1.0, 0)
+            dealt = RULE.assign_site(state, site, rank, 1.0, 0)
             sent = iter([Contribution(1.0, dealt, dealt.start, clients[0])])
             state, _ = RULE.merge_site(state, site, sent)
         state = RULE.conclude(state, clients)
@@ -176,10 +176,10 @@ def test_what_makes_no_sense_is_refused_by_name():
     with pytest.raises(RuleError, match="cannot start from a given update"):
         RULE.started(state, {})
     with pytest.raises(RankError):
-        RULE.deal_site(state, SITE, 12, 1.0, 0)
+        RULE.assign_site(state, SITE, 12, 1.0, 0)
     with pytest.raises(SiteError, match="'other'"):
         RULE.merge_site(state, "other", iter([]))
-    dealt = RULE.deal_site(state, SITE, 4, 1.0, 0)
+    dealt = RULE.assign_site(state, SITE, 4, 1.0, 0)
     narrow = LowRank(torch.ones(14, 1), torch.ones(1, 11))
     with pytest.raises(UpdateError, match="nothing is broadcast"):
         RULE.merge_site(state, SITE, iter([Contribution(1.0, dealt, narrow)]))
@@ -191,11 +191,11 @@ def test_the_sum_acts_also_at_sites_that_a_client_does_not_train():
     shapes = {"q": (6, 5), "up": (7, 5)}
     spec = FleetSpec(shapes, {"a": {"q": 2}, "b": {"up": 2}}, dict.fromkeys(shapes, 2), seed=0)
     state = RULE.init(spec)
-    dealt = RULE.deal_site(state, "q", 2, 1.0, 0)
+    dealt = RULE.assign_site(state, "q", 2, 1.0, 0)
     sent = LowRank(torch.ones(6, 2), dealt.start.a)
     state, _ = RULE.merge_site(state, "q", iter([Contribution(1.0, dealt, sent, "a")]))
     state = RULE.conclude(state, ["a"])
-    given = deal(RULE, state, {"up": 2}, {"up": 1.0}, 0)
+    given = assign(RULE, state, {"up": 2}, {"up": 1.0}, 0)
     assert [*given.start] == ["up"]
     assert distance(given.merged["q"].matrix, sent.dense()) == 0
     assert not given.merged["up"].matrix.any()

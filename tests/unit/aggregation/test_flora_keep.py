@@ -10,14 +10,14 @@ from aggregation_rounds import SITE, distance, fleet, fresh_state, noisy_trainin
 from polyrank.aggregation import (
     Assignment,
     Contribution,
-    Dealt,
     FleetSpec,
     FlexLoRA,
     FLoRA,
     HetLoRA,
+    SiteAssignment,
     SLoRA,
     State,
-    deal,
+    assign,
 )
 from polyrank.algebra import Adapter, LowRank
 from polyrank.errors import RankError, RuleError, UpdateError
@@ -48,7 +48,7 @@ def merged(state, **results):
 
     def contributions():
         for client, result in results.items():
-            dealt = KEEP.deal_own(state, client, SITE, result.rank, 1.0, 0)
+            dealt = KEEP.assign_own(state, client, SITE, result.rank, 1.0, 0)
             yield Contribution(1 / len(results), dealt, result, client)
 
     return KEEP.conclude(KEEP.merge_site(state, SITE, contributions())[0], [*results])
@@ -58,7 +58,7 @@ def test_a_client_goes_on_where_it_stopped_and_its_negative_is_frozen_beside_it(
     sent = {"x": factors(2, 1), "y": factors(3, 2)}
     state = merged(begun(x=2, y=3), **sent)
     for client, result in sent.items():
-        dealt = KEEP.deal_own(state, client, SITE, result.rank, 2.0, seed=7)
+        dealt = KEEP.assign_own(state, client, SITE, result.rank, 2.0, seed=7)
         assert torch.equal(dealt.start.b, result.b)
         assert torch.equal(dealt.start.a, result.a)
         assert torch.equal(dealt.frozen.b, -result.b)
@@ -69,8 +69,8 @@ def test_one_who_never_took_part_begins_as_everyone_does_in_flora():
     state = merged(begun(x=2, y=3), x=factors(2))
     assert [KEEP.personal(state, client) for client in ("x", "y", "z")] == [True, False, False]
     new, plain = (
-        KEEP.deal_own(state, "y", SITE, 3, 1.0, 5),
-        FLoRA().deal_site(state, SITE, 3, 1.0, 5),
+        KEEP.assign_own(state, "y", SITE, 3, 1.0, 5),
+        FLoRA().assign_site(state, SITE, 3, 1.0, 5),
     )
     assert new.frozen is None
     assert not new.start.b.any()
@@ -80,19 +80,19 @@ def test_one_who_never_took_part_begins_as_everyone_does_in_flora():
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_at_another_rank_a_client_gets_a_prefix_or_fresh_rows_beside_its_own(rank):
     sent = factors(2)
-    dealt = KEEP.deal_own(merged(begun(x=2), x=sent), "x", SITE, rank, 1.0, seed=3)
+    dealt = KEEP.assign_own(merged(begun(x=2), x=sent), "x", SITE, rank, 1.0, seed=3)
     start, same = dealt.start, min(rank, 2)
     assert start.rank == rank
     assert torch.equal(start.b[:, :same], sent.b[:, :same])
     assert torch.equal(start.a[:same], sent.a[:same])
     assert not start.b[:, 2:].any()
-    fresh = FLoRA().deal_site(begun(x=2), SITE, rank, 1.0, 3).start.a
+    fresh = FLoRA().assign_site(begun(x=2), SITE, rank, 1.0, 3).start.a
     assert torch.equal(start.a[2:], fresh[2:])
     assert distance(dealt.frozen.dense(), -start.dense()) == 0
 
 
 def test_what_is_returned_last_is_kept_even_if_it_weighs_nothing_and_is_not_shared():
-    one, two, dealt = factors(2, 1), factors(2, 2), Dealt(factors(2, 3))
+    one, two, dealt = factors(2, 1), factors(2, 2), SiteAssignment(factors(2, 3))
     given = (Contribution(w, dealt, r, c) for w, r, c in ((1.0, one, "x"), (0.0, two, "y")))
     state, _ = KEEP.merge_site(begun(x=2, y=2), SITE, given)
     assert torch.equal(state.tensors[f"{SITE}/kept/y/b"], two.b)
@@ -108,7 +108,7 @@ def test_what_was_really_dealt_is_taken_off_whatever_its_dtype(sent):
     """A start that was rounded on its way: the increment is the one from what came out of it."""
     state = merged(begun(x=2), x=factors(2))
     start = factors(2).to(dtype=torch.bfloat16)
-    dealt = Dealt(start, LowRank(-start.b, start.a))
+    dealt = SiteAssignment(start, LowRank(-start.b, start.a))
     result = factors(2, seed=4).to(dtype=sent)
     after, _ = KEEP.merge_site(state, SITE, iter([Contribution(1.0, dealt, result, "x")]))
     wide = torch.float64
@@ -131,7 +131,7 @@ def test_a_small_increment_is_not_lost_beside_a_large_start():
     """(B' − B)A' + B(A' − A) instead of B'A' − BA, in float32: no cancellation."""
     large, step = factors(2, 1).scale(1e3), factors(2, 2)
     small = LowRank(large.b, large.a + 1e-3 * step.a)
-    dealt = Dealt(large, LowRank(-large.b, large.a))
+    dealt = SiteAssignment(large, LowRank(-large.b, large.a))
     state, _ = KEEP.merge_site(begun(x=2), SITE, iter([Contribution(1.0, dealt, small, "x")]))
     change = small.a.double() - large.a.double()
     assert distance(KEEP.adapter(state)[SITE].matrix, large.b.double() @ change) < 1e-6
@@ -139,8 +139,8 @@ def test_a_small_increment_is_not_lost_beside_a_large_start():
 
 def test_what_travels_down_is_the_start_and_never_its_negative_too():
     state = merged(begun(x=2, y=3), x=factors(2))
-    own = deal(KEEP, state, {SITE: 2}, {SITE: 1.0}, 0, client="x")
-    new = deal(KEEP, state, {SITE: 2}, {SITE: 1.0}, 0)
+    own = assign(KEEP, state, {SITE: 2}, {SITE: 1.0}, 0, client="x")
+    new = assign(KEEP, state, {SITE: 2}, {SITE: 1.0}, 0)
     assert own.frozen
     assert not new.frozen
     assert own.nbytes == new.nbytes == 4 * 2 * (14 + 11)
@@ -148,7 +148,7 @@ def test_what_travels_down_is_the_start_and_never_its_negative_too():
     cut, _ = play_round(
         tail, fresh_state(tail, SHAPE, fleet([2, 4])), fleet([2, 4]), noisy_training(0)
     )
-    other = deal(tail, cut, {SITE: 2}, {SITE: 1.0}, 0)
+    other = assign(tail, cut, {SITE: 2}, {SITE: 1.0}, 0)
     assert other.nbytes == other.start.nbytes + other.frozen.nbytes
 
 
@@ -181,7 +181,7 @@ def test_a_stack_holds_what_was_returned_and_what_it_began_with():
     spec = FleetSpec({SITE: shape}, {"x": {SITE: 2}}, {SITE: 2}, 0)
     state = KEEP.init(spec)
     for expected in (1, 3, 5):
-        dealt = KEEP.deal_own(state, "x", SITE, 2, 1.0, 0)
+        dealt = KEEP.assign_own(state, "x", SITE, 2, 1.0, 0)
         sent = LowRank(dealt.start.b + 1, dealt.start.a)
         state, _ = KEEP.merge_site(state, SITE, iter([Contribution(1.0, dealt, sent, "x")]))
         state = KEEP.conclude(state, ["x"])
@@ -203,7 +203,7 @@ def test_a_state_with_any_name_of_a_client_comes_back_from_disk(tmp_path, client
     got = storage.read_state(tmp_path, "s")
     assert got.scalars == json.loads(json.dumps(state.scalars))
     assert got.tensors.keys() == state.tensors.keys()
-    one = KEEP.deal_own(got, client, SITE, 2, 1.0, 0)
+    one = KEEP.assign_own(got, client, SITE, 2, 1.0, 0)
     assert torch.equal(one.start.b, sent.b)
     assert torch.equal(one.start.a, sent.a)
     assert [*KEEP.adapter(got)] == [SITE]
@@ -211,7 +211,7 @@ def test_a_state_with_any_name_of_a_client_comes_back_from_disk(tmp_path, client
 
 
 def test_clients_that_were_dealt_one_tensor_are_saved_apart(tmp_path):
-    dealt = KEEP.deal_site(begun(x=2, y=2), SITE, 2, 1.0, 0)
+    dealt = KEEP.assign_site(begun(x=2, y=2), SITE, 2, 1.0, 0)
     given = iter([Contribution(0.5, dealt, dealt.start, client) for client in "xy"])
     state, _ = KEEP.merge_site(begun(x=2, y=2), SITE, given)
     storage.write_state(tmp_path, "s", state)  # safetensors refuses tensors that share memory
@@ -223,9 +223,9 @@ def test_what_makes_no_sense_is_refused_by_name():
     with pytest.raises(RuleError, match="nobody's"):
         SLoRA(KEEP, 1)
     with pytest.raises(RankError, match="flora:keep: rank 12"):
-        KEEP.deal_own(state, "x", SITE, 12, 1.0, 0)
+        KEEP.assign_own(state, "x", SITE, 12, 1.0, 0)
     with pytest.raises(RuleError, match="flora:keep: scale 0"):
-        KEEP.deal_own(state, "x", SITE, 2, 0.0, 0)
+        KEEP.assign_own(state, "x", SITE, 2, 0.0, 0)
     bad = factors(2).scale(float("nan"))
     with pytest.raises(UpdateError, match="NaN"):
         merged(state, x=bad)
@@ -243,7 +243,7 @@ def test_flora_itself_keeps_nothing():
     state, _ = play_round(FLoRA(), fresh_state(FLoRA(), SHAPE, clients), clients, noisy_training(0))
     assert [*state.tensors] == [f"{SITE}/merged"]
     assert not FLoRA().personal(state, "0")
-    assert FLoRA().deal_own(state, "0", SITE, 2, 1.0, 0).frozen is None
+    assert FLoRA().assign_own(state, "0", SITE, 2, 1.0, 0).frozen is None
     other = State({**state.tensors, f"{SITE}/kept/0/b": torch.ones(14, 2)}, state.scalars)
     assert not KEEP.personal(other, "0")
 
@@ -257,7 +257,7 @@ def test_a_round_deals_own_factors_to_those_that_have_them_and_one_assignment_to
     assert len({round.assignment_hash(c) for c in clients}) == 3
     assert len({id(round.assignment(c).merged) for c in clients}) == 1  # hashed once for all
     one = round.assignment("x")
-    assert one.hash() != deal(KEEP, state, {SITE: 2}, {SITE: 1.0}, 0, client="y").hash()
+    assert one.hash() != assign(KEEP, state, {SITE: 2}, {SITE: 1.0}, 0, client="y").hash()
     assert torch.equal(one.start[SITE].b, factors(2, 1).b)
 
 

@@ -20,7 +20,7 @@ from aggregation_rounds import (
 )
 from jobs import examples
 from models import PAD, tiny_loaded
-from polyrank.aggregation import FleetSpec, Full, SLoRA, deal
+from polyrank.aggregation import FleetSpec, Full, SLoRA, assign
 from polyrank.algebra import Dense, LowRank
 from polyrank.errors import RuleError, SiteError, UpdateError
 from polyrank.run import RunSettings
@@ -37,7 +37,7 @@ def test_the_next_matrix_is_the_weighted_mean_of_the_clients_whatever_their_rank
     state = widened(fresh_state(RULE, SHAPE, clients))
     for t in range(2):
         training = noisy_training(t)
-        dealt = RULE.deal_site(state, SITE, 1, 1.0, t)
+        dealt = RULE.assign_site(state, SITE, 1, 1.0, t)
         expected = sum(c.weight * training(i, dealt).dense() for i, c in enumerate(clients))
         state, report = play(RULE, state, clients, training, seed=t)
         assert distance(product(RULE, state), expected) < 1e-14
@@ -87,7 +87,7 @@ def test_one_client_trains_what_ordinary_training_of_the_weights_trains(architec
     ranks = dict.fromkeys(shapes, 1)
     state = widened(RULE.init(FleetSpec(shapes, {"a": ranks}, ranks, 0)))
     rows = examples(19, seed=3)
-    assignment = deal(RULE, state, ranks, dict.fromkeys(ranks, 16.0), 0)
+    assignment = assign(RULE, state, ranks, dict.fromkeys(ranks, 16.0), 0)
     [trained] = train_cohort(model, [Job("a", assignment, rows, LOCAL, seed=5)])
     plain = tiny_loaded(architecture, dtype=torch.float64)
     expected = _train_weights(plain, rows, LOCAL, seed=5)
@@ -123,6 +123,6 @@ def test_what_does_not_fit_is_refused_with_the_place():
     with pytest.raises(UpdateError, match=r"got Dense of \(11, 14\)"):
         play(RULE, state, clients, lambda *_: Dense(torch.zeros(11, 14)))
     with pytest.raises(SiteError, match="full: no site 'elsewhere'"):
-        RULE.deal_site(state, "elsewhere", 2, 1.0, 0)
+        RULE.assign_site(state, "elsewhere", 2, 1.0, 0)
     with pytest.raises(RuleError, match="no factors to start"):
         SLoRA(RULE, 2)

@@ -18,7 +18,7 @@ from aggregation_rounds import (
     product,
     widened,
 )
-from polyrank.aggregation import Contribution, FedIT, FleetSpec, HetLoRA, State, deal
+from polyrank.aggregation import Contribution, FedIT, FleetSpec, HetLoRA, State, assign
 from polyrank.algebra import LowRank
 from polyrank.errors import RankError, RuleError, SiteError, UpdateError
 
@@ -45,7 +45,8 @@ def test_factors_are_padded_and_averaged_by_the_norms_of_the_updates():
     training = noisy_training(1)
     after, report = play_round(rule, before, clients, training)
     results = [
-        training(i, rule.deal_site(before, SITE, c.rank, c.scale, 0)) for i, c in enumerate(clients)
+        training(i, rule.assign_site(before, SITE, c.rank, c.scale, 0))
+        for i, c in enumerate(clients)
     ]
     norms = [float(one.dense().norm()) for one in results]
     b = sum(n / sum(norms) * padded(one, 8).b for n, one in zip(norms, results, strict=True))
@@ -91,7 +92,7 @@ def test_clients_get_the_first_columns_and_rows_bit_by_bit():
     rule, clients = HetLoRA(), fleet(RANKS)
     state = started(rule, clients)
     for rank in RANKS:
-        start = rule.deal_site(state, SITE, rank, 2.0, seed=3).start
+        start = rule.assign_site(state, SITE, rank, 2.0, seed=3).start
         assert torch.equal(start.b, state.tensors[f"{SITE}/b"][:, :rank])
         assert torch.equal(start.a, state.tensors[f"{SITE}/a"][:rank])
 
@@ -99,16 +100,16 @@ def test_clients_get_the_first_columns_and_rows_bit_by_bit():
 def test_a_column_that_died_is_dealt_with_a_fresh_row_shared_by_all():
     rule = HetLoRA()
     state = fresh_state(rule, SHAPE, fleet([2, 2]), server_rank=6)
-    first = rule.deal_site(state, SITE, 6, 1.0, seed=3).start
+    first = rule.assign_site(state, SITE, 6, 1.0, seed=3).start
     assert torch.equal(first.a, state.tensors[f"{SITE}/a"])  # round 0: nothing died yet
     state, _ = play(rule, state, fleet([2, 2]), noisy_training(0))
     assert not state.tensors[f"{SITE}/a"][2:].any()
-    large, small = (rule.deal_site(state, SITE, r, 1.0, seed=3).start for r in (6, 4))
+    large, small = (rule.assign_site(state, SITE, r, 1.0, seed=3).start for r in (6, 4))
     assert (large.a.norm(dim=1) > 0).all()
     assert not large.b[:, 2:].any()
     assert torch.equal(large.a[:4], small.a)
     assert torch.equal(large.a[:2], state.tensors[f"{SITE}/a"][:2])
-    other = rule.deal_site(state, SITE, 6, 1.0, seed=4).start
+    other = rule.assign_site(state, SITE, 6, 1.0, seed=4).start
     assert not torch.equal(other.a, large.a)
 
 
@@ -119,14 +120,14 @@ def test_a_column_that_died_is_dealt_with_a_fresh_row_shared_by_all():
 def test_the_penalty_is_on_what_a_rank_would_lose(gamma, rank, keep):
     rule = HetLoRA(gamma, penalty=0.25)
     state = fresh_state(rule, (120, 110), fleet([rank]))
-    assert rule.deal_site(state, SITE, rank, 1.0, 0).penalty == (0.25, keep)
+    assert rule.assign_site(state, SITE, rank, 1.0, 0).penalty == (0.25, keep)
 
 
 def test_without_pruning_or_strength_there_is_no_penalty():
     for rule in (HetLoRA(gamma=1.0), HetLoRA(penalty=0.0)):
         state = fresh_state(rule, SHAPE, fleet([4]))
-        assert rule.deal_site(state, SITE, 4, 1.0, 0).penalty is None
-    assignment = deal(HetLoRA(0.5, 0.1), state, {SITE: 4}, {SITE: 1.0}, 0)
+        assert rule.assign_site(state, SITE, 4, 1.0, 0).penalty is None
+    assignment = assign(HetLoRA(0.5, 0.1), state, {SITE: 4}, {SITE: 1.0}, 0)
     assert assignment.penalty.strength == 0.1
     assert assignment.penalty.keep == {SITE: 2}
 
@@ -183,10 +184,10 @@ def test_what_cannot_be_served_is_refused_by_name():
         HetLoRA().init(spec)
     state = fresh_state(HetLoRA(), SHAPE, fleet([4]))
     with pytest.raises(RankError, match="server keeps 4"):
-        HetLoRA().deal_site(state, SITE, 5, 1.0, 0)
+        HetLoRA().assign_site(state, SITE, 5, 1.0, 0)
     with pytest.raises(SiteError, match="'other'"):
-        HetLoRA().deal_site(state, "other", 4, 1.0, 0)
-    dealt = HetLoRA().deal_site(state, SITE, 4, 1.0, 0)
+        HetLoRA().assign_site(state, "other", 4, 1.0, 0)
+    dealt = HetLoRA().assign_site(state, SITE, 4, 1.0, 0)
     narrow = LowRank(torch.ones(14, 1), torch.ones(1, 11))
     with pytest.raises(UpdateError, match="nothing is broadcast"):
         HetLoRA().merge_site(state, SITE, iter([Contribution(1.0, dealt, narrow)]))

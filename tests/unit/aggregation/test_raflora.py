@@ -16,7 +16,7 @@ from aggregation_rounds import (
     product,
     widened,
 )
-from polyrank.aggregation import Contribution, Dealt, FlexLoRA
+from polyrank.aggregation import Contribution, FlexLoRA, SiteAssignment
 from polyrank.aggregation.raflora import RaFLoRA
 from polyrank.algebra import LowRank
 from polyrank.errors import RuleError
@@ -34,7 +34,7 @@ def test_by_hand_with_two_clients_of_rank_one_and_two():
         torch.tensor([[8.0, 0.0], [0.0, 6.0]], **f64), torch.tensor([[1.0, 0.0], [0.0, 1.0]], **f64)
     )
     state = widened(fresh_state(RULE, (2, 2), [Client(1, 1.0, 0.75), Client(2, 1.0, 0.25)]))
-    sent = [RULE.deal_site(state, SITE, rank, 1.0, 0) for rank in (1, 2)]
+    sent = [RULE.assign_site(state, SITE, rank, 1.0, 0) for rank in (1, 2)]
     parts = [Contribution(0.75, sent[0], one, "a"), Contribution(0.25, sent[1], two, "b")]
     after, report = RULE.merge_site(state, SITE, iter(parts))
     expected = torch.tensor([[0.75 * 4 + 0.25 * 8, 0.0], [0.0, 6.0]], **f64)
@@ -55,7 +55,7 @@ def test_it_is_the_sum_of_dense_columns_over_the_weight_of_those_who_hold_them(
     for t in range(3):
         training = noisy_training(t)
         results = [
-            training(i, rule.deal_site(state, SITE, c.rank, c.scale, t))
+            training(i, rule.assign_site(state, SITE, c.rank, c.scale, t))
             for i, c in enumerate(clients)
         ]
         expected = torch.zeros(SHAPE, **f64)
@@ -79,7 +79,7 @@ def test_directions_that_no_client_of_the_round_holds_stay():
     assert distance(product(RULE, idle), d) < 1e-12
     weak = fleet([2, 2])
     moved, _ = play(RULE, state, weak, noisy_training(1))
-    starts = [RULE.deal_site(state, SITE, 2, c.scale, 0) for c in weak]
+    starts = [RULE.assign_site(state, SITE, 2, c.scale, 0) for c in weak]
     results = [noisy_training(1)(i, start).dense() for i, start in enumerate(starts)]
     expected = sum(results) / 2 + d - best(d, 2)
     assert distance(product(RULE, moved), best(expected, 8)) < 1e-9
@@ -105,7 +105,7 @@ def test_it_depends_on_the_gauge_where_ranks_differ_and_only_there():
     """The same products in turned columns: another D, unlike with increments."""
     turn = torch.linalg.qr(torch.randn(4, 4, **f64, generator=torch.Generator().manual_seed(0))).Q
 
-    def turned(i: int, dealt: Dealt) -> LowRank:
+    def turned(i: int, dealt: SiteAssignment) -> LowRank:
         x = noisy_training(3)(i, dealt)
         return LowRank(x.b @ turn, turn.T @ x.a) if x.rank == 4 else x
 

@@ -29,7 +29,8 @@ def test_every_column_is_the_weighted_mean_of_those_who_hold_it():
     training = noisy_training(1)
     after, report = play(RULE, before, clients, training)
     results = [
-        training(i, RULE.deal_site(before, SITE, c.rank, c.scale, 0)) for i, c in enumerate(clients)
+        training(i, RULE.assign_site(before, SITE, c.rank, c.scale, 0))
+        for i, c in enumerate(clients)
     ]
     for j in range(8):
         having = [(c.weight, one) for c, one in zip(clients, results, strict=True) if c.rank > j]
@@ -87,8 +88,8 @@ def test_it_depends_on_the_order_of_columns():
 
 def test_clients_get_the_first_columns_and_rows_and_all_start_alike():
     state = fresh_state(RULE, SHAPE, fleet(RANKS))
-    one = RULE.deal_site(state, SITE, 8, 1.0, seed=0).start
-    two = RULE.deal_site(state, SITE, 3, 4.0, seed=1).start
+    one = RULE.assign_site(state, SITE, 8, 1.0, seed=0).start
+    two = RULE.assign_site(state, SITE, 3, 4.0, seed=1).start
     assert torch.equal(one.a[:3], two.a)
     assert not one.b.any()
     assert 0 < float(one.a.abs().max()) <= 11**-0.5
@@ -100,12 +101,12 @@ def test_what_cannot_be_served_is_refused_by_name():
         RULE.init(spec)
     state = fresh_state(RULE, SHAPE, fleet([4]))
     with pytest.raises(RankError, match="server keeps 4"):
-        RULE.deal_site(state, SITE, 5, 1.0, 0)
+        RULE.assign_site(state, SITE, 5, 1.0, 0)
     with pytest.raises(RuleError, match="scale"):
-        RULE.deal_site(state, SITE, 4, 0.0, 0)
+        RULE.assign_site(state, SITE, 4, 0.0, 0)
     with pytest.raises(SiteError, match="'other'"):
-        RULE.deal_site(state, "other", 4, 1.0, 0)
+        RULE.assign_site(state, "other", 4, 1.0, 0)
     wide = fresh_state(RULE, SHAPE, fleet([8]))
-    dealt = RULE.deal_site(wide, SITE, 8, 1.0, 0)
+    dealt = RULE.assign_site(wide, SITE, 8, 1.0, 0)
     with pytest.raises(UpdateError, match="rank 8, the server keeps 4"):
         RULE.merge_site(state, SITE, iter([Contribution(1.0, dealt, dealt.start)]))

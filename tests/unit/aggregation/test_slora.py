@@ -27,7 +27,7 @@ from polyrank.aggregation import (
     HetLoRA,
     Segment,
     SLoRA,
-    deal,
+    assign,
     rule,
 )
 from polyrank.algebra import Sparse
@@ -41,7 +41,7 @@ INNER = [name for name, known in RULES.items() if "slora" not in known.excludes]
 
 def test_what_clients_train_nests_as_ranks_do_and_ends_at_the_whole_matrix():
     state = fresh_state(RULE, SHAPE, fleet(RANKS))
-    starts = {rank: RULE.deal_site(state, SITE, rank, 2.0, seed=rank).start for rank in RANKS}
+    starts = {rank: RULE.assign_site(state, SITE, rank, 2.0, seed=rank).start for rank in RANKS}
     assert [len(one.values) for one in starts.values()] == [25, 50, 100, 154]
     largest = starts[8].positions
     for one in starts.values():
@@ -57,7 +57,7 @@ def test_positions_come_from_the_fleets_seed_and_the_site_and_stay():
     def starts(seed, deal_seed=0):
         spec = FleetSpec(shapes, {}, dict.fromkeys(shapes, 2), seed=seed)
         state = RULE.init(spec)
-        return {s: RULE.deal_site(state, s, 2, 1.0, deal_seed).start.positions for s in shapes}
+        return {s: RULE.assign_site(state, s, 2, 1.0, deal_seed).start.positions for s in shapes}
 
     assert torch.equal(starts(0)["q"], starts(0, deal_seed=9)["q"])
     assert not torch.equal(starts(0)["q"], starts(1)["q"])
@@ -66,7 +66,7 @@ def test_positions_come_from_the_fleets_seed_and_the_site_and_stay():
 
 def test_assignments_are_sparse_and_count_values_alone():
     state = fresh_state(RULE, SHAPE, fleet(RANKS))
-    assignment = deal(RULE, state, {SITE: 2}, {SITE: 1.0}, 0)
+    assignment = assign(RULE, state, {SITE: 2}, {SITE: 1.0}, 0)
     assert isinstance(assignment.start[SITE], Sparse)
     assert assignment.train == "both"
     assert assignment.nbytes == assignment.travelling(assignment.start) == 50 * 4
@@ -80,7 +80,7 @@ def test_increments_of_values_are_averaged_and_what_nobody_holds_stays():
     after, report = play(RULE, state, clients, training)
     expected = before.clone()
     for i, c in enumerate(clients):
-        dealt = RULE.deal_site(state, SITE, c.rank, c.scale, 0)
+        dealt = RULE.assign_site(state, SITE, c.rank, c.scale, 0)
         expected += c.weight * (training(i, dealt).dense() - dealt.start.dense())
     assert distance(product(RULE, after), expected) < 1e-12
     assert report.energy == pytest.approx(float(expected.square().sum()))
@@ -96,7 +96,7 @@ def test_with_equal_ranks_it_is_the_mean_of_the_values():
     state, _ = play(RULE, state, clients, noisy_training(0))
     training = noisy_training(1)
     after, _ = play(RULE, state, clients, training)
-    dealt = RULE.deal_site(state, SITE, 3, 1.0, 0)
+    dealt = RULE.assign_site(state, SITE, 3, 1.0, 0)
     mean = sum(c.weight * training(i, dealt).dense() for i, c in enumerate(clients))
     assert distance(product(RULE, after), mean) < 1e-12
 
@@ -129,7 +129,7 @@ def test_after_the_last_sparse_round_the_inner_rule_starts_from_its_factors(name
         name.rpartition("/")[2] for name in fresh_state(inner, SHAPE, clients).tensors
     }
     for rank in {client.rank for client in clients}:
-        start = staged.deal_site(state, SITE, rank, 2.0, seed=1).start
+        start = staged.assign_site(state, SITE, rank, 2.0, seed=1).start
         assert distance(start.dense(), best(total, rank)) < 1e-12
 
     # From here on it is the inner rule, bit by bit.
@@ -150,7 +150,7 @@ def test_directions_without_a_start_can_still_train(name):
         torch.eye(len(dealt.start.values))[0], dealt.start.positions, SHAPE
     )
     state, _ = play_round(staged, state, clients, one_entry)  # ΔW of rank 1
-    start = staged.deal_site(state, SITE, 4, 1.0, seed=0).start
+    start = staged.assign_site(state, SITE, 4, 1.0, seed=0).start
     assert distance(start.dense(), product(staged, state)) < 1e-6
     assert (start.b.norm(dim=0) > 0).tolist() == [True, False, False, False]
     assert (start.a.norm(dim=1) > 0).all()
@@ -163,7 +163,7 @@ def test_a_first_stage_in_which_nothing_moved_ends_as_the_inner_rule_begins():
         assert not product(staged, state).any()
         plain = fresh_state(inner, SHAPE, clients)
         one, two = (
-            r.deal_site(s, SITE, 4, 1.0, 7).start for r, s in [(staged, state), (inner, plain)]
+            r.assign_site(s, SITE, 4, 1.0, 7).start for r, s in [(staged, state), (inner, plain)]
         )
         assert torch.equal(one.a, two.a)
         assert torch.equal(one.b, two.b)
@@ -204,13 +204,13 @@ def test_what_makes_no_sense_is_refused_by_name():
         fresh_state(SLoRA(FedIT(), 1), SHAPE, fleet([2, 4]))
     state = fresh_state(RULE, SHAPE, fleet([2]))
     with pytest.raises(SiteError, match="'other'"):
-        RULE.deal_site(state, "other", 2, 1.0, 0)
+        RULE.assign_site(state, "other", 2, 1.0, 0)
     with pytest.raises(RankError):
-        RULE.deal_site(state, SITE, 12, 1.0, 0)
-    dealt = RULE.deal_site(state, SITE, 2, 1.0, 0)
+        RULE.assign_site(state, SITE, 12, 1.0, 0)
+    dealt = RULE.assign_site(state, SITE, 2, 1.0, 0)
     start = dealt.start
     wrong = {
-        "expected a sparse update": FlexLoRA().deal_site(state, SITE, 2, 1.0, 0).start,
+        "expected a sparse update": FlexLoRA().assign_site(state, SITE, 2, 1.0, 0).start,
         "other positions": Sparse(start.values, start.positions.flip(0), SHAPE),
         "NaN or infinite": start.scale(float("nan")),
         "25 values": Sparse(start.values[:25], start.positions[:25], SHAPE),

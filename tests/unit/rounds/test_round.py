@@ -231,9 +231,9 @@ def test_a_quorum_is_a_share_of_those_asked(accepted, quorum, enough):
 
 def test_clients_of_equal_ranks_share_one_assignment_which_is_made_once(monkeypatch):
     dealt = []
-    real = FlexLoRA.deal_site
+    real = FlexLoRA.assign_site
     monkeypatch.setattr(
-        FlexLoRA, "deal_site", lambda self, *rest: dealt.append(rest[1:3]) or real(self, *rest)
+        FlexLoRA, "assign_site", lambda self, *rest: dealt.append(rest[1:3]) or real(self, *rest)
     )
     round = begin()
     dealt.clear()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from polyrank.aggregation import Dealt, FleetSpec, Rule, SiteReport, State, Update
+from polyrank.aggregation import FleetSpec, Rule, SiteAssignment, SiteReport, State, Update
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import UpdateError
 from polyrank.planning import Scaling
@@ -35,10 +35,10 @@ class Toy(Rule):
     def init(self, spec):
         return State({"q/sum": torch.zeros(SHAPE)}, {"rounds": 0})
 
-    def deal_site(self, state, site, rank, scale, seed):
+    def assign_site(self, state, site, rank, scale, seed):
         if self.kind == "sparse":
-            return Dealt(Sparse(torch.zeros(3), POSITIONS, SHAPE))
-        return Dealt(factors(rank), None, self.kind, (0.5, 1))
+            return SiteAssignment(Sparse(torch.zeros(3), POSITIONS, SHAPE))
+        return SiteAssignment(factors(rank), None, self.kind, (0.5, 1))
 
     def merged(self, state):
         return Adapter({} if self.kind == "sparse" else {"q": Dense(torch.ones(SHAPE))})

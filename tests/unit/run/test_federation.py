@@ -597,9 +597,9 @@ def test_unseen_clients_are_never_trained_on(model):
 def test_sampling_few_of_many_makes_one_assignment_per_kind_of_client(model, monkeypatch):
     data = clients(seen=40, unseen=0, examples=1)
     dealt = []
-    real = FlexLoRA.deal_site
+    real = FlexLoRA.assign_site
     monkeypatch.setattr(
-        FlexLoRA, "deal_site", lambda self, *rest: dealt.append(1) or real(self, *rest)
+        FlexLoRA, "assign_site", lambda self, *rest: dealt.append(1) or real(self, *rest)
     )
     evaluation = replace(MEASURED, generate=0)
     run_settings = RunSettings(sampling=Sampling(fraction=0.1), evaluation=evaluation, cohort=4)

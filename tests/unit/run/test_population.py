@@ -7,7 +7,7 @@ import torch
 
 import federations
 from federations import LOCAL, MEASURED, TYPES, clients, one_block, opened
-from polyrank.aggregation import FedIT, Full, deal
+from polyrank.aggregation import FedIT, Full, assign
 from polyrank.algebra import distance
 from polyrank.data import sizes
 from polyrank.errors import RankError
@@ -101,7 +101,7 @@ def test_a_pooled_run_trains_everyone_once_a_round_and_measures_the_clients(tmp_
         before = run.rule.init(_spec(run))
         ranks = dict(run.ranks[EVERYONE])
         scale = {site: POOLED.scaling.scale(rank) for site, rank in ranks.items()}
-        assignment = deal(run.rule, before, ranks, scale, derive(0, 1, "deal"))
+        assignment = assign(run.rule, before, ranks, scale, derive(0, 1, "deal"))
         rows = [row for id in sorted(run.work) for row in run.work[id].rows["train"]]
         seed = derive(0, 1, 0, EVERYONE, "train")
         [by_hand] = train_cohort(model, [Job(EVERYONE, assignment, rows, local, seed)])

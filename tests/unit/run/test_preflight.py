@@ -5,7 +5,7 @@ from collections import namedtuple
 import pytest
 
 from federations import LOCAL, MEASURED, clients, fleet, one_block
-from polyrank.aggregation import FleetSpec, FlexLoRA, FLoRA, SLoRA, deal
+from polyrank.aggregation import FleetSpec, FlexLoRA, FLoRA, SLoRA, assign
 from polyrank.algebra import LowRank, Sparse
 from polyrank.errors import RecipeError, ResourceError
 from polyrank.evaluation import Evaluation
@@ -91,7 +91,7 @@ def test_disk_is_reckoned_from_states_and_updates_of_a_round(tmp_path, monkeypat
     place = tmp_path / "not" / "there" / "yet"
     for rule, (state, update) in expected.items():
         begun = rule.init(spec)
-        dealt = [deal(rule, begun, own, {"q": 1.0}, 0) for own in ranks.values()]
+        dealt = [assign(rule, begun, own, {"q": 1.0}, 0) for own in ranks.values()]
         needed = (KEEP + 2) * 2 * state + 10 * update
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _, n=needed: Usage(n))
         preflight.check_disk(place, begun, dealt, 10, rule.growth(spec))
