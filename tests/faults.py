@@ -33,7 +33,7 @@ from polyrank.evaluation import Evaluator
 from polyrank.evaluation.evaluator import LocalEvaluator
 from polyrank.flower.app_folder import write_app
 from polyrank.planning import Fleet
-from polyrank.report.progress import Terminal
+from polyrank.report.progress import RunProgress
 from polyrank.rounds import Engine
 from polyrank.rounds.messages import Failure, TrainTask
 from polyrank.run.engine import InProcessEngine
@@ -310,7 +310,7 @@ class RecordedParts:
 
 def parts_of(recipe: Recipe) -> tuple[RecordedParts, Invocation]:
     """Return what a run in this process is made of."""
-    quiet = Terminal(Console(file=StringIO()))
+    quiet = RunProgress(Console(file=StringIO()))
     invocation = Invocation(quiet, lambda: False)
     return RecordedParts(recipe, invocation), invocation
 

@@ -97,7 +97,7 @@ def polyrank(*arguments: object) -> Finished:
 def process(folder: Path, *arguments: object) -> "subprocess.Popen[str]":
     """Start the command line in a process of its own, in a folder."""
     return subprocess.Popen(
-        [sys.executable, "-c", "from polyrank.cli import main; main()", *map(str, arguments)],
+        [sys.executable, "-m", "polyrank", *map(str, arguments)],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

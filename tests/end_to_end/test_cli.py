@@ -2,12 +2,15 @@ import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import models
@@ -143,14 +146,64 @@ def test_a_control_that_is_trained_beside_a_finished_run_is_told_apart(
     assert (told["finished_before"], told["control"]["finished_before"]) == (True, False)
 
 
-def test_inspect_shows_ranks_rounds_spectra_and_what_was_lost(finished: Path) -> None:
+def test_inspect_shows_ranks_rounds_and_where_the_energy_is(finished: Path) -> None:
     done = polyrank("inspect", finished)
     assert done.code == 0, done.err
     assert lines_with(done.out, "T2", "2 at 8 matrices, 6 at 6 matrices")
-    assert len(re.findall(r"^ +[12]  ", done.out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^    [12]  ", done.out, re.MULTILINE)) == 2
     assert "at the clients' own" in " ".join(done.out.split())
-    assert len(lines_with(done.out, "_proj", "%")) == 14
-    assert widest(done.out) <= 80
+    assert lines_with(done.out, "mlp.down_proj", "█")
+    texts = [line for line in done.out.splitlines() if str(finished) not in line]
+    assert widest("\n".join(texts)) <= 80
+
+
+def test_inspect_shows_a_line_for_every_matrix_where_it_is_asked_for(finished: Path) -> None:
+    whole = polyrank("inspect", finished, "--sites").out
+    table = whole.partition("global adapter")[2]
+    assert len(lines_with(table, "_proj", "%")) == 14
+    assert widest(table) <= 80
+
+
+def test_inspect_tells_programs_everything(finished: Path) -> None:
+    told = json.loads(polyrank("inspect", finished, "--json").out)
+    lines = (finished / "rounds.jsonl").read_text().splitlines()
+    assert told["rounds"] == [json.loads(line) for line in lines]
+    assert told["fleet"] == json.loads((finished / "fleet.json").read_text())
+    assert len(told["sites"]) == 14
+    by_site = sum(site["energy"] for site in told["sites"].values())
+    for groups in ("blocks", "kinds"):
+        assert sum(group["energy"] for group in told[groups].values()) == pytest.approx(by_site)
+    own = load_file(finished / "adapter" / "adapter_model.safetensors")
+    config = json.loads((finished / "adapter" / "adapter_config.json").read_text())
+    name = "model.layers.0.self_attn.q_proj"
+    a, b = (own[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    scale = config["alpha_pattern"].get(name, config["lora_alpha"]) / a.shape[0]
+    s = torch.linalg.svdvals(scale * b @ a)
+    assert told["sites"][name]["first"] == pytest.approx(float(s[0]), rel=1e-4)
+    assert told["sites"][name]["norm"] == pytest.approx(float(s.norm()), rel=1e-4)
+
+
+def test_the_spectra_of_a_finished_run_are_those_of_its_checkpoint(
+    finished: Path, tmp_path: Path
+) -> None:
+    """What is stored at the end is what is computed for a run that stored nothing."""
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    (copy / "spectra.json").unlink()
+    stored, computed = (
+        json.loads(polyrank("inspect", folder, "--json").out)["sites"]
+        for folder in (finished, copy)
+    )
+    assert stored == computed
+
+
+def test_a_finished_run_is_inspected_in_full_without_torch(finished: Path) -> None:
+    code = (
+        "import sys\nfrom polyrank.cli import main\n"
+        "try: main(['inspect', sys.argv[1], '--sites'])\n"
+        "finally: assert not {'torch', 'transformers'} & {*sys.modules}"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(finished)], capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -175,7 +175,7 @@ def test_the_table_fits_and_progress_tells_which_run_of_how_many(place: Path) ->
     out, err = ((place / name).read_text() for name in ("out.txt", "err.txt"))
     assert lines_with(out, "fedit, all weakest", "0.01", "±")
     texts = [line for line in out.splitlines() if str(place) not in line]
-    assert widest("\n".join(texts)) <= 100
+    assert widest("\n".join(texts)) <= 80
     assert re.findall(r"^(\d)/8  ", err, re.MULTILINE) == [*"12345678"]
     assert lines_with(err, "3/8  fedit, all weakest, rate 0.01, seed 0: test loss")
     assert (place / "out" / "compare.md").read_text().count("| flexlora:delta |") == 2

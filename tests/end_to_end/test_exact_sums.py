@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from federations import QUIET, opened
 from polyrank.aggregation import FlexLoRA, SLoRA
 from polyrank.algebra import Dense, LowRank, Sparse
-from polyrank.run import RunSettings
+from polyrank.run import RunFolder, RunSettings
 from polyrank.runner.inspect import adapter_of, look
 from runs import polyrank, write_recipe
 
@@ -180,7 +180,10 @@ def test_a_sparse_run_made_from_python_can_be_inspected_in_it_and_after_it(tmp_p
         run_settings = RunSettings(evaluation=QUIET, cohort=2)
         with opened(out, rule=SLoRA(FlexLoRA("delta"), 2), settings=run_settings) as run:
             list(run.rounds(rounds))
-        found = look(out).factors
-        assert {type(delta) for delta in found.values()} == {Sparse if rounds == 1 else LowRank}
+        saved = RunFolder.peek(out).load_checkpoint().state
+        adapter = SLoRA(FlexLoRA("delta"), 2).adapter(saved)
+        assert {type(delta) for delta in adapter.values()} == {Sparse if rounds == 1 else LowRank}
+        norms = {site: spectrum.norm for site, spectrum in look(out).spectra().items()}
+        assert norms == pytest.approx({site: delta.norm() for site, delta in adapter.items()})
         done = polyrank("inspect", out)
         assert done.code == 0, done.err

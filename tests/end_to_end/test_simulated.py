@@ -12,7 +12,7 @@ from rich.console import Console
 from deployment import simulate
 from polyrank import config
 from polyrank.flower.app_folder import write_app
-from polyrank.report.progress import Terminal
+from polyrank.report.progress import RunProgress
 from polyrank.runner.parts import Invocation
 from polyrank.runner.runner import start
 
@@ -53,7 +53,7 @@ def test_a_simulated_run_gives_the_bytes_of_one_process_whole_and_split_clients_
     recipe = config.read(file)
     write_app(recipe, app)
     here, away = tmp_path / "here", tmp_path / "away"
-    with Terminal(Console(quiet=True)) as terminal:
+    with RunProgress(Console(quiet=True)) as terminal:
         start(recipe, here, Invocation(terminal, lambda: False))
 
     status, log = simulate(tmp_path / "flower", app, 3, {"app": {"out": str(away), "wait": 120}})

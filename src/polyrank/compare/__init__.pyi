@@ -1,9 +1,9 @@
 from .command import Compared as Compared
-from .command import is_comparison as is_comparison
 from .command import resume as resume
 from .command import start as start
-from .progress import Following as Following
+from .progress import ComparisonProgress as ComparisonProgress
 from .request import Request as Request
+from .request import is_comparison as is_comparison
 from .table import failure as failure
 from .table import markdown as markdown
 from .table import sheets as sheets

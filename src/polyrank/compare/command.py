@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from polyrank.compare import figures
-from polyrank.compare.request import FILE, Request
+from polyrank.compare.request import Request, is_comparison
 from polyrank.compare.results import collect
-from polyrank.compare.run import Comparison, Follower
+from polyrank.compare.run import Comparison, ComparisonListener
 from polyrank.compare.table import markdown
 from polyrank.errors import FolderExistsError
 from polyrank.run import storage
@@ -31,16 +31,11 @@ class Compared:
     finished_before: bool = False
 
 
-def is_comparison(folder: Path) -> bool:
-    """Whether this is the folder of a comparison, finished or not."""
-    return (folder / FILE).is_file()
-
-
 def start(
     request: Request,
     out: Path,
     invocation: Invocation,
-    follower: Follower,
+    listener: ComparisonListener,
     *,
     draw: bool = True,
 ) -> Compared:
@@ -59,10 +54,10 @@ def start(
         raise FolderExistsError(
             f"{out}: exists already and holds no comparison; choose another --out"
         )
-    comparison = Comparison(request, out, invocation, follower)
+    comparison = Comparison(request, out, invocation, listener)
 
     def write() -> dict[str, Any]:
-        results = collect(request, out, comparison.courses)
+        results = collect(request, out, comparison.methods)
         storage.write_json(out / RESULTS, results)
         storage.write_text(out / TEXT, markdown(results))
         return results
@@ -74,9 +69,9 @@ def start(
     return Compared(out, results, comparison.finished_before)
 
 
-def resume(out: Path, invocation: Invocation, follower: Follower) -> Compared:
+def resume(out: Path, invocation: Invocation, listener: ComparisonListener) -> Compared:
     """Go on with the comparison in a folder; what is finished is not done again.
 
     Figures are drawn where matplotlib is there.
     """
-    return start(Request.load(out), out, invocation, follower, draw=figures.can_draw())
+    return start(Request.load(out), out, invocation, listener, draw=figures.can_draw())

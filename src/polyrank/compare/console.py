@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
 import typer
@@ -28,7 +27,7 @@ def show_compared(compared: Compared, as_json: bool) -> None:
         }
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
     else:
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+        console = Console(highlight=False)
         if compared.finished_before:
             told = f"{compared.folder}: finished before, nothing was trained"
             console.print(told, soft_wrap=True, markup=False)

@@ -58,20 +58,20 @@ def loss_by_bytes(runs: Runs) -> list[Curve]:
     """Return the validation loss of the seen clients against the MiB sent up and down so far."""
 
     def points(run: Sequence[RoundRecord]) -> dict[int, Point]:
-        spent, found = 0, {}
+        spent, points = 0, {}
         for record in run:
             spent += record.bytes_up + record.bytes_down
             if record.evaluation:
-                found[record.round] = (spent / 2**20, record.validation_loss)
-        return found
+                points[record.round] = (spent / 2**20, record.validation_loss)
+        return points
 
     return _curves(runs, points)
 
 
 def discarded_by_round(runs: Runs) -> list[Curve]:
     """Return the energy discarded in each round, in percent, of the methods that discard any."""
-    found = _curves(runs, lambda run: {r.round: (r.round, 100 * r.discarded) for r in run})
-    return [one for one in found if max(one.high) > 1e-6]  # Less is rounding.
+    curves = _curves(runs, lambda run: {r.round: (r.round, 100 * r.discarded) for r in run})
+    return [curve for curve in curves if max(curve.high) > 1e-6]  # Less is rounding.
 
 
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -92,16 +92,16 @@ def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[
     for rank in range(count - 2, -1, -1):  # Back down, where room is left below.
         pulled = min(placed[rank], placed[rank + 1] - gap)
         placed[rank] = max(pulled, low + gap * rank)
-    found = [0.0] * count
+    places = [0.0] * count
     for rank, index in enumerate(order):
-        found[index] = placed[rank]
-    return found
+        places[index] = placed[rank]
+    return places
 
 
 def _curves(
     runs: Runs, points: Callable[[Sequence[RoundRecord]], Mapping[int, Point]]
 ) -> list[Curve]:
-    found: Iterable[Curve | None] = (
+    curves: Iterable[Curve | None] = (
         curve(label, [points(run) for run in each]) for label, each in runs.items()
     )
-    return [one for one in found if one is not None]
+    return [curve for curve in curves if curve is not None]

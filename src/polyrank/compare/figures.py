@@ -67,12 +67,12 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
     check_drawing()
     import matplotlib
 
-    styles = _styles([one["label"] for one in results["methods"]])
+    styles = _styles([method["label"] for method in results["methods"]])
     runs = {
-        one["label"]: [
-            records_of(folder / run["folder"]) for run in one["runs"] if run["failure"] is None
+        method["label"]: [
+            records_of(folder / run["folder"]) for run in method["runs"] if run["failure"] is None
         ]
-        for one in results["methods"]
+        for method in results["methods"]
     }
     seeds = len(results["seeds"])
     shape = "band" if len(runs) <= _BANDS else "bars"
@@ -85,7 +85,9 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
             figure = _lines(curves, styles, f"Validation loss of the seen clients ({over})")
             _name(figure, "round", _LOSS)
             files += _save(figure, folder, "loss-by-round")
-        pooled = {one["label"] for one in results["methods"] if one["pooled"]}  # Nothing is sent.
+        pooled = {
+            method["label"] for method in results["methods"] if method["pooled"]
+        }  # Nothing is sent.
         sending = {label: each for label, each in runs.items() if label not in pooled}
         if curves := loss_by_bytes(sending):
             figure = _lines(curves, styles, f"Validation loss for what was sent ({over})", log=True)
@@ -139,16 +141,16 @@ def _lines(
 
     figure = Figure(figsize=(7.2, 4.0))
     axes = figure.add_subplot()
-    for place, one in enumerate(curves):
-        if one.low != one.high:
+    for place, curve in enumerate(curves):
+        if curve.low != curve.high:
             _range(
                 axes,
-                one,
-                styles[one.label]["color"],
+                curve,
+                styles[curve.label]["color"],
                 place - (len(curves) - 1) / 2,
                 len(styles) <= _BANDS,
             )
-        axes.plot(one.x, one.mean, **styles[one.label])
+        axes.plot(curve.x, curve.mean, **styles[curve.label])
     if log:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -164,19 +166,19 @@ def _lines(
     return figure
 
 
-def _range(axes: Any, one: Curve, colour: str, place: float, bands: bool) -> None:
+def _range(axes: Any, curve: Curve, colour: str, place: float, bands: bool) -> None:
     """Draw a curve's range over seeds: a band, or bars side by side where bands would blur."""
     from matplotlib.transforms import ScaledTranslation
 
     if bands:
-        axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.08, linewidth=0)
-        for bound in (one.low, one.high):
-            axes.plot(one.x, bound, color=colour, alpha=0.35, linewidth=0.6)
+        axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.08, linewidth=0)
+        for bound in (curve.low, curve.high):
+            axes.plot(curve.x, bound, color=colour, alpha=0.35, linewidth=0.6)
         return
     aside = ScaledTranslation(0.025 * place, 0, axes.get_figure().dpi_scale_trans)
-    axes.vlines(one.x, one.low, one.high, color=colour, alpha=0.6, linewidth=0.8).set_transform(
-        axes.transData + aside
-    )
+    axes.vlines(
+        curve.x, curve.low, curve.high, color=colour, alpha=0.6, linewidth=0.8
+    ).set_transform(axes.transData + aside)
 
 
 def _label_ends(axes: Any, curves: Sequence[Curve], styles: Mapping[str, Style]) -> None:
@@ -185,15 +187,15 @@ def _label_ends(axes: Any, curves: Sequence[Curve], styles: Mapping[str, Style])
     A line leads from the end to the name where all curves end at the right.
     """
     low, high = axes.get_ylim()
-    ends = [(one.mean[-1] - low) / (high - low) for one in curves]
-    together = len({one.x[-1] for one in curves}) == 1
-    for one, end, place in zip(curves, ends, apart(ends, 0.06, 0.0, 1.0), strict=True):
-        style = styles[one.label]
+    ends = [(curve.mean[-1] - low) / (high - low) for curve in curves]
+    together = len({curve.x[-1] for curve in curves}) == 1
+    for curve, end, place in zip(curves, ends, apart(ends, 0.06, 0.0, 1.0), strict=True):
+        style = styles[curve.label]
         outside = {"transform": axes.transAxes, "clip_on": False, "color": style["color"]}
         if together:
             axes.plot([1.0, 1.03, 1.05], [end, place, place], **outside, linewidth=0.8)
         axes.plot([1.07], [place], **outside, marker=style["marker"])
-        axes.text(1.09, place, one.label, **outside, verticalalignment="center")
+        axes.text(1.09, place, curve.label, **outside, verticalalignment="center")
 
 
 def _name(figure: Any, x: str, y: str) -> None:
@@ -205,7 +207,7 @@ def _categories(results: Mapping[str, Any], styles: Mapping[str, Style]) -> Any:
     """Return a dot plot of the test loss per category; None if no method has a result."""
     from matplotlib.figure import Figure
 
-    methods = [one for one in results["methods"] if one["per_category"]]
+    methods = [method for method in results["methods"] if method["per_category"]]
     panels = [(who, _sorted(methods, who)) for who in ("seen", "unseen")]
     panels = [(who, names) for who, names in panels if names]
     if not panels:
@@ -215,12 +217,14 @@ def _categories(results: Mapping[str, Any], styles: Mapping[str, Style]) -> Any:
     figure = Figure(figsize=(7.2, 1.1 * len(panels) + row * sum(counts)), layout="constrained")
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=counts)[:, 0]
     for axes, (who, names) in zip(grid, panels, strict=True):
-        for place, one in enumerate(methods):
+        for place, method in enumerate(methods):
             shift = 0.6 * ((place + 0.5) / len(methods) - 0.5)
-            losses = [one["per_category"].get(name, {}).get(who, {}).get("loss") for name in names]
+            losses = [
+                method["per_category"].get(name, {}).get(who, {}).get("loss") for name in names
+            ]
             known = [(loss, y + shift) for y, loss in enumerate(losses) if loss is not None]
-            style = {**styles[one["label"]], "linestyle": "none"}
-            axes.plot([x for x, _ in known], [y for _, y in known], **style, label=one["label"])
+            style = {**styles[method["label"]], "linestyle": "none"}
+            axes.plot([x for x, _ in known], [y for _, y in known], **style, label=method["label"])
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
@@ -237,5 +241,5 @@ def _categories(results: Mapping[str, Any], styles: Mapping[str, Style]) -> Any:
 def _sorted(methods: Sequence[Mapping[str, Any]], who: str) -> list[str]:
     """The categories that have a loss, those with the highest of the first method first."""
     losses = methods[0]["per_category"] if methods else {}
-    known = {name: found[who]["loss"] for name, found in losses.items()}
+    known = {name: scores[who]["loss"] for name, scores in losses.items()}
     return sorted((n for n in known if known[n] is not None), key=lambda n: (-known[n], n))

@@ -115,23 +115,23 @@ def methods(rules: Sequence[str], control: str | None, recipe: Recipe) -> list[M
     """
     if not rules:
         raise RecipeError("compare: expected at least one rule, e.g. --rules flexlora,fedit")
-    found: list[Method] = []
+    chosen: list[Method] = []
     for text in rules:
         name, _, local = text.partition("+")
         if name in BASELINES and name not in RULES:
-            found.append(Method(BASELINES[name].rule, local or None, None, name))
+            chosen.append(Method(BASELINES[name].rule, local or None, None, name))
             continue
         mixed = _rule(name).mixed_ranks or recipe.fleet.force is not None
-        found.append(Method(name, local or None, None if mixed else WEAKEST))
+        chosen.append(Method(name, local or None, None if mixed else WEAKEST))
     if control is not None:
-        extra = replace(found[0], force=control)
-        if extra not in found and control != found[0].forced:
-            found.append(extra)
-    slugs = [method.slug for method in found]
+        extra = replace(chosen[0], force=control)
+        if extra not in chosen and control != chosen[0].forced:
+            chosen.append(extra)
+    slugs = [method.slug for method in chosen]
     twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
     if twice:
         raise RecipeError(f"compare: {twice[0]} is named twice in --rules; name each rule once")
-    return found
+    return chosen
 
 
 def _rule(name: str) -> Rule:

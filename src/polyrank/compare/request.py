@@ -26,6 +26,11 @@ _FREE = ("name", "control", "aggregation.rule")
 """Keys of a recipe that a comparison does not use."""
 
 
+def is_comparison(folder: Path) -> bool:
+    """Whether this is the folder of a comparison, finished or not."""
+    return (folder / FILE).is_file()
+
+
 @dataclass(frozen=True)
 class Request:
     """The rules, how many seeds (the recipe's and those after it), the control, and the rates.
@@ -83,7 +88,7 @@ class Request:
             tuple(sorted(set(grid))),
         )
         given = recipe.aggregation.model_dump(include={*OPTIONS}, exclude_none=True)
-        unused = sorted(given.keys() - {key for one in asked.methods for key in one.options})
+        unused = sorted(given.keys() - {key for method in asked.methods for key in method.options})
         if unused:
             raise RecipeError(
                 f"compare: aggregation.{unused[0]}: none of the rules has it beside what its name "
@@ -119,22 +124,22 @@ class Request:
         if not file.is_file():
             raise RunError(f"{folder}: expected the folder of a comparison, with a {FILE} in it")
         try:
-            found = tomllib.loads(file.read_text(encoding="utf-8"))
+            content = tomllib.loads(file.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{file}: not valid TOML: {error}") from error
-        if found.get("schema") != SCHEMA:
+        if content.get("schema") != SCHEMA:
             raise RunError(
-                f"{file}: expected schema {SCHEMA}, got {found.get('schema')}; another version "
+                f"{file}: expected schema {SCHEMA}, got {content.get('schema')}; another version "
                 "wrote it"
             )
         try:
             return Request(
-                config.parse(found["recipe"], f"{file}, recipe"),
-                tuple(found["rules"]),
-                found["seeds"],
-                found.get("control"),
-                found["tune"],
-                tuple(found["rates"]),
+                config.parse(content["recipe"], f"{file}, recipe"),
+                tuple(content["rules"]),
+                content["seeds"],
+                content.get("control"),
+                content["tune"],
+                tuple(content["rates"]),
             )
         except KeyError as error:
             raise RunError(f"{file}: the key {error} is missing; restore the file") from error

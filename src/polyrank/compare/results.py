@@ -8,10 +8,11 @@ from typing import Any
 
 from polyrank.compare import statistics
 from polyrank.compare.request import Request
-from polyrank.compare.run import Course, Run
+from polyrank.compare.run import MethodRuns, SeedRun
 from polyrank.compare.tuning import edge
 from polyrank.run import RoundRecord, RunFolder, storage
-from polyrank.runner.inspect import FLEET, RUN
+from polyrank.run.folder import RUN
+from polyrank.runner.inspect import FLEET
 from polyrank.runner.runner import SUMMARY
 
 SCHEMA = 1
@@ -22,16 +23,16 @@ TO_TARGET = ("rounds", "bytes", "seconds", "modelled_seconds")
 COSTS = ("bytes_up", "bytes_down", "seconds", "discarded")
 
 
-def collect(request: Request, folder: Path, courses: Sequence[Course]) -> dict[str, Any]:
+def collect(request: Request, folder: Path, methods: Sequence[MethodRuns]) -> dict[str, Any]:
     """Return what the finished runs ended with: compare.json's content.
 
     ``complete`` says whether every run that was asked for is finished. Differences are those to the
     first method, on the same clients and seeds.
     """
-    first, asked = courses[0], request.recipe
+    first, asked = methods[0], request.recipe
     held_out = None if asked.benchmark is None else {"target": asked.target_perplexity}
-    wanted = len(courses) * request.seeds
-    finished = sum(run.finished for course in courses for run in course.runs)
+    wanted = len(methods) * request.seeds
+    finished = sum(run.finished for method_runs in methods for run in method_runs.runs)
     return {
         "schema": SCHEMA,
         "name": request.recipe.name,
@@ -42,13 +43,13 @@ def collect(request: Request, folder: Path, courses: Sequence[Course]) -> dict[s
         "first": first.method.label,
         "complete": finished == wanted,
         "benchmark": held_out,
-        "base": _base(courses),
-        "methods": [_method(request, folder, course, first) for course in courses],
-        "agreement": [_agreement(seed, courses) for seed in request.seed_values],
+        "base": _base(methods),
+        "methods": [_method(request, folder, method_runs, first) for method_runs in methods],
+        "agreement": [_agreement(seed, methods) for seed in request.seed_values],
         "failures": [
-            {"method": course.method.label, **failure}
-            for course in courses
-            for failure in course.failures
+            {"method": method_runs.method.label, **failure}
+            for method_runs in methods
+            for failure in method_runs.failures
         ],
     }
 
@@ -58,30 +59,34 @@ def records_of(run: Path) -> list[RoundRecord]:
     return [RoundRecord.from_json(record) for record in RunFolder.peek(run).records()]
 
 
-def _base(courses: Sequence[Course]) -> dict[str, Any]:
+def _base(methods: Sequence[MethodRuns]) -> dict[str, Any]:
     """The bare base's scores per seed, their mean and spread; the same for all methods."""
-    found: dict[int, Any] = {}
-    for run in (run for course in courses for run in course.runs if run.finished):
-        if run.seed not in found:
+    by_seed: dict[int, Any] = {}
+    for run in (run for method_runs in methods for run in method_runs.runs if run.finished):
+        if run.seed not in by_seed:
             summary = storage.read_json(run.folder / SUMMARY)
             held_out = _held_out(summary, "base")
-            found[run.seed] = summary["base"] | ({"benchmark": held_out} if held_out else {})
-    each = [{"seed": seed, **scores} for seed, scores in sorted(found.items())]
+            by_seed[run.seed] = summary["base"] | ({"benchmark": held_out} if held_out else {})
+    each = [{"seed": seed, **scores} for seed, scores in sorted(by_seed.items())]
     return {"per_seed": each, **_over_seeds(each), "benchmark": _benchmark(each)}
 
 
-def _method(request: Request, folder: Path, course: Course, first: Course) -> dict[str, Any]:
-    runs = [_run(folder, run) for run in course.runs]
+def _method(
+    request: Request, folder: Path, method_runs: MethodRuns, first: MethodRuns
+) -> dict[str, Any]:
+    runs = [_run(folder, run) for run in method_runs.runs]
     done = [run for run in runs if run["failure"] is None]
     return {
-        "label": course.method.label,
-        "rule": course.method.rule,
-        "baseline": course.method.baseline,
-        "pooled": course.method.pooled or request.recipe.data.pooled,
-        "local_method": course.method.local,
-        "force": course.method.force or request.recipe.fleet.force or course.method.forced,
-        "rate": course.rate,
-        "tuning": _tuning(request, course) if request.tune else None,
+        "label": method_runs.method.label,
+        "rule": method_runs.method.rule,
+        "baseline": method_runs.method.baseline,
+        "pooled": method_runs.method.pooled or request.recipe.data.pooled,
+        "local_method": method_runs.method.local,
+        "force": method_runs.method.force
+        or request.recipe.fleet.force
+        or method_runs.method.forced,
+        "rate": method_runs.rate,
+        "tuning": _tuning(request, method_runs) if request.tune else None,
         "runs": runs,
         **_over_seeds(done),
         "benchmark": _benchmark(done),
@@ -92,8 +97,8 @@ def _method(request: Request, folder: Path, course: Course, first: Course) -> di
             }
             for cost in COSTS
         },
-        "per_category": _per_category([run.folder for run in course.runs if run.finished]),
-        "difference": None if course is first else _difference(course, first),
+        "per_category": _per_category([run.folder for run in method_runs.runs if run.finished]),
+        "difference": None if method_runs is first else _difference(method_runs, first),
     }
 
 
@@ -102,7 +107,7 @@ def _over_seeds(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     def of(calculate: Any) -> dict[str, Any]:
         return {
-            who: {score: calculate([one[who][score] for one in each]) for score in SCORES}
+            who: {score: calculate([scores[who][score] for scores in each]) for score in SCORES}
             for who in GROUPS
         }
 
@@ -119,23 +124,23 @@ def _benchmark(each: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     The latter are over the ``reached`` runs alone. None where there is no benchmark.
     """
-    found = [one["benchmark"] for one in each if one.get("benchmark") is not None]
-    if not found:
+    benchmarks = [run["benchmark"] for run in each if run.get("benchmark") is not None]
+    if not benchmarks:
         return None
-    targets = [one["to_target_perplexity"] for one in each if one.get("to_target_perplexity")]
+    targets = [run["to_target_perplexity"] for run in each if run.get("to_target_perplexity")]
 
     def of(calculate: Any, keys: Sequence[str], values: Sequence[Mapping[str, Any]]) -> Any:
-        return {key: calculate([one.get(key) for one in values]) for key in keys}
+        return {key: calculate([run.get(key) for run in values]) for key in keys}
 
     return {
-        "mean": of(statistics.mean, BENCHMARK, found),
-        "spread": of(statistics.spread, BENCHMARK, found),
+        "mean": of(statistics.mean, BENCHMARK, benchmarks),
+        "spread": of(statistics.spread, BENCHMARK, benchmarks),
         "to_target": of(statistics.mean, TO_TARGET, targets) if targets else None,
         "reached": sum(target["rounds"] is not None for target in targets),
     }
 
 
-def _run(folder: Path, run: Run) -> dict[str, Any]:
+def _run(folder: Path, run: SeedRun) -> dict[str, Any]:
     place = str(run.folder.relative_to(folder))
     if not run.finished:
         return {"seed": run.seed, "folder": place, "failure": run.failure or "not finished"}
@@ -161,23 +166,23 @@ def _run(folder: Path, run: Run) -> dict[str, Any]:
 def _per_category(runs: Sequence[Path]) -> dict[str, Any]:
     """Per category and group the test loss, mean and spread over seeds, and the clients there."""
     each = [storage.read_json(run / SUMMARY)["per_category"] for run in runs]
-    found: dict[str, Any] = {}
-    for name in sorted({name for one in each for name in one}):
-        found[name] = {}
+    categories: dict[str, Any] = {}
+    for name in sorted({name for run in each for name in run}):
+        categories[name] = {}
         for who in GROUPS:
-            groups = [one[name][who] for one in each if name in one]
+            groups = [run[name][who] for run in each if name in run]
             losses = [group["loss"] for group in groups]
-            found[name][who] = {
+            categories[name][who] = {
                 "loss": statistics.mean(losses),
                 "spread": statistics.spread(losses),
                 "clients": max(group["clients"] for group in groups),
             }
-    return found
+    return categories
 
 
-def _tuning(request: Request, course: Course) -> dict[str, Any]:
+def _tuning(request: Request, method_runs: MethodRuns) -> dict[str, Any]:
     """The rates that were tried, in order, and whether the best of them is an edge."""
-    trials = sorted(course.trials, key=lambda trial: trial.rate)
+    trials = sorted(method_runs.trials, key=lambda trial: trial.rate)
     return {
         "seed": request.recipe.seed,
         "trials": [
@@ -194,12 +199,12 @@ def _tuning(request: Request, course: Course) -> dict[str, Any]:
     }
 
 
-def _difference(course: Course, first: Course) -> dict[str, Any]:
+def _difference(method_runs: MethodRuns, first: MethodRuns) -> dict[str, Any]:
     """Per seed the paired difference to the first method, and its mean and spread over seeds."""
     theirs = {run.seed: run for run in first.runs if run.finished}
     each = [
         {"seed": run.seed, **_paired(run.folder, theirs[run.seed].folder)}
-        for run in course.runs
+        for run in method_runs.runs
         if run.finished and run.seed in theirs
     ]
     means = [
@@ -213,28 +218,32 @@ def _paired(ours: Path, theirs: Path) -> dict[str, Any]:
     """Both groups' paired differences of every score over clients, on the test parts."""
     mine, other = (storage.read_json(run / "evaluation.json")["clients"] for run in (ours, theirs))
     seen = set(storage.read_json(ours / FLEET)["clients"])
-    found: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
     for who in GROUPS:
-        found[who] = {}
+        differences[who] = {}
         for score in SCORES:
             values = [
-                {id: one[score] for id, one in each.items() if (id in seen) == (who == "seen")}
+                {
+                    id: scores[score]
+                    for id, scores in each.items()
+                    if (id in seen) == (who == "seen")
+                }
                 for each in (mine, other)
             ]
             pair = statistics.paired(*values)
-            found[who][score] = {"mean": pair.mean, "se": pair.se, "clients": pair.clients}
-    return found
+            differences[who][score] = {"mean": pair.mean, "se": pair.se, "clients": pair.clients}
+    return differences
 
 
-def _agreement(seed: int, courses: Sequence[Course]) -> dict[str, Any]:
+def _agreement(seed: int, methods: Sequence[MethodRuns]) -> dict[str, Any]:
     """Whether all methods had the same data, fleet and clients in every round with this seed.
 
     Baselines with all training examples in one place need not have the clients.
     """
     runs = [
-        (course.method, run)
-        for course in courses
-        for run in course.runs
+        (method_runs.method, run)
+        for method_runs in methods
+        for run in method_runs.runs
         if run.seed == seed and run.finished
     ]
     differ: list[str] = []

@@ -41,7 +41,7 @@ _DIVERGED = (RoundFailedError, RuleError, FactorError, UpdateError, torch.linalg
 """What comes of numbers that grew too large, once a run has begun: it would come again."""
 
 
-class Follower(Listener, Protocol):
+class ComparisonListener(Listener, Protocol):
     """Someone who follows a comparison."""
 
     def next_run(self, number: int, total: int, title: str) -> None:
@@ -54,7 +54,7 @@ class Follower(Listener, Protocol):
 
 
 @dataclass(frozen=True)
-class Run:
+class SeedRun:
     """One method with one seed at its rate: where it lies, and why it failed, if it did."""
 
     seed: int
@@ -68,32 +68,34 @@ class Run:
 
 
 @dataclass
-class Course:
+class MethodRuns:
     """How far a method is: the trials of its rates, the rate chosen, and its runs."""
 
     method: Method
     rate: float | None = None
     trials: list[Trial] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
+    runs: list[SeedRun] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Comparison:
     """A request in a folder, which is locked while it is carried out.
 
-    `courses` say how far each method is; `after_run` is called after each run. `finished_before`
+    `methods` say how far each method is; `after_run` is called after each run. `finished_before`
     holds until a run is begun or gone on with.
     """
 
-    def __init__(self, request: Request, folder: Path, invocation: Invocation, follower: Follower):
+    def __init__(
+        self, request: Request, folder: Path, invocation: Invocation, listener: ComparisonListener
+    ):
         self.request, self.folder = request, folder
-        self._invocation, self._follower = invocation, follower
+        self._invocation, self._listener = invocation, listener
         self._root = LocalParts(request.recipe, invocation)
-        self.courses = [Course(method) for method in request.methods]
+        self.methods = [MethodRuns(method) for method in request.methods]
         self.finished_before = True
         self._number = 0
-        tried = len(self.courses) * len(request.rates)
-        self._total = tried + len(self.courses) * (request.seeds - 1)
+        tried = len(self.methods) * len(request.rates)
+        self._total = tried + len(self.methods) * (request.seeds - 1)
 
     def carry_out(self, after_run: Callable[[], object]) -> None:
         """Carry out all runs that are not finished; a failure of one does not end the others."""
@@ -110,48 +112,54 @@ class Comparison:
     def _seed(self, seed: int, *, first: bool, after_run: Callable[[], object]) -> None:
         recipe = self.request.recipe.model_copy(update={"seed": seed})
         parts = self._root if first else self._root.of(recipe)
-        for course in self.courses:
+        for method_runs in self.methods:
             if first:
-                course.rate = self._choose(course, seed, parts, after_run)
-            if course.rate is None:
+                method_runs.rate = self._choose(method_runs, seed, parts, after_run)
+            if method_runs.rate is None:
                 continue
             if not (first and self.request.tune):  # Otherwise it was told of when it was tried.
-                self._announce(course.method, course.rate, seed)
-            course.runs.append(self._finish(course, course.rate, seed, parts))
+                self._announce(method_runs.method, method_runs.rate, seed)
+            method_runs.runs.append(self._finish(method_runs, method_runs.rate, seed, parts))
             after_run()
 
     # --- rates ---
 
     def _choose(
-        self, course: Course, seed: int, parts: LocalParts, after_run: Callable[[], object]
+        self, method_runs: MethodRuns, seed: int, parts: LocalParts, after_run: Callable[[], object]
     ) -> float | None:
         """Return the method's rate, the best of its grid; None if none of them led anywhere."""
         if not self.request.tune:
             return self.request.rates[0]
         rates = [*self.request.rates]
         for rate in rates:  # It grows while its edge is best.
-            course.trials.append(self._try(course, rate, seed, parts))
+            method_runs.trials.append(self._try(method_runs, rate, seed, parts))
             after_run()
             extended = len(rates) - len(self.request.rates)
-            if len(course.trials) == len(rates) and extended < EXTENSIONS and not course.failures:
-                further = next_rate(course.trials)
+            if (
+                len(method_runs.trials) == len(rates)
+                and extended < EXTENSIONS
+                and not method_runs.failures
+            ):
+                further = next_rate(method_runs.trials)
                 if further is not None:
                     rates.append(further)
                     self._total += 1
-        chosen = best(course.trials)
-        if chosen is None and not course.failures:
+        chosen = best(method_runs.trials)
+        if chosen is None and not method_runs.failures:
             reason = "no rate of the grid gave a validation loss"
-            course.failures.append({"rate": None, "seed": seed, "reason": reason})
-        if chosen is None or course.failures:  # Not from a grid of which a part could not be tried.
+            method_runs.failures.append({"rate": None, "seed": seed, "reason": reason})
+        if (
+            chosen is None or method_runs.failures
+        ):  # Not from a grid of which a part could not be tried.
             self._total -= self.request.seeds - 1
             return None
         return chosen.rate
 
-    def _try(self, course: Course, rate: float, seed: int, parts: LocalParts) -> Trial:
+    def _try(self, method_runs: MethodRuns, rate: float, seed: int, parts: LocalParts) -> Trial:
         """Train at one rate, without looking at the test parts, and read the validation loss."""
-        folder = self._announce(course.method, rate, seed)
-        recipe = course.method.recipe(self.request.recipe, rate=rate, seed=seed)
-        title = _title(course.method, rate, seed)
+        folder = self._announce(method_runs.method, rate, seed)
+        recipe = method_runs.method.recipe(self.request.recipe, rate=rate, seed=seed)
+        title = _title(method_runs.method, rate, seed)
 
         def work() -> None:
             with train(
@@ -163,7 +171,7 @@ class Comparison:
         failure = self._guarded(folder, seed, None if trained else work, parts)
         if failure is not None:
             if not (folder / FAILURE).is_file():  # A rate that diverges is an answer, this is none.
-                course.failures.append({"rate": rate, "seed": seed, "reason": failure})
+                method_runs.failures.append({"rate": rate, "seed": seed, "reason": failure})
             trial = Trial(rate, None, None, failure)
         else:
             record = _last_evaluated(folder)
@@ -171,16 +179,18 @@ class Comparison:
             why = None if loss is not None else "no finite validation loss"
             trial = Trial(rate, loss, record.round if record else None, why)
         told = _short(trial.failure) or f"validation {trial.loss:.4f} after round {trial.round}"
-        self._follower.run_done(told, anew=not trained)
+        self._listener.run_done(told, anew=not trained)
         return trial
 
     # --- runs ---
 
-    def _finish(self, course: Course, rate: float, seed: int, parts: LocalParts) -> Run:
+    def _finish(
+        self, method_runs: MethodRuns, rate: float, seed: int, parts: LocalParts
+    ) -> SeedRun:
         """Carry out a run to its summary, whatever of it is there already."""
-        folder = self._place(course.method, rate, seed)
-        recipe = course.method.recipe(self.request.recipe, rate=rate, seed=seed)
-        title = _title(course.method, rate, seed)
+        folder = self._place(method_runs.method, rate, seed)
+        recipe = method_runs.method.recipe(self.request.recipe, rate=rate, seed=seed)
+        title = _title(method_runs.method, rate, seed)
         alone = not (self.request.tune and seed == self.request.recipe.seed)
 
         def work() -> None:
@@ -188,15 +198,15 @@ class Comparison:
 
         finished = any((folder / name).is_file() for name in (SUMMARY, FAILURE))
         failure = self._guarded(folder, seed, None if finished else work, parts)
-        run = Run(seed, folder, failure)
+        run = SeedRun(seed, folder, failure)
         if failure is not None:
-            course.failures.append({"rate": rate, "seed": seed, "reason": failure})
+            method_runs.failures.append({"rate": rate, "seed": seed, "reason": failure})
             told = _short(failure)
         else:
             loss = storage.read_json(folder / SUMMARY)["final"]["seen"]["loss"]
             told = "loss not finite" if loss is None else f"test loss {loss:.4f}"
         if alone:
-            self._follower.run_done(told, anew=not finished)
+            self._listener.run_done(told, anew=not finished)
         return run
 
     def _guarded(
@@ -241,7 +251,7 @@ class Comparison:
     def _announce(self, method: Method, rate: float, seed: int) -> Path:
         """Tell that this run comes next; return its folder."""
         self._number += 1
-        self._follower.next_run(self._number, self._total, _title(method, rate, seed))
+        self._listener.next_run(self._number, self._total, _title(method, rate, seed))
         return self._place(method, rate, seed)
 
 

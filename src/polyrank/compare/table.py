@@ -1,4 +1,4 @@
-"""A comparison as tables, for a terminal of 100 columns and as Markdown."""
+"""A comparison as tables, for a terminal of 80 columns and as Markdown."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from polyrank import report
+
+BASE = "untrained base"
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Sheet:
                 table.add_column(name, overflow="fold")
             else:
                 table.add_column(name, justify="right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*map(Text, row))  # Brackets are no markup.
+        for row in self.rows:  # Brackets are no markup.
+            table.add_row(*(Text(cell.replace(" ± ", "±")) for cell in row))
         return table
 
     def markdown(self) -> str:
@@ -62,16 +64,18 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def sheets(results: Mapping[str, Any]) -> list[Sheet]:
-    """Return the tables of compare.json: losses, other scores and costs, and rates if tuned.
+    """Return the tables of compare.json: losses, text scores and costs, and rates if tuned.
 
     Where the recipe has a benchmark, its scores are a table too.
     """
-    found = [_losses(results), _rest(results)]
+    tables = [_losses(results), _text_scores(results), _costs(results)]
     if results.get("benchmark"):  # Comparisons of before had none.
-        found.append(_benchmark(results))
+        tables.append(_benchmark(results))
+        if results["benchmark"]["target"] is not None:
+            tables.append(_targets(results))
     if results["tuned"]:
-        found.append(_rates(results))
-    return found
+        tables.append(_rates(results))
+    return tables
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -83,13 +87,13 @@ def markdown(results: Mapping[str, Any]) -> str:
 def _losses(results: Mapping[str, Any]) -> Sheet:
     seeds = len(results["seeds"])
     seen, unseen = (_around(results["base"], who) for who in ("seen", "unseen"))
-    rows = [["base, untrained", "", seen, "", unseen, ""]]
-    for one in results["methods"]:
-        rate = "–" if one["rate"] is None else f"{one['rate']:g}"
-        side = one["tuning"]["edge"] if one["tuning"] else None
-        cells = [_label(one, seeds), rate + (" !" if side else "")]
+    rows = [[BASE, "", seen, "", unseen, ""]]
+    for method in results["methods"]:
+        rate = "–" if method["rate"] is None else f"{method['rate']:g}"
+        side = method["tuning"]["edge"] if method["tuning"] else None
+        cells = [_label(method, seeds), rate + (" !" if side else "")]
         for who in ("seen", "unseen"):
-            cells += [_around(one, who), _difference(one["difference"], who)]
+            cells += [_around(method, who), _difference(method["difference"], who)]
         rows.append(cells)
     return Sheet(
         f"test loss after {report.count(results['rounds'], 'round')}, "
@@ -134,42 +138,48 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     edges = [m["label"] for m in results["methods"] if m["tuning"] and m["tuning"]["edge"]]
     if edges:
         notes.append(f"!: the best rate is an edge of those tried ({', '.join(edges)})")
-    for one in results["agreement"]:
-        notes += [f"NOT COMPARABLE, seed {one['seed']}: {text}" for text in one["differences"]]
-    notes += [f"failed: {failure(one).splitlines()[0]}" for one in results["failures"]]
+    for agreement in results["agreement"]:
+        notes += [
+            f"NOT COMPARABLE, seed {agreement['seed']}: {text}" for text in agreement["differences"]
+        ]
+    notes += [f"failed: {failure(failed).splitlines()[0]}" for failed in results["failures"]]
     if not results["complete"] and not results["failures"]:
         notes.append("not all runs are finished")
     return notes
 
 
-def failure(one: Mapping[str, Any]) -> str:
+def failure(failed: Mapping[str, Any]) -> str:
     """Return one of compare.json's failures in words."""
-    rate = "" if one["rate"] is None else f"rate {one['rate']:g}, "
-    return f"{one['method']}, {rate}seed {one['seed']}: {one['reason']}"
+    rate = "" if failed["rate"] is None else f"rate {failed['rate']:g}, "
+    return f"{failed['method']}, {rate}seed {failed['seed']}: {failed['reason']}"
 
 
-def _rest(results: Mapping[str, Any]) -> Sheet:
-    rows = [["base, untrained", *_texts(results["base"]), "", "", "", ""]]
-    pooled = [one["label"] for one in results["methods"] if one["pooled"]]
-    for one in results["methods"]:
-        costs = {key: value["mean"] for key, value in one["costs"].items()}
+def _text_scores(results: Mapping[str, Any]) -> Sheet:
+    rows = [[BASE, *_texts(results["base"])]]
+    rows += [[method["label"], *_texts(method)] for method in results["methods"]]
+    names = ["method", "exact match\nseen", "\nunseen", "ROUGE-L\nseen", "\nunseen"]
+    return Sheet("text scores on the test parts (means over seeds)", names, rows)
+
+
+def _costs(results: Mapping[str, Any]) -> Sheet:
+    rows = []
+    for method in results["methods"]:
+        costs = {key: value["mean"] for key, value in method["costs"].items()}
         known = costs["seconds"] is not None
-        sent = known and not one["pooled"]
+        sent = known and not method["pooled"]
         rows.append(
             [
-                one["label"],
-                *_texts(one),
+                method["label"],
                 f"{costs['bytes_up'] / 2**20:.1f}" if sent else "–",
                 f"{costs['bytes_down'] / 2**20:.1f}" if sent else "–",
                 f"{costs['discarded']:.2%}" if known else "–",
                 report.duration(costs["seconds"]) if known else "–",
             ]
         )
-    columns = ["exact match\nseen", "\nunseen", "ROUGE-L\nseen", "\nunseen"]
-    names = ["method", *columns, "up\nMiB", "down\nMiB", "discarded\na round", "time"]
-    title = "text scores on the test parts, and costs of one run (means over seeds)"
+    names = ["method", "up\nMiB", "down\nMiB", "discarded\na round", "time"]
+    pooled = [method["label"] for method in results["methods"] if method["pooled"]]
     notes = [f"all training examples in one place, so nothing is sent: {', '.join(pooled)}"]
-    return Sheet(title, names, rows, notes if pooled else [])
+    return Sheet("costs of one run (means over seeds)", names, rows, notes if pooled else [])
 
 
 def _texts(scores: Mapping[str, Any]) -> list[str]:
@@ -181,50 +191,58 @@ def _texts(scores: Mapping[str, Any]) -> list[str]:
 
 
 def _benchmark(results: Mapping[str, Any]) -> Sheet:
-    """Scores on held-out sources, and what it took to the target perplexity, if there is one."""
-    seeds, target = len(results["seeds"]), results["benchmark"]["target"]
-    methods = results["methods"]
-    clock = "seconds"
-    if any(one["benchmark"] and _modelled(one["benchmark"]) is not None for one in methods):
-        clock = "modelled_seconds"
-    ends = [f"{what}\nto target" for what in ("rounds", "MiB", _CLOCKS[clock])]
-    ends = [] if target is None else ends
-    rows = [["base, untrained", *_held_out(results["base"]["benchmark"]), *[""] * len(ends)]]
-    for one in methods:
-        found = one["benchmark"]
-        spent = _to_target(found, len(one["runs"]), clock) if ends else []
-        rows.append([_label(one, seeds), *_held_out(found), *spent])
+    """Scores on held-out sources."""
+    seeds = len(results["seeds"])
+    rows = [[BASE, *_held_out(results["base"]["benchmark"])]]
+    rows += [
+        [_label(method, seeds), *_held_out(method["benchmark"])] for method in results["methods"]
+    ]
+    names = ["method", "perplexity", "BLEU", "NIST", "ROUGE-L"]
     notes = ["perplexity: lower is better; BLEU, NIST, ROUGE-L: higher; ±: the spread over seeds"]
-    if target is not None:
-        notes.append(
-            f"to target: until a perplexity of {target:g} was measured between the rounds, the "
-            "mean of the runs that reached it (how many of them, where not all)"
-        )
-    names = ["method", "perplexity", "BLEU", "NIST", "ROUGE-L", *ends]
     return Sheet("benchmark, sources of no client, after the last round", names, rows, notes)
+
+
+def _targets(results: Mapping[str, Any]) -> Sheet:
+    """What it took to the target perplexity; modelled seconds where any method has them."""
+    methods, seeds = results["methods"], len(results["seeds"])
+    clock = "seconds"
+    if any(
+        method["benchmark"] and _modelled(method["benchmark"]) is not None for method in methods
+    ):
+        clock = "modelled_seconds"
+    rows = [
+        [_label(method, seeds), *_to_target(method["benchmark"], len(method["runs"]), clock)]
+        for method in methods
+    ]
+    notes = [
+        "until the perplexity was measured between the rounds, the mean of the runs that reached "
+        "it (how many of them, where not all)"
+    ]
+    title = f"to a perplexity of {results['benchmark']['target']:g} on the benchmark"
+    return Sheet(title, ["method", "rounds", "MiB", _CLOCKS[clock]], rows, notes)
 
 
 _CLOCKS = {"seconds": "time", "modelled_seconds": "modelled"}
 
 
-def _modelled(found: Mapping[str, Any]) -> float | None:
-    return found["to_target"]["modelled_seconds"] if found["to_target"] else None
+def _modelled(scores: Mapping[str, Any]) -> float | None:
+    return scores["to_target"]["modelled_seconds"] if scores["to_target"] else None
 
 
-def _held_out(found: Mapping[str, Any] | None) -> list[str]:
+def _held_out(scores: Mapping[str, Any] | None) -> list[str]:
     """The scores; dashes for a method without a finished run."""
     digits = {"perplexity": 2, "bleu": 1, "nist": 2, "rouge_l": 3}
-    if found is None:
+    if scores is None:
         return ["–"] * len(digits)
-    return [_pm(found["mean"][key], found["spread"][key], digits=n) for key, n in digits.items()]
+    return [_pm(scores["mean"][key], scores["spread"][key], digits=n) for key, n in digits.items()]
 
 
-def _to_target(found: Mapping[str, Any] | None, runs: int, clock: str) -> list[str]:
+def _to_target(scores: Mapping[str, Any] | None, runs: int, clock: str) -> list[str]:
     """Rounds, MiB and time; a method without that clock (nothing is modelled of it) has no time."""
-    if found is None or not found["to_target"] or not found["reached"]:
+    if scores is None or not scores["to_target"] or not scores["reached"]:
         return ["–", "–", "–"]
-    spent, seconds = found["to_target"], found["to_target"][clock]
-    some = "" if found["reached"] == runs else f" ({found['reached']}/{runs})"
+    spent, seconds = scores["to_target"], scores["to_target"][clock]
+    some = "" if scores["reached"] == runs else f" ({scores['reached']}/{runs})"
     return [
         f"{spent['rounds']:.1f}{some}",
         f"{spent['bytes'] / 2**20:.1f}",
@@ -234,18 +252,18 @@ def _to_target(found: Mapping[str, Any] | None, runs: int, clock: str) -> list[s
 
 def _rates(results: Mapping[str, Any]) -> Sheet:
     """The last validation loss of every rate that was tried, the chosen one in brackets."""
-    rates = sorted({t["rate"] for one in results["methods"] for t in one["tuning"]["trials"]})
+    rates = sorted({t["rate"] for method in results["methods"] for t in method["tuning"]["trials"]})
     rows = []
-    for one in results["methods"]:
-        tried = {trial["rate"]: trial for trial in one["tuning"]["trials"]}
+    for method in results["methods"]:
+        tried = {trial["rate"]: trial for trial in method["tuning"]["trials"]}
         cells = []
         for rate in rates:
             trial = tried.get(rate)
             text = "" if trial is None else report.number(trial["validation_loss"], 3)
             failed = trial is not None and trial["validation_loss"] is None
             text = "failed" if failed else text
-            cells.append(f"[{text}]" if rate == one["rate"] else text)
-        rows.append([one["label"], *cells])
+            cells.append(f"[{text}]" if rate == method["rate"] else text)
+        rows.append([method["label"], *cells])
     return Sheet(
         "validation loss of the seen clients by learning rate, first seed, last evaluation",
         ["method", *(f"{rate:g}" for rate in rates)],

@@ -36,7 +36,7 @@ def default_grid(rate: float) -> tuple[float, ...]:
 def best(trials: Sequence[Trial]) -> Trial | None:
     """Return the trial of the lowest loss, the smaller rate among equals; None without a loss."""
     usable = [(trial.loss, trial.rate, trial) for trial in trials if trial.loss is not None]
-    return min(usable, key=lambda one: one[:2])[2] if usable else None
+    return min(usable, key=lambda trial: trial[:2])[2] if usable else None
 
 
 def edge(trials: Sequence[Trial]) -> Edge | None:
@@ -46,12 +46,12 @@ def edge(trials: Sequence[Trial]) -> Edge | None:
     no grid: None.
     """
     rates = sorted(trial.rate for trial in trials)
-    found = best(trials)
-    if found is None:
+    chosen = best(trials)
+    if chosen is None:
         return "low" if rates else None
-    if len(rates) < 2 or found.rate not in (rates[0], rates[-1]):
+    if len(rates) < 2 or chosen.rate not in (rates[0], rates[-1]):
         return None
-    return "low" if found.rate == rates[0] else "high"
+    return "low" if chosen.rate == rates[0] else "high"
 
 
 def next_rate(trials: Sequence[Trial]) -> float | None:

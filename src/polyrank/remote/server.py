@@ -29,7 +29,7 @@ from polyrank.remote.hosting import NO_CLIENT_FILES
 from polyrank.remote.message_channel import MessageChannel
 from polyrank.remote.registration import ClientRegistry, call, clients_of, work_of
 from polyrank.report.console import show
-from polyrank.report.progress import Terminal
+from polyrank.report.progress import RunProgress
 from polyrank.rounds import Engine
 from polyrank.run import RunFolder
 from polyrank.run.environment import config_fingerprint
@@ -64,7 +64,7 @@ def serve(recipe: Recipe, settings: AppSettings, post: MessageChannel, run: str)
     recipe = recipe_to_resume(recipe, folder) if settings.resume else recipe.resolved()
     torch.set_num_threads(recipe.engine.threads)
     console = Console(file=sys.stderr, width=WIDTH)
-    with Terminal(console) as terminal:
+    with RunProgress(console) as terminal:
         # Flower ends this process, whenever it is told to; the folder is whole at any moment.
         invocation = Invocation(terminal, lambda: False, settings.allow_inexact)
         console.print(f"run folder: {folder}", soft_wrap=True, highlight=False, markup=False)

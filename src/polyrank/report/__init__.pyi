@@ -4,8 +4,10 @@ from .lines import own_rank as own_rank
 from .lines import perplexity as perplexity
 from .lines import remarks as remarks
 from .lines import round_header as round_header
+from .lines import round_legend as round_legend
 from .lines import round_line as round_line
 from .lines import spent as spent
+from .tables import answers as answers
 from .tables import benchmark as benchmark
 from .tables import categories as categories
 from .tables import participation as participation

@@ -1,31 +1,15 @@
-"""Results of commands on stdout: tables for people, JSON for programs."""
+"""The result of a run on stdout: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from polyrank.runner.inspect import RunInspection
-    from polyrank.runner.plans import PlanPreview
     from polyrank.runner.runner import Outcome
-
-
-def show_prospect(prospect: PlanPreview, as_json: bool) -> None:
-    """Print what is planned for devices on stdout."""
-    if as_json:
-        typer.echo(json.dumps(prospect.to_json(), indent=2, ensure_ascii=False))
-        return
-    from polyrank.report import plans as prospects
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(prospects.table(prospect))
-    for line in prospects.remarks(prospect):
-        console.print(line, markup=False, soft_wrap=True)
 
 
 def show(outcome: Outcome, as_json: bool) -> None:
@@ -74,39 +58,8 @@ def show(outcome: Outcome, as_json: bool) -> None:
     troubled = report.participation(summary.get("clients", {}))  # Runs of before did not tell.
     if troubled is not None:
         console.print(troubled)
+    answers = report.answers(summary.get("samples", []))  # Runs of before kept none.
+    if answers is not None:
+        console.print(answers)
     console.print(report.spent(summary))
     console.print(report.loading(outcome.folder / "adapter"), soft_wrap=True, markup=False)
-
-
-def show_inside(inside: RunInspection) -> None:
-    """Print what a run folder holds on stdout: ranks, rounds and the adapter's spectra."""
-    from polyrank import report
-    from polyrank.run.summary import participation
-    from polyrank.runner.inspect import cuts_of
-
-    console = Console(highlight=False)
-    for note in inside.notes:
-        console.print(note, style="yellow", markup=False)
-    if inside.fleet is not None:
-        types = list(inside.fleet["clients"].values())
-        counts = {name: types.count(name) for name in inside.fleet["ranks"]}
-        cuts, blocks = cuts_of(inside.fleet)
-        console.print(report.ranks(counts, inside.fleet["ranks"], cuts, blocks))
-    wire = any(record.wire_up + record.wire_down for record in inside.records)
-    console.print(report.round_header(wire), style="bold")
-    for record in inside.records:
-        console.print(report.round_line(record, wire))
-    troubled = report.participation(participation(map(vars, inside.records)))
-    if troubled is not None:
-        console.print(troubled)
-    if not inside.records:
-        console.print("no round is finished yet")
-        return
-    measured = [text for record in inside.records if (text := report.own_rank(record))]
-    if measured:
-        console.print(measured[-1])
-    if inside.result_round < inside.records[-1].round:
-        console.print(f"early stopping keeps the adapter of round {inside.result_round}")
-    at_result = next(r for r in inside.records if r.round == inside.result_round)
-    if inside.factors is not None:
-        console.print(report.spectra(inside.factors, at_result))

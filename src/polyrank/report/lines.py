@@ -11,36 +11,48 @@ from polyrank.run import RoundRecord
 
 def round_header(wire: bool = False) -> str:
     """Return the line above lines of `round_line`."""
-    columns = "  wire MiB   lost" if wire else "  discarded"
-    return f"round     loss  validation  clients   up MiB  down MiB{columns}  seconds"
+    columns = "    MiB  wire MiB" if wire else "up MiB  down MiB"
+    return f"round     loss   change  validation  clients  {columns}   lost  seconds"
+
+
+def round_legend() -> str:
+    """Return what a reader of `round_line` may take wrongly."""
+    return (
+        "loss: of the round's own clients, which are others each time; change: the same clients' "
+        "loss now minus that of their last round, below 0 is better"
+    )
 
 
 def round_line(record: RoundRecord, wire: bool = False) -> str:
     """Return a finished round as one line under `round_header`.
 
-    With `wire` it says how much of the bytes, up and down, are activations and gradients.
+    Bytes are up and down or, with `wire`, both together and the activations and gradients in them.
     """
-    lost = f"  {record.discarded:9.2%}"
+    sent = f"{record.bytes_up / 2**20:6.1f}  {record.bytes_down / 2**20:8.1f}"
     if wire:
-        carried = record.wire_up + record.wire_down
-        lost = f"  {carried / 2**20:8.1f}  {record.discarded:5.1%}"
+        both, carried = record.bytes_up + record.bytes_down, record.wire_up + record.wire_down
+        sent = f"{both / 2**20:7.1f}  {carried / 2**20:8.1f}"
     return (
-        f"{record.round:5}  {record.loss:7.4f}  {number(record.validation_loss, 4):>10}"
+        f"{record.round:5}  {record.loss:7.4f}  {number(record.loss_change, 4, '+'):>7}"
+        f"  {number(record.validation_loss, 4):>10}"
         f"  {len(record.clients) - len(record.rejected):7}"
-        f"  {record.bytes_up / 2**20:7.1f}  {record.bytes_down / 2**20:8.1f}"
-        f"{lost}  {record.seconds['total']:7.1f}"
+        f"  {sent}  {record.discarded:5.1%}  {record.seconds['total']:7.1f}"
     )
 
 
 def remarks(record: RoundRecord) -> list[str]:
     """Return lines on clients of a round whose updates are not aggregated, or only shortened."""
     silent = ("late", "lost")
-    kinds = {one["client"]: one["kind"] for one in record.turned_away if one["kind"] in silent}
+    kinds = {
+        answer["client"]: answer["kind"]
+        for answer in record.turned_away
+        if answer["kind"] in silent
+    }
     lines = [
         f"{kinds.get(client, 'refused')} {client}: {why}" for client, why in record.rejected.items()
     ]
     if record.clipped:
-        client, least = min(record.clipped.items(), key=lambda one: one[1])
+        client, least = min(record.clipped.items(), key=lambda item: item[1])
         lines.append(
             f"shortened {count(len(record.clipped), 'update')}, most of all {client}: "
             f"{least:.3g} of its way counts"

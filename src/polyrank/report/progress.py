@@ -1,25 +1,29 @@
-"""A run on the terminal: its set-up, a line a round, progress with the time that is left."""
+"""A run as it goes on: its set-up, a line a round, and how far the present phase is."""
 
 from __future__ import annotations
 
-from rich.console import Console
+import time
+from typing import Any
+
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from polyrank import report
+from polyrank.report.heartbeat import SECONDS, Heartbeat
 from polyrank.run import RoundRecord, Run
 
-_NAMES = {"train": "training", "evaluate": "evaluating", "merge": "merging"}
+_NAMES = {"train": "training", "evaluate": "evaluating", "merge": "aggregating"}
 _TRAINING = 0.9
 """The share of a round that training is taken to be, for the time that is left."""
 
 
-class Terminal:
-    """Follows runs on a console; bars only on a terminal. See `polyrank.runner.runner.Listener`.
+class RunProgress:
+    """Shows runs on a console: a bar on a terminal, elsewhere a line at least every half minute.
 
-    Write to stderr, so that stdout stays for results.
+    See `polyrank.runner.runner.Listener`. Give it stderr, so that stdout stays for results.
     """
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, seconds: float = SECONDS):
         self.console = console
         self._bar = Progress(
             TextColumn("{task.description:<22}"),
@@ -33,53 +37,58 @@ class Terminal:
             speed_estimate_period=1e9,  # Rounds may be long: the time left is that of all so far.
         )
         self._task = self._bar.add_task("", visible=False, round="")
+        self._heartbeat = Heartbeat(console, self._status, seconds)
+        self._phase, self._count, self._since = "", "", time.monotonic()
         self._finished, self._total = 0, 0
         self._run: Run | None = None
         self._wire = False
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> RunProgress:
         self._bar.start()
+        self._heartbeat.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._heartbeat.stop()
         self._bar.stop()
 
     def loading(self, what: str) -> None:
         """Tell what is being loaded."""
+        self._enter(f"loading {what}")
         self._bar.reset(self._task, description=f"loading {what}", visible=True, round="–")
 
     def begun(self, title: str, run: Run, rounds: int) -> None:
         """Print the set-up and start the bar."""
-        say = self.console.print
         unseen = sum(not client.seen for client in run.work.values())
-        say(f"[bold]{title}[/bold] in {run.folder.path}", soft_wrap=True, highlight=False)
+        self._say(f"[bold]{title}[/bold] in {run.folder.path}", soft_wrap=True)
         clients = len(run.work) - unseen
         if run.settings.pooled:
-            say(f"pooled: the training examples of all {clients} clients in one place")
+            self._say(f"pooled: the training examples of all {clients} clients in one place")
         cohort = run.engine.cohort
-        say(
+        self._say(
             f"{clients} clients and {unseen} unseen, "
             f"{len(run.model.spec.sites)} adapted matrices"
             f"{f', {cohort} clients in one pass' if cohort > 1 else ''}",
-            highlight=False,
         )
         if run.skipped.count:
             reasons = ", ".join(f"{len(r)} {why}" for why, r in run.skipped.rows.items())
-            say(f"not used: {reasons} (named in skipped.json)", markup=False, highlight=False)
+            self._say(f"not used: {reasons} (named in skipped.json)", markup=False)
         self._say_ranks(run)
         fleet = run.fleet
         cuts = [fleet.cuts[name] for name in fleet.possible if name in fleet.cuts]
-        told = report.leaks(cuts, run.settings.split)
-        if told is not None:
-            say(told, style="yellow", markup=False, highlight=False)
+        leaks = report.leaks(cuts, run.settings.split)
+        if leaks is not None:
+            self._say(leaks, style="yellow", markup=False)
         self._wire, self._run = bool(cuts), run
         for note in run.folder.notes:
-            say(note, style="yellow", markup=False)
+            self._say(note, style="yellow", markup=False)
         if run.round:
-            say(f"going on after round {run.round}", highlight=False)
+            self._say(f"going on after round {run.round}")
         if run.round < rounds:
-            say(report.round_header(self._wire), style="bold", highlight=False)
+            self._say(report.round_legend(), style="dim", markup=False)
+            self._say(report.round_header(self._wire), style="bold", markup=False)
         self._finished, self._total = run.round, rounds
+        self._enter("evaluating")
         self._bar.reset(
             self._task,
             description="evaluating",
@@ -89,21 +98,14 @@ class Terminal:
             round=self._place(),
         )
 
-    def _say_ranks(self, run: Run) -> None:
-        """Print who has which ranks, and runs which blocks."""
-        fleet, spec = run.fleet, run.model.spec
-        by_type = {fleet.assigned[id]: run.ranks[id] for id in run.seen}
-        types = [fleet.assigned[id] for id in run.seen]
-        counts = {name: types.count(name) for name in sorted(set(types))}
-        cuts = {name: fleet.cuts[name] for name in fleet.possible if name in fleet.cuts}
-        self.console.print(report.ranks(counts, by_type, cuts, spec.blocks))
-
     def progress(self, phase: str, done: int, total: int) -> None:
         """Move the bar within a round."""
         name = _NAMES.get(phase, phase)
+        self._enter(name)
         if phase != "train":
             self._bar.update(self._task, description=name)
             return
+        self._count = f"{done} of {total} clients"
         self._bar.update(
             self._task,
             description=f"{name} {done}/{total} clients",
@@ -112,17 +114,42 @@ class Terminal:
 
     def round(self, record: RoundRecord) -> None:
         """Print a round's line."""
-        self.console.print(report.round_line(record, self._wire), highlight=False)
+        self._say(report.round_line(record, self._wire), markup=False)
         measured = report.perplexity(record)
         if measured is not None:
-            self.console.print(f"  {measured}", highlight=False)
+            self._say(f"  {measured}")
         for line in report.remarks(record):
-            self.console.print(f"  {line}", style="yellow", markup=False)
+            self._say(f"  {line}", style="yellow", markup=False)
         if record.planned_anew and self._run is not None:
-            self.console.print("  importance has moved: planned anew", highlight=False)
+            self._say("  importance has moved: planned anew")
             self._say_ranks(self._run)
         self._finished = record.round
         self._bar.update(self._task, completed=record.round, round=self._place())
+
+    def _say_ranks(self, run: Run) -> None:
+        """Print who has which ranks, and runs which blocks."""
+        fleet, spec = run.fleet, run.model.spec
+        by_type = {fleet.assigned[id]: run.ranks[id] for id in run.seen}
+        types = [fleet.assigned[id] for id in run.seen]
+        counts = {name: types.count(name) for name in sorted(set(types))}
+        cuts = {name: fleet.cuts[name] for name in fleet.possible if name in fleet.cuts}
+        self._say(report.ranks(counts, by_type, cuts, spec.blocks))
+
+    def _say(self, what: RenderableType, **options: Any) -> None:
+        self.console.print(what, highlight=False, **options)
+        self._heartbeat.printed()
+
+    def _enter(self, phase: str) -> None:
+        """Note which phase the run is in, and since when."""
+        if phase != self._phase:
+            self._phase, self._count, self._since = phase, "", time.monotonic()
+
+    def _status(self) -> str:
+        """The present phase in a line, such as ``round 3/20: training, 5 of 20 clients, 92 s``."""
+        seconds = f"{time.monotonic() - self._since:.0f} s"
+        where = f"round {self._place()}: " if self._total else ""
+        told = ", ".join(part for part in (self._phase, self._count, seconds) if part)
+        return f"{where}{told}" if self._phase else ""
 
     def _place(self) -> str:
         return f"{min(self._finished + 1, self._total)}/{self._total}"

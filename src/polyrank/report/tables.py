@@ -7,17 +7,19 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
-from polyrank.algebra import Adapter
 from polyrank.planning import CutPoint
 from polyrank.report.cuts import hosted
 from polyrank.report.words import number
-from polyrank.run import RoundRecord
-from polyrank.run.adapter import factored
+from polyrank.run.spectra import Spectrum
+from polyrank.runner.inspect import SiteEnergy
 
 _SCORES = (("loss", "loss", 4), ("exact_match", "exact match", 3), ("rouge_l", "ROUGE-L", 3))
 _GROUPS = ("seen", "unseen")
 _MOST_CLIENTS = 20
+_MOST_ANSWERS = 3
+_LONGEST = 300
 _BENCHMARK = (
     ("validation", "perplexity", "perplexity", 3, "examples"),
     ("test", "bleu", "BLEU", 2, "generated"),
@@ -90,7 +92,32 @@ def benchmark(
     for source, key, label, digits, counted in _BENCHMARK:
         if key in final:
             where = f"{source} ({final[counted]})" if source else ""
-            made.add_row(where, label, *(number(one[key], digits) for one in columns.values()))
+            made.add_row(
+                where, label, *(number(scores[key], digits) for scores in columns.values())
+            )
+    return made
+
+
+def answers(samples: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Return some generated texts before and after, each below its prompt; None without any.
+
+    Each of `samples` has ``client``, ``prompt``, ``input``, ``references``, ``before`` (None where
+    it was not kept) and ``after``.
+    """
+    if not samples:
+        return None
+    made = table("answers before and after")
+    made.show_header = False
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    for sample in samples[:_MOST_ANSWERS]:
+        asked = " ".join(f"{sample['prompt']} {sample['input']}".split())
+        made.add_row("asked", Text(asked if len(asked) <= _LONGEST else f"{asked[:_LONGEST]}…"))
+        if sample["references"]:
+            made.add_row("right", Text(sample["references"][0]))
+        if sample["before"] is not None:
+            made.add_row("before", Text(sample["before"]))
+        made.add_row("after", Text(sample["after"]), end_section=True)
     return made
 
 
@@ -138,7 +165,7 @@ def ranks(
 def participation(clients: Mapping[str, Mapping[str, int | None]]) -> Table | None:
     """Return the clients with refusals or lateness, the most of them first; None without any."""
     troubles = ("refused", "late", "lost")
-    counts = {name: sum(one[key] or 0 for key in troubles) for name, one in clients.items()}
+    counts = {name: sum(client[key] or 0 for key in troubles) for name, client in clients.items()}
     named = sorted((name for name in counts if counts[name]), key=lambda name: -counts[name])
     if not named:
         return None
@@ -154,31 +181,29 @@ def participation(clients: Mapping[str, Mapping[str, int | None]]) -> Table | No
     return made
 
 
-def spectra(adapter: Adapter, last: RoundRecord | None) -> Table:
-    """Return per matrix the stored rank, the singular values, and the energy discarded last.
+def spectra(
+    sites: Mapping[str, Spectrum], energy: Mapping[str, SiteEnergy], title: str = "global adapter"
+) -> Table:
+    """Return a line a site: the stored rank, the singular values, and the energy lost last.
 
     σ₁, σ½ and σᵣ are the largest, the middle and the smallest; "90%" is the rank that holds 90% of
     the energy ‖D‖²; "lost" what the last cut to the server's rank discarded.
     """
-    prefix = _common([*adapter])
-    made = table(f"global adapter, matrices under {prefix}" if prefix else "global adapter")
+    prefix = _common([*sites])
+    made = table(f"{title}, matrices under {prefix}" if prefix else title)
     made.add_column("matrix", overflow="fold")
     for name in ("rank", "of", "‖D‖", "σ₁", "σ½", "σᵣ", "90%", "lost"):
         made.add_column(name, justify="right")
-    for site, delta in adapter.items():
-        s = factored(delta, delta.rank).s.double()
-        energy = (s**2).cumsum(0)
-        total = float(energy.amax()) if len(s) else 0.0  # A matrix that nobody moved has none.
-        ninety = int((energy < 0.9 * total).sum()) + 1 if total else 0
-        before, lost = last.energy.get(site, [0.0, 0.0]) if last else (0.0, 0.0)
+    for site, spectrum in sites.items():
+        values = (spectrum.first, spectrum.middle, spectrum.last)
         made.add_row(
             site.removeprefix(prefix),
-            str(delta.rank),
-            str(min(delta.shape)),
-            f"{total**0.5:.3g}",
-            *(f"{float(s[i]):.2g}" if len(s) else "–" for i in (0, len(s) // 2, -1)),
-            str(ninety),
-            f"{lost / before:.2%}" if before else "–",
+            str(spectrum.rank),
+            str(spectrum.largest_rank),
+            f"{spectrum.norm:.3g}",
+            *("–" if value is None else f"{value:.2g}" for value in values),
+            str(spectrum.rank_90),
+            f"{energy[site].share_lost:.2%}" if site in energy and energy[site].energy else "–",
         )
     return made
 

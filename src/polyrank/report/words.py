@@ -10,9 +10,18 @@ def number(value: float | None, digits: int, sign: str = "") -> str:
     return "–" if value is None else f"{value:{sign}.{digits}f}"
 
 
-def count(number: int, noun: str) -> str:
+def count(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun, e.g. ``1 round`` or ``2 rounds``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or f'{noun}s'}"
+
+
+def operations(count: float) -> str:
+    """Return a number of floating-point operations, e.g. ``791 GFLOP``."""
+    prefix = next((p for p in ("M", "G", "T", "P") if count < 1000 * _SCALES[p]), "E")
+    return f"{count / _SCALES[prefix]:.3g} {prefix}FLOP"
+
+
+_SCALES = {"M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 
 
 def duration(seconds: float) -> str:

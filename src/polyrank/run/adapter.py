@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polyrank.algebra import Adapter, Delta, Factorisation, LowRank, factor_dense, factorise
 from polyrank.errors import AdapterError, FolderExistsError, RankError
-from polyrank.model import LoadedModel, save_adapter, save_merged
-from polyrank.planning import Scaling
+
+if TYPE_CHECKING:
+    from polyrank.model import LoadedModel
+    from polyrank.planning import Scaling
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class GlobalAdapter:
         Without `rank` only what is not stored as factors is cut, to the server's rank. Raises
         FolderExistsError if the folder holds something, unless `overwrite`.
         """
+        from polyrank.model import save_adapter
+
         factors, lost = self.lowrank() if rank is None else self.truncated(rank)
         path = Path(folder)
         if not overwrite or not path.exists():
@@ -77,6 +82,8 @@ class GlobalAdapter:
         Dense sums are added whole, nothing is cut. Returns the share of the update, by norm, that
         rounding to the base's dtype cost.
         """
+        from polyrank.model import save_merged
+
         if Path(folder).exists() and any(Path(folder).iterdir()):
             raise FolderExistsError(f"{folder}: holds something already; choose another folder")
         return save_merged(folder, self.factors, self.model)

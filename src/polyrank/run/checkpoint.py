@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from safetensors import SafetensorError
 
@@ -18,7 +20,11 @@ from polyrank.aggregation import State
 from polyrank.errors import CheckpointError
 from polyrank.run import storage
 from polyrank.run.planning import Importance
-from polyrank.run.settings import EarlyStopping
+
+if TYPE_CHECKING:
+    from polyrank.run.settings import EarlyStopping
+
+T = TypeVar("T")
 
 KEEP = 2
 """Checkpoints kept: the newest, and the one before to fall back to."""
@@ -60,6 +66,20 @@ class Checkpoint:
     importance: Importance = field(default_factory=Importance)
 
 
+@dataclass(frozen=True)
+class CheckpointHead:
+    """What a checkpoint says beside the state: enough to show a run, without torch."""
+
+    round: int
+    progress: EarlyStoppingState
+    has_best: bool
+
+    @property
+    def result_round(self) -> int:
+        """The round whose adapter is the result: the best one where early stopping keeps it."""
+        return self.progress.best_round if self.has_best else self.round
+
+
 def save(root: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint into `root`, then let go of those before the last `KEEP`."""
     target = root / f"round-{checkpoint.round:05d}"
@@ -96,10 +116,22 @@ def load(root: Path) -> tuple[Checkpoint, dict[Path, str]]:
 
     Raises CheckpointError if none can be read whole.
     """
+    return _newest(root, _read)
+
+
+def load_head(root: Path) -> tuple[CheckpointHead, dict[Path, str]]:
+    """Return the same without the state; its files are checked against their hashes all the same.
+
+    Raises CheckpointError as `load` does.
+    """
+    return _newest(root, _read_head)
+
+
+def _newest(root: Path, read: Callable[[int, Path], T]) -> tuple[T, dict[Path, str]]:
     damaged: dict[Path, str] = {}
     for number, path in _finished(root):
         try:
-            return _read(number, path), damaged
+            return read(number, path), damaged
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             damaged[path] = str(error)
     problems = "; ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
@@ -115,17 +147,30 @@ def _finished(root: Path) -> list[tuple[int, Path]]:
     return sorted(((int(name), path) for name, path in named if name.isdecimal()), reverse=True)
 
 
-def _read(number: int, path: Path) -> Checkpoint:
+def _checked(path: Path) -> dict[str, str]:
+    """Return the manifest of a checkpoint; ValueError if a file is not the one that was written."""
     hashes = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     if not isinstance(hashes, dict) or not hashes.keys() >= _REQUIRED:
         raise ValueError(f"manifest.json does not name {sorted(_REQUIRED)}")
     for name, expected in hashes.items():
         if storage.sha256(path / name) != expected:
             raise ValueError(f"{name} does not match its hash")
-    progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    return hashes
+
+
+def _progress(path: Path) -> EarlyStoppingState:
+    return EarlyStoppingState(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+
+
+def _read_head(number: int, path: Path) -> CheckpointHead:
+    return CheckpointHead(number, _progress(path), "best.json" in _checked(path))
+
+
+def _read(number: int, path: Path) -> Checkpoint:
+    hashes = _checked(path)
     best = storage.read_state(path, "best") if "best.json" in hashes else None
     known = Importance()
     if "importance.json" in hashes:
         known = Importance(**json.loads((path / "importance.json").read_text(encoding="utf-8")))
     state = storage.read_state(path, "state")
-    return Checkpoint(number, state, EarlyStoppingState(**progress), best, known)
+    return Checkpoint(number, state, _progress(path), best, known)

@@ -8,13 +8,14 @@ import platform
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from polyrank.aggregation import Rule
 from polyrank.errors import InexactResumeError, RunError
-from polyrank.model import LoadedModel
+from polyrank.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from polyrank.model import LoadedModel
 
 SCHEMA = 1
 """Version of run.json's layout."""
@@ -65,7 +66,7 @@ def fingerprint(model: LoadedModel) -> str:
     digest = hashlib.sha256(_config(model))
     for name, parameter in model.module.named_parameters():
         flat = parameter.detach().reshape(-1).cpu()
-        bits = flat.view(_INTEGERS[flat.element_size()])
+        bits = flat.view(getattr(torch, f"int{8 * flat.element_size()}"))
         head = f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{bits.sum(dtype=torch.int64)}"
         digest.update(head.encode())
         digest.update(bits[:: max(1, bits.numel() // 64)].contiguous().numpy().tobytes())
@@ -89,7 +90,6 @@ def _config(model: LoadedModel) -> bytes:
     return json.dumps(relevant, sort_keys=True, default=str).encode()
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}
 
 

@@ -7,6 +7,7 @@ base.json            the bare base's evaluation
 checkpoints/round-N/ state.safetensors, state.json, best.*, progress.json, manifest.json
 updates/             the accepted updates of the round in progress
 adapter/             the result, a PEFT folder
+spectra.json         its singular values per matrix, in short
 evaluation.json, summary.json
 """
 
@@ -28,7 +29,7 @@ from polyrank.aggregation import Update
 from polyrank.algebra import Delta
 from polyrank.errors import FolderExistsError, FolderInUseError, ResourceError, RunError
 from polyrank.run import checkpoint, storage
-from polyrank.run.checkpoint import Checkpoint
+from polyrank.run.checkpoint import Checkpoint, CheckpointHead
 
 RUN, SUMMARY = "run.json", "summary.json"
 LOCK = ".lock"
@@ -176,11 +177,8 @@ class RunFolder:
         Raises CheckpointError if none can be read whole.
         """
         newest, damaged = checkpoint.load(self.path / "checkpoints")
-        for path, problem in damaged.items():
-            self.notes.append(
-                f"checkpoint {path.name} is damaged ({problem}); that of round {newest.round} is "
-                "used instead"
-            )
+        self._note(damaged, newest.round)
+        for path in damaged:
             if self._lock >= 0:  # Out of the way of the new one, but kept.
                 aside = path.with_name(f"damaged-{path.name}")
                 storage.remove(aside)
@@ -188,6 +186,21 @@ class RunFolder:
         if self._lock >= 0:  # A kill may have come before this.
             checkpoint.prune(self.path / "checkpoints")
         return newest
+
+    def load_head(self) -> CheckpointHead:
+        """Return the newest whole checkpoint without its state; damaged ones go into `notes`.
+
+        Raises CheckpointError if none is whole.
+        """
+        found, damaged = checkpoint.load_head(self.path / "checkpoints")
+        self._note(damaged, found.round)
+        return found
+
+    def _note(self, damaged: Mapping[Path, str], used: int) -> None:
+        self.notes += [
+            f"checkpoint {path.name} is damaged ({problem}); that of round {used} is used instead"
+            for path, problem in damaged.items()
+        ]
 
     # --- updates of the round in progress ---
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from polyrank.aggregation import FleetSpec
 from polyrank.algebra import Adapter, Delta
 from polyrank.data import sizes
-from polyrank.model import LoadedModel, anatomy_of
 from polyrank.planning import (
     BySpectrum,
     CostModel,
@@ -29,9 +28,11 @@ from polyrank.planning import (
     smoothed,
 )
 from polyrank.run.adapter import factored
-from polyrank.run.settings import RunSettings
-from polyrank.training import LocalTraining
-from polyrank.training.client_data import ClientWork
+
+if TYPE_CHECKING:
+    from polyrank.model import LoadedModel
+    from polyrank.run.settings import RunSettings
+    from polyrank.training import ClientWork, LocalTraining
 
 Metric = Literal["channel", "paper"]
 Allocation = Literal["importance", "spectrum"]
@@ -226,6 +227,8 @@ def planner_of(
     targets, and a round as long as that of the client that takes most steps. With `scored` some
     steps measure importance, for which there must be memory.
     """
+    from polyrank.model import anatomy_of
+
     seen = [client for client in work.values() if client.seen]
     rows = [size for client in seen for size in sizes(client.rows["train"])]
     workload = Workload(

@@ -22,6 +22,7 @@ from polyrank.run.folder import SUMMARY, RunFolder
 from polyrank.run.planning import Planned
 from polyrank.run.records import RoundRecord, last_losses
 from polyrank.run.setup import Setup, checked_round_settings
+from polyrank.run.spectra import write_spectra
 from polyrank.run.summary import summary
 from polyrank.training.capacity import return_freed_memory
 
@@ -227,6 +228,8 @@ class Run:
         storage.write_json(self.folder.path / EVALUATION, final)
         with storage.disk_errors(self.folder.path / "adapter"):
             lost = self.adapter.save(self.folder.path / "adapter", overwrite=True)
+        result_round = self._at.progress.best_round if self._at.best else self._at.round
+        write_spectra(self.folder.path, result_round, self.adapter.factors)
         content = summary(
             method=f"{self.rule.name}{', pooled' if self.settings.pooled else ''}",
             records=self.folder.records(each_client=False),
@@ -235,7 +238,7 @@ class Run:
             target=self.settings.target_loss,
             target_perplexity=self.settings.target_perplexity,
             stopped=self.stopped,
-            result_round=self._at.progress.best_round if self._at.best else self._at.round,
+            result_round=result_round,
             adapter_lost=lost,
         )
         storage.write_json(self.folder.path / SUMMARY, content)

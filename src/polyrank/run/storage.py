@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from polyrank.aggregation import State, Update
 from polyrank.algebra import Adapter, Delta, from_tensors
 from polyrank.errors import AdapterError, FactorError, ResourceError, RunError
+from polyrank.lazy_torch import torch
 
 _decode = json.JSONDecoder().raw_decode
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -90,6 +89,8 @@ def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Write a safetensors file atomically."""
+    from safetensors.torch import save_file  # It imports torch.
+
     partial = path.with_name(f".{path.name}.partial")
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with disk_errors(path):
@@ -186,21 +187,23 @@ def _from_bytes(
     """Return a tensor of the safetensors format in memory of its own; see `_tensor`."""
     if len(data) < data_offsets[1] - data_offsets[0]:
         raise ValueError("the file ends within a tensor")
+    kind = getattr(torch, _DTYPES[dtype])
     if not data:
-        return torch.empty(shape, dtype=_DTYPES[dtype])
-    return torch.frombuffer(data, dtype=_DTYPES[dtype]).reshape(shape).clone()
+        return torch.empty(shape, dtype=kind)
+    return torch.frombuffer(data, dtype=kind).reshape(shape).clone()
 
 
 _DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I32": "int32",
+    "I64": "int64",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
 }
+"""Names of torch's dtypes by those of safetensors."""
 
 
 def _names_by_site(file: safe_open) -> dict[str, list[str]]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from polyrank.config import Recipe
 from polyrank.config.recipe import SERVER
 from polyrank.errors import RecipeError
-from polyrank.model import LoadedModel
 from polyrank.planning import DeviceProfile, Fleet, Limits, ModelSpec, Plan
 from polyrank.run import Planning, planner_of
 from polyrank.run.planning import Importance
-from polyrank.training import ClientWork, prepare
+
+if TYPE_CHECKING:
+    from polyrank.config import Recipe
+    from polyrank.config.plan import PlanSection
+    from polyrank.model import LoadedModel
+    from polyrank.training import ClientWork
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,7 @@ def planning_of(
 
     `devices` are those of the fleet that the recipe does not name, `limits` of any.
     """
-    section = recipe.plan
-    if section is None:
-        raise RecipeError(
-            "this recipe gives its clients LoRA types, so that there is nothing to plan; describe "
-            "devices instead: a section [plan], and [devices.NAME] tables or names of "
-            "docs/reference/devices.md in fleet.distribution"
-        )
+    section = _section(recipe)
     profiles = recipe.profiles()
     planner = planner_of(
         model,
@@ -81,19 +78,28 @@ def planning_of(
         threshold=section.threshold,
         force=recipe.fleet.force,
         allocation=section.allocation,
-        limits={name: one for name, one in (limits or {}).items() if name in fleet.possible},
+        limits={name: limit for name, limit in (limits or {}).items() if name in fleet.possible},
     )
 
 
-def prospect(recipe: Recipe) -> PlanPreview:
+def preview(recipe: Recipe) -> PlanPreview:
     """Return the first plans of a recipe; of its model only configuration and tokenizer are read.
 
-    Raises RecipeError for a recipe without [plan].
+    Raises RecipeError for a recipe without [plan], before anything is read.
     """
+    _section(recipe)
+    from polyrank.training import prepare
+
     clients = recipe.clients()
-    fleet = recipe.fleet_of(clients)
     model = recipe.model.load_bare()
     work, _ = prepare(clients, model, recipe.data.encoding())
+    return preview_of(recipe, model, recipe.fleet_of(clients), work)
+
+
+def preview_of(
+    recipe: Recipe, model: LoadedModel, fleet: Fleet, work: Mapping[str, ClientWork]
+) -> PlanPreview:
+    """Return the first plans of a recipe whose data and model were read."""
     planning = planning_of(recipe, model, fleet, work)
     return PlanPreview(
         planning.plans(Importance()),
@@ -102,6 +108,16 @@ def prospect(recipe: Recipe) -> PlanPreview:
         planning.levels,
         planning.planner.cost.workload.scored,
     )
+
+
+def _section(recipe: Recipe) -> PlanSection:
+    if recipe.plan is None:
+        raise RecipeError(
+            "this recipe gives its clients LoRA types, so that there is nothing to plan; describe "
+            "devices instead: a section [plan], and [devices.NAME] tables or names of "
+            "docs/reference/devices.md in fleet.distribution"
+        )
+    return recipe.plan
 
 
 def _described(plan: Plan) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from polyrank import config
 from polyrank.errors import RunError
-from polyrank.report.progress import Terminal
+from polyrank.report.progress import RunProgress
 from polyrank.runner.parts import Invocation
 from polyrank.runner.runner import resume
 
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def resumed(folder):
-    return resume(folder, Invocation(Terminal(Console(file=io.StringIO())), lambda: False))
+    return resume(folder, Invocation(RunProgress(Console(file=io.StringIO())), lambda: False))
 
 
 def test_an_unfinished_run_names_flower_and_its_folder(folder):

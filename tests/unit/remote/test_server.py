@@ -19,7 +19,7 @@ from polyrank.errors import (
 )
 from polyrank.remote.hosting import side_of
 from polyrank.remote.server import check, folder_of, recipe_to_resume, serve, wait_for
-from polyrank.report.progress import Terminal
+from polyrank.report.progress import RunProgress
 from polyrank.run import Checkpoint, RunFolder
 from polyrank.run.folder import RUN
 from polyrank.runner.parts import Invocation
@@ -54,7 +54,7 @@ def served(config, trouble=None):
 
 def here(folder):
     """Carry the same recipe out in this process."""
-    quiet = Terminal(Console(file=io.StringIO()))
+    quiet = RunProgress(Console(file=io.StringIO()))
     return start(checked(CONTENT, "recipe"), folder, Invocation(quiet, lambda: False)).folder
 
 

@@ -8,9 +8,11 @@ import torch
 from rich.console import Console
 
 from polyrank import report
-from polyrank.algebra import Adapter, LowRank
+from polyrank.algebra import LowRank
 from polyrank.planning import CutPoint
 from polyrank.run import RoundRecord
+from polyrank.run.spectra import Spectrum
+from polyrank.runner.inspect import SiteEnergy
 from polyrank.training.split import SplitSettings
 
 
@@ -45,17 +47,22 @@ def record(**changes: Any) -> RoundRecord:
 
 
 def test_a_round_is_a_line_under_its_header_within_80_columns() -> None:
-    line = report.round_line(record())
-    assert len(line) == len(report.round_header()) <= 80
-    assert line.split() == ["12", "2.5000", "–", "2", "1234.0", "3.0", "25.00%", "1234.5"]
-    assert len(report.round_header().split()) == len(line.split()) + 2  # "up MiB", "down MiB"
+    line, header = report.round_line(record(loss_change=-0.125)), report.round_header()
+    assert len(line) == len(header) <= 80
+    cells = ["12", "2.5000", "-0.1250", "–", "2", "1234.0", "3.0", "25.0%", "1234.5"]
+    assert line.split() == cells
+    assert len(header.split()) == len(cells) + 2  # "up MiB", "down MiB"
+    for cell, name in (("-0.1250", "change"), ("1234.0", "up MiB"), ("25.0%", "lost")):
+        assert line.index(cell) + len(cell) == header.index(name) + len(name)
+    assert report.round_line(record()).split()[2] == "–"  # None of the clients was there before.
 
 
 def test_a_round_of_split_clients_tells_how_much_crossed_their_cuts() -> None:
     line = report.round_line(record(wire_up=2**20, wire_down=2**19), wire=True)
     header = report.round_header(wire=True)
     assert len(line) == len(header) <= 80
-    assert line.split() == ["12", "2.5000", "–", "2", "1234.0", "3.0", "1.5", "25.0%", "1234.5"]
+    cells = ["12", "2.5000", "–", "–", "2", "1237.0", "1.5", "25.0%", "1234.5"]
+    assert line.split() == cells
     assert line.index("1.5 ") + 3 == header.index("wire MiB") + len("wire MiB")
 
 
@@ -136,6 +143,28 @@ def test_scores_without_a_control_and_without_texts_leave_those_out() -> None:
     assert "unseen" not in text
 
 
+def test_answers_stand_below_each_other_in_80_columns() -> None:
+    sample = {
+        "client": "a",
+        "prompt": "Reverse the words. " * 40,
+        "input": "one\ntwo",
+        "references": ["two one", "two, one"],
+        "before": "[bold]one",
+        "after": "two one",
+    }
+    text = shown(report.answers([sample, {**sample, "before": None}, *[sample] * 9]))
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+    heads = [row[0] for row in rows if row[0] in ("asked", "right", "before", "after")]
+    assert heads == [
+        *("asked", "right", "before", "after"),
+        *("asked", "right", "after"),
+        *("asked", "right", "before", "after"),
+    ]
+    assert ["before", "[bold]one"] in [[part.strip() for part in row] for row in rows]
+    assert report.answers([]) is None
+
+
 def test_categories_fit_80_columns_with_names_as_long_as_natural_instructions_has() -> None:
     name = "Answerability Classification"
     groups = {"seen": group(12.345, 0.5, 100), "unseen": group(None, None, 0)}
@@ -159,8 +188,9 @@ def test_spectra_show_the_singular_values_and_what_was_lost() -> None:
     delta = LowRank(torch.eye(4, 2) * values, torch.eye(2, 5))
     name = "model.layers.10.self_attn.q_proj"
     other = "model.layers.11.mlp.down_proj"
-    adapter = Adapter({name: delta, other: LowRank(torch.zeros(4, 1), torch.zeros(1, 5))})
-    text = shown(report.spectra(adapter, record(energy={name: [10.0, 1.0]})))
+    nothing = LowRank(torch.zeros(4, 1), torch.zeros(1, 5))
+    sites = {name: Spectrum.of(delta), other: Spectrum.of(nothing)}
+    text = shown(report.spectra(sites, {name: SiteEnergy(10.0, 1.0)}))
     assert "matrices under model.layers." in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if "." in line}
     assert rows["10.self_attn.q_proj"] == ["2", "4", "3.16", "3", "1", "1", "1", "10.00%"]

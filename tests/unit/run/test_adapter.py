@@ -15,8 +15,8 @@ from polyrank.algebra import Adapter, Dense, LowRank
 from polyrank.errors import AdapterError, RankError
 from polyrank.model import applied, load_adapter
 from polyrank.planning import Scaling
-from polyrank.report import spectra
 from polyrank.run import GlobalAdapter, RunSettings
+from polyrank.run.spectra import Spectrum, read_spectra, write_spectra
 
 
 def mixture(model) -> Adapter:
@@ -112,6 +112,20 @@ def test_a_run_whose_rule_merges_tells_what_its_adapter_folder_lacks(tmp_path):
     assert all(5 in tensor.shape for tensor in tensors.values())
 
 
-def test_spectra_of_sums_are_shown():
+def test_spectra_of_sums_are_those_of_the_matrices(tmp_path):
     model = tiny_loaded("llama")
-    assert spectra(random_merged(model), None).row_count == len(model.spec.sites)
+    sums = random_merged(model)
+    for delta in sums.values():
+        found, exact = Spectrum.of(delta), torch.linalg.svdvals(delta.dense().double())
+        assert found.norm == pytest.approx(float(exact.norm()), rel=1e-4)
+        assert found.first == pytest.approx(float(exact[0]), rel=1e-4)
+    write_spectra(tmp_path, 3, sums)  # Too many singular values to compute for nobody.
+    assert read_spectra(tmp_path, 3) is None
+
+
+def test_stored_spectra_are_read_for_their_own_round_alone(tmp_path):
+    model = tiny_loaded("llama")
+    adapter = random_adapter(model, 2)
+    write_spectra(tmp_path, 3, adapter)
+    assert read_spectra(tmp_path, 3) == {s: Spectrum.of(delta) for s, delta in adapter.items()}
+    assert read_spectra(tmp_path, 4) is None

@@ -1,0 +1,266 @@
+"""A recipe looked through before it runs: data, ranks, memory and time; nothing is trained."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from polyrank.config.recipe import UNLIMITED
+from polyrank.data import Skipped, sizes
+from polyrank.model import resolve_device
+from polyrank.planning import CostModel, CutPoint, Fleet, PlanSettings, planned_fleet
+from polyrank.planning.cost import Memory
+from polyrank.planning.plan import in_units
+from polyrank.run import planner_of, preflight, setup
+from polyrank.run.population import Population, population
+from polyrank.runner.measure_device import free_memory, rate
+from polyrank.runner.plans import preview_of
+from polyrank.training import ClientWork, prepare
+
+if TYPE_CHECKING:
+    from polyrank.config import Recipe
+    from polyrank.model import LoadedModel
+
+Ranks = Mapping[str, int]
+
+NAMED = 5
+"""How many of the rows that are left out for one reason are named."""
+
+
+@dataclass(frozen=True)
+class TypeCheck:
+    """A LoRA type, or a planned device: its clients, `ranks` as rank -> matrices, cut and memory.
+
+    `memory` is what training one such client takes on a machine of its own.
+    """
+
+    name: str
+    clients: int
+    ranks: Mapping[int, int]
+    cut: CutPoint | None
+    memory: Memory
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        cut = None if self.cut is None else self.cut.written
+        return {**asdict(self), "cut": cut, "memory_bytes": self.memory.total}
+
+
+@dataclass(frozen=True)
+class TimeCheck:
+    """A lower bound of the training time: `operations` of all rounds at the measured `rate`.
+
+    Evaluation, aggregation and everything but matrix products take time beside it.
+    """
+
+    operations: float
+    rate: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that training takes at least."""
+        return self.operations / self.rate
+
+
+@dataclass(frozen=True)
+class RecipeCheck:
+    """What a run of a recipe would do here.
+
+    `training` clients train, `a_round` of them in a round; `held_out` clients are only tested.
+    `examples` are counted by part, `tokens` are those of each client's training examples, `targets`
+    those of all that carry loss, `longest` those of the longest example. `needed` and `free` are
+    bytes on `device`. `problems` say why the run would be refused.
+    """
+
+    name: str
+    model: str
+    blocks: int
+    matrices: int
+    rounds: int
+    training: int
+    held_out: int
+    a_round: int
+    examples: Mapping[str, int]
+    tokens: Mapping[str, int]
+    targets: int
+    longest: int
+    skipped: Skipped
+    types: tuple[TypeCheck, ...]
+    device: str
+    needed: int
+    free: int
+    time: TimeCheck
+    problems: tuple[str, ...]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether nothing was found that would stop the run."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as a JSON object."""
+        tokens = sorted(self.tokens.values())
+        return {
+            "name": self.name,
+            "model": self.model,
+            "blocks": self.blocks,
+            "matrices": self.matrices,
+            "rounds": self.rounds,
+            "clients": {
+                "training": self.training,
+                "held_out": self.held_out,
+                "a_round": self.a_round,
+            },
+            "examples": dict(self.examples),
+            "tokens": {
+                "train": sum(tokens),
+                "with_loss": self.targets,
+                "longest_example": self.longest,
+                "least_of_a_client": tokens[0],
+                "median_of_a_client": statistics.median(tokens),
+                "most_of_a_client": tokens[-1],
+                "by_client": dict(self.tokens),
+            },
+            "skipped": {reason: [*rows] for reason, rows in self.skipped.rows.items()},
+            "types": [kind.to_json() for kind in self.types],
+            "memory": {"device": self.device, "needed_bytes": self.needed, "free_bytes": self.free},
+            "time": {
+                "operations": self.time.operations,
+                "operations_per_second": self.time.rate,
+                "seconds_at_least": self.time.seconds,
+            },
+            "problems": [*self.problems],
+        }
+
+
+def check(recipe: Recipe) -> RecipeCheck:
+    """Return what a run of a recipe would do here.
+
+    The data is read; of the model only configuration and tokenizer are. Raises what the run would
+    raise before it trains, as far as that needs no weights.
+    """
+    recipe = recipe.resolved()
+    clients = recipe.clients()
+    fleet = recipe.fleet_of(clients)
+    model = recipe.model.load_bare()
+    work, skipped = prepare(clients, model, recipe.data.encoding())
+    benchmark = recipe.benchmark_of(model)
+    if benchmark is not None:
+        skipped += benchmark.skipped
+    conduct = recipe.run_settings()
+    setup.check_names(fleet, clients)
+    preflight.check_measures(conduct, model, work, benchmark)
+    fleet, problems = _ranked(recipe, model, fleet, work)
+    who = population(work, fleet, recipe.local.build(), conduct, model.spec)
+    if not problems:
+        _check_rule(recipe, model, who)
+    cost = planner_of(
+        model, who.work, who.local, conduct, PlanSettings(cuts="none"), UNLIMITED
+    ).cost
+    ranks = who.fleet.ranks_by_type(model.spec)
+    device = resolve_device(recipe.model.device)
+    needed = max((cost.memory(own, None).total for own in ranks.values()), default=0)
+    free = free_memory(device)
+    if needed > free:
+        problems.append(
+            f"memory: a client takes {in_units(needed)} by estimate, and {in_units(free)} are free "
+            f"on {device}; lower local.batch or data.max_length, or set model.checkpointing = true"
+        )
+    summary = clients.summary()
+    seen = {id: [*sizes(client.rows["train"])] for id, client in work.items() if client.seen}
+    taking_part = conduct.sampling.count(len(who.clients))
+    torch.set_num_threads(recipe.engine.threads)
+    return RecipeCheck(
+        name=recipe.name,
+        model=model.source,
+        blocks=model.spec.blocks,
+        matrices=len(model.spec.sites),
+        rounds=recipe.rounds,
+        training=len(seen),
+        held_out=summary.unseen,
+        a_round=taking_part,
+        examples={part: _rows(work, part) for part in ("train", "validation", "test")},
+        tokens={id: sum(size.tokens for size in rows) for id, rows in seen.items()},
+        targets=sum(size.targets for rows in seen.values() for size in rows),
+        longest=max(size.tokens for rows in seen.values() for size in rows),
+        skipped=skipped,
+        types=tuple(_types(who.fleet, ranks, cost)),
+        device=str(device),
+        needed=needed,
+        free=free,
+        time=TimeCheck(
+            recipe.rounds * taking_part * _operations(who, ranks, cost), rate(model.dtype, device)
+        ),
+        problems=tuple(problems),
+    )
+
+
+def _ranked(
+    recipe: Recipe, model: LoadedModel, fleet: Fleet, work: Mapping[str, ClientWork]
+) -> tuple[Fleet, list[str]]:
+    """Return the fleet with ranks and cuts, and why devices cannot take part in a planned run."""
+    if recipe.plan is not None:
+        plans = preview_of(recipe, model, fleet, work).plans
+        refused = {name: plan for name, plan in plans.items() if not plan.feasible}
+        problems = [f"{name} cannot take part: {plan.reason}" for name, plan in refused.items()]
+        able = {id: name for id, name in fleet.assigned.items() if name not in refused}
+        feasible = {name: plan for name, plan in plans.items() if name not in refused}
+        return planned_fleet(replace(fleet, assigned=able), feasible), problems
+    if recipe.fleet.force:
+        fleet = fleet.forced(recipe.fleet.force, model.spec)
+    fleet.check_cuts(model.spec)
+    recipe.check_fleet(fleet)
+    return fleet, []
+
+
+def _check_rule(recipe: Recipe, model: LoadedModel, who: Population) -> None:
+    """Raise what the rule raises of this fleet before the first round."""
+    conduct, rule = recipe.run_settings(), recipe.rule()
+    preflight.check_cuts(model, who.fleet, rule, conduct.split)
+    settings = setup.round_settings(rule, who.fleet, model.spec, who.work, conduct)
+    rule.init(setup.fleet_spec(settings, who.fleet, model.spec, conduct.server_rank))
+
+
+def _rows(work: Mapping[str, ClientWork], part: Any) -> int:
+    return sum(len(client.rows[part]) for client in work.values())
+
+
+def _types(fleet: Fleet, ranks: Mapping[str, Ranks], cost: CostModel) -> list[TypeCheck]:
+    counts = Counter(fleet.at(1).values())
+    return [
+        TypeCheck(
+            name,
+            counts[name],
+            dict(sorted(Counter(own.values()).items())),
+            fleet.cuts.get(name),
+            cost.memory(own, fleet.cuts.get(name)),
+        )
+        for name, own in sorted(ranks.items())
+    ]
+
+
+def _operations(who: Population, ranks: Mapping[str, Ranks], cost: CostModel) -> float:
+    """The mean operations of a client's round, its examples as long as they are on average."""
+
+    @cache
+    def of_step(type: str, length: int, targets: int) -> int:
+        load = replace(cost.workload, length=length, targets=targets)
+        spent = CostModel(cost.anatomy, cost.spec, load).operations(ranks[type], None)
+        return spent.client
+
+    types = who.fleet.at(1)
+    totals = []
+    for id in (id for id in who.clients if id in types):
+        rows = [*sizes(who.work[id].rows["train"])]
+        length, targets = (
+            round(statistics.fmean(counts))
+            for counts in ((row.tokens for row in rows), (row.targets for row in rows))
+        )
+        totals.append(who.local.steps_for(len(rows)) * of_step(types[id], length, targets))
+    return statistics.fmean(totals) if totals else 0.0
