@@ -14,14 +14,9 @@ from polyrank.evaluation.clients import ClientMetrics
 from polyrank.evaluation.evaluator import EvaluateQuery
 from polyrank.planning import CutPoint, DeviceProfile
 from polyrank.planning.scaling import Scaling
-from polyrank.protocol import (
-    ClientInfo,
-    ClientPolicy,
-    Counts,
-    EvaluateRequest,
-    Profile,
-    TrainRequest,
-)
+from polyrank.protocol.client_info import ClientInfo, ClientPolicy, Counts, NodeInfo
+from polyrank.protocol.evaluate import EvaluateRequest
+from polyrank.protocol.train_request import TrainRequest
 from polyrank.rounds.assignments import RoundSettings
 from polyrank.rounds.messages import TrainTask
 from polyrank.rounds.round import Round
@@ -96,17 +91,17 @@ def assignment() -> Assignment:
     )
 
 
-def order(cut: CutPoint | None = None) -> TrainRequest:
-    """Return an order of all kinds of terms."""
-    dealt = assignment()
-    task = TrainTask("c0", 3, 1, 2**62 + 1, dealt, cut)
-    return TrainRequest(task, dealt.hash() if cut is None else HASH, 4, "channel", 12.5)
+def train_request(cut: CutPoint | None = None) -> TrainRequest:
+    """Return a request with all kinds of terms."""
+    sent = assignment()
+    task = TrainTask("c0", 3, 1, 2**62 + 1, sent, cut)
+    return TrainRequest(task, sent.hash() if cut is None else HASH, 4, "channel", 12.5)
 
 
-def profile() -> Profile:
+def node_info() -> NodeInfo:
     """Return a node with two clients."""
     counts = {"train": Counts(5, 40, 12), "validation": Counts(2, 9, 3), "test": Counts(0, 0, 0)}
-    return Profile(
+    return NodeInfo(
         (ClientInfo("c0", "a", True, counts, HASH), ClientInfo("ü 1", "", False, counts, "")),
         DeviceProfile("board", 2**33, 1e12, None, 1.5e6, 0.01),
         ClientPolicy(8, 2, False, 10),
@@ -114,8 +109,8 @@ def profile() -> Profile:
     )
 
 
-def exam() -> EvaluateRequest:
-    """Return three questions about two adapters and the bare base."""
+def evaluate_request() -> EvaluateRequest:
+    """Return queries about two adapters and the bare base."""
     one, other = Adapter(dict(assignment().start)), Adapter({"block.0.q": low_rank(6, 5, 1)})
     return EvaluateRequest(
         (
@@ -127,8 +122,8 @@ def exam() -> EvaluateRequest:
     )
 
 
-def marks() -> list[ClientMetrics]:
-    """Return marks of `exam`."""
+def client_metrics() -> list[ClientMetrics]:
+    """Return the answers to `evaluate_request`."""
     full = {"loss": 0.1 + 0.2, "exact_match": 0.5, "rouge_l": 1.0}
     bare = {"loss": 2.5, "exact_match": None, "rouge_l": None}
     return [

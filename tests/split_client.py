@@ -1,8 +1,8 @@
-"""A split client's machine as a process: carries an order out, and kills at a phase of a step.
+"""A split client's machine as a process: carries a request out, and kills at a phase of a step.
 
-    python split_client.py CONFIG CLIENT_TOML ORDER ANSWER [PHASE VICTIM]
+    python split_client.py CONFIG CLIENT_TOML REQUEST ANSWER [PHASE VICTIM]
 
-The files hold a Flower run config as JSON, the client.toml, the packet of an order, and take the
+The files hold a Flower run config as JSON, the client.toml, the packet of a request, and take the
 packet of its answer. VICTIM is a process, 0: this one. The product has no such hooks; what is
 changed here is the link that the client's machine opens.
 """
@@ -19,8 +19,8 @@ AT = 7
 """The request at which it happens: the fourth step's activations."""
 
 
-def main(config: str, client: str, order: str, answer: str, phase: str = "", victim: str = "0"):
-    from polyrank.remote.hosting import side_of
+def main(config: str, client: str, request: str, answer: str, phase: str = "", victim: str = "0"):
+    from polyrank.remote.hosting import client_node
     from polyrank.transport.pending import PendingFrame
     from polyrank.transport.remote import GrpcLink
 
@@ -49,8 +49,8 @@ def main(config: str, client: str, order: str, answer: str, phase: str = "", vic
         return found
 
     GrpcLink.submit, PendingFrame.result = submitting, receiving
-    side = side_of(json.loads(Path(config).read_text(encoding="utf-8")), {"client": client})
-    made = side.answer("train", Path(order).read_bytes())
+    node = client_node(json.loads(Path(config).read_text(encoding="utf-8")), {"client": client})
+    made = node.answer("train", Path(request).read_bytes())
     if phase == PHASES[3]:
         kill()
     Path(answer).write_bytes(made)

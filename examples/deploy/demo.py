@@ -46,7 +46,9 @@ def main() -> int:
     """Play it; return the exit status."""
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     arguments.add_argument("--out", type=Path, help="the run's folder; default: a new one in runs/")
-    out = free(arguments.parse_args().out or Path("runs/deploy-demo")).resolve()
+    from polyrank.run.folder import unused
+
+    out = unused(arguments.parse_args().out or Path("runs/deploy-demo")).resolve()
     signal.signal(signal.SIGTERM, _interrupt)
     began = time.monotonic()
     try:
@@ -129,12 +131,6 @@ def table(clients: dict[str, dict[str, object]]) -> None:
     print("  " + f"{'client':<12}" + "".join(f"{name:>15}" for name in columns))
     for client, told in sorted(clients.items()):
         print(f"  {client:<12}" + "".join(f"{told.get(name, ''):>15}" for name in columns))
-
-
-def free(folder: Path) -> Path:
-    """Return the folder, or the first of its name with a number that does not exist."""
-    names = [folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000))]
-    return next(name for name in names if not name.exists())
 
 
 def say(line: str) -> None:

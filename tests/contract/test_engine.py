@@ -9,7 +9,7 @@ import torch
 
 from cut_fleets import CUTS, SPLIT_DATA, SPLIT_FLEET, TYPES, WHO, four_blocks
 from federations import LOCAL, clients, fleet, one_block
-from letters import Letters
+from memory_channel import MemoryChannel
 from polyrank.aggregation import RULES, FlexLoRA, HetLoRA, SLoRA
 from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.codecs import codec
@@ -27,7 +27,7 @@ from polyrank.training.encoding import Encoding
 from polyrank.training.split import ServerParts, SplitJob, SplitSettings, train_client_part
 from polyrank.transport import FrameLimits, InProcessLinks
 from polyrank.transport.remote import GrpcLink, SplitServer, new_identity
-from remotes import Reached, machines
+from remote_federations import Reachable, machines
 from rules import ROWS
 
 DATA = clients(seen=5)
@@ -50,9 +50,9 @@ def own(request, model, work):
 
 
 def elsewhere(model, each, **rest):
-    """Return an engine that asks machines of so many clients each by letters."""
-    post = Letters(machines(DATA, each, model=model), singly=True)
-    return Reached.by(post).engine(model, **rest)
+    """Return an engine that asks machines of so many clients each by messages."""
+    channel = MemoryChannel(machines(DATA, each, model=model), singly=True)
+    return Reachable.by(channel).engine(model, **rest)
 
 
 @pytest.fixture(

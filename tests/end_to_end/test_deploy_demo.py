@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deployment import Daemon, Daemons
+from daemons import Daemon, Daemons
 
 DEMO = Path(__file__).parents[2] / "examples" / "deploy" / "demo.py"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

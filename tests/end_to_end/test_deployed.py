@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from certificates import make_authority, make_key
-from faults import (
+from polyrank.data import sizes
+from polyrank.model.anatomy import anatomy_of
+from polyrank.planning import CutPoint
+from polyrank.planning.cost import CostModel
+from polyrank.planning.workload import Workload
+from polyrank.run import storage
+from runs import polyrank
+from watched_deployment import (
     BATCH,
     CLIENTS,
     CUT,
@@ -32,13 +39,6 @@ from faults import (
     replayed,
     written,
 )
-from polyrank.data import sizes
-from polyrank.model.anatomy import anatomy_of
-from polyrank.planning import CutPoint
-from polyrank.planning.cost import CostModel
-from polyrank.planning.workload import Workload
-from polyrank.run import storage
-from runs import polyrank
 
 pytestmark = [
     pytest.mark.timeout(1500),

@@ -14,8 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from deployment import free_port
-from faults import (
+from local_machines import Fate, Machines
+from machines import free_port
+from polyrank.config import Recipe
+from polyrank.config.app import APP_KEYS, app_settings
+from polyrank.config.flower import from_run_config, to_run_config
+from polyrank.remote.server import serve
+from polyrank.run import storage
+from proxy import Proxy
+from split_client import PHASES
+from watched_deployment import (
     CLIENTS,
     ROUNDS,
     SPLIT,
@@ -27,13 +35,6 @@ from faults import (
     replayed,
     write_base,
 )
-from machines_here import Fate, Machines
-from polyrank.config import Recipe
-from polyrank.config.flower import APP_KEYS, app_settings, from_run_config, to_run_config
-from polyrank.remote.server import serve
-from polyrank.run import storage
-from proxy import Proxy
-from split_client import PHASES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 FEW = {"local": {"steps": 6}, "rounds": 2}
@@ -46,15 +47,15 @@ def machines(
     """Machines of the recipe's clients, and the run config of a run with them."""
     told = {f"app.split.{key}": value for key, value in own.items()}
     config = {**APP_KEYS, **to_run_config(recipe), "app.out": str(out), **told}
-    post = Machines(config, folder, sorted(recipe.fleet.clients or ()), fate)
+    channel = Machines(config, folder, sorted(recipe.fleet.clients or ()), fate)
     try:
-        yield post, config
+        yield channel, config
     finally:
-        post.close()
+        channel.close()
 
 
-def carried_out(post: Machines, config: Mapping) -> None:
-    serve(from_run_config(config), app_settings(config), post, "run")
+def carried_out(channel: Machines, config: Mapping) -> None:
+    serve(from_run_config(config), app_settings(config), channel, "run")
 
 
 def turned_away(run: Path) -> Counter[tuple[str, str, int]]:
@@ -80,9 +81,9 @@ def test_a_kill_at_any_phase_of_a_step_costs_one_client_one_round(
         return Fate(who, phase) if (client, round) == (SPLIT, 1) else Fate()
 
     recipe = recipe_of(tmp_path, apart=True, **FEW)
-    with machines(recipe, tmp_path, out, fate, patience=4.0, silence=4.0) as (post, config):
-        carried_out(post, config)
-        assert len(post.killed) == 1
+    with machines(recipe, tmp_path, out, fate, patience=4.0, silence=4.0) as (channel, config):
+        carried_out(channel, config)
+        assert len(channel.killed) == 1
     assert lost_in(out) == {(1, 0): {SPLIT}, (2, 0): set()}
     ((client, kind, round),) = turned_away(out)
     assert (client, round) == (SPLIT, 1)
@@ -123,8 +124,8 @@ def test_a_broken_or_slow_stream_changes_no_byte(
     with Proxy(listen, watch=cutting, **options) as proxy:
         cutting.proxy = proxy
         own = {"listen": listen, "address": proxy.address}
-        with machines(recipe, tmp_path, out, **own) as (post, config):
-            carried_out(post, config)
+        with machines(recipe, tmp_path, out, **own) as (channel, config):
+            carried_out(channel, config)
         carried = dict(proxy.carried)
     assert min(carried.values()) > 5000, "it went through the proxy"
     assert (cutting.times > 1) == (direction != "neither")
@@ -162,8 +163,8 @@ def test_a_third_of_the_machines_dropping_out_in_each_of_ten_rounds_is_counted_a
     def fate(client: str, round: int) -> Fate:
         return fates.get((client, round), Fate())
 
-    with machines(recipe, tmp_path, out, fate, patience=10.0, silence=10.0) as (post, config):
-        carried_out(post, config)
+    with machines(recipe, tmp_path, out, fate, patience=10.0, silence=10.0) as (channel, config):
+        carried_out(channel, config)
     expected = {(round, 0): set() for round in range(1, 11)}
     kinds: Counter[tuple[str, str, int]] = Counter()
     for (client, round), one in fates.items():

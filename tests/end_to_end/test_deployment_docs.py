@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from deployment import BIN, FLOWER, Daemons, free_port
+from daemons import Daemons
+from machines import BIN, FLOWER, free_port
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "how-to" / "deployment.md").read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """Federations whose clients are elsewhere give what one process gives; gRPC is real, on loopback.
 
-What passes is bytes: letters between server and clients, frames between the ends of a split model,
+What passes is bytes: messages channel server and clients, frames channel the ends of a split model,
 of which each end has its own blocks alone.
 """
 
@@ -15,17 +15,16 @@ import torch
 
 from cut_fleets import BLOCKS, SPLIT_DATA, SPLIT_FLEET, TYPES, WHO
 from federations import MEASURED, QUIET, SITES, clients, fleet, one_block, opened
-from letters import Letters
+from memory_channel import MemoryChannel
 from models import write_tiny
 from polyrank.aggregation import RULES, FlexLoRA, FLoRA, SLoRA
 from polyrank.model import load_model
 from polyrank.planning import LoRAType
-from polyrank.protocol import read_order
 from polyrank.run import RunSettings
 from polyrank.split_server.host import ServerPartHost
 from polyrank.split_server.settings import HostedModel, SplitServerSettings
 from polyrank.training.split import SplitSettings
-from remotes import OnDisk, away, machines, orders, post
+from remote_federations import OnDisk, channel_to_each, machines, remote_federation, train_requests
 from rules import named
 
 
@@ -38,7 +37,7 @@ def test_three_rounds_elsewhere_are_those_of_one_process(rule):
     with opened(**common) as here:
         ours, our_result = list(here.rounds(3)), here.finish()
         expected = here.adapter.factors
-    with away(post(model=model), **common) as there:
+    with remote_federation(channel_to_each(model=model), **common) as there:
         theirs, their_result = list(there.rounds(3)), there.finish()
         found = there.adapter.factors
     assert found.hash() == expected.hash()
@@ -83,14 +82,14 @@ EVEN = replace(SPLIT_FLEET, types={name: LoRAType(name, {"all": 2}) for name in 
 
 
 @contextmanager
-def desk_of(folder: Path, split: SplitSettings) -> Iterator[ServerPartHost]:
+def split_server_of(folder: Path, split: SplitSettings) -> Iterator[ServerPartHost]:
     """The split server, its tails on a thread of this process and its port open."""
     hosted = HostedModel(str(folder), 1, device="cpu", sites=[*SITES])
-    desk = ServerPartHost(SplitServerSettings(hosted, "run", split, deterministic=True, threads=1))
+    host = ServerPartHost(SplitServerSettings(hosted, "run", split, deterministic=True, threads=1))
     try:
-        yield desk
+        yield host
     finally:
-        desk.stop()
+        host.stop()
 
 
 @pytest.mark.parametrize(
@@ -114,10 +113,10 @@ def test_split_clients_elsewhere_give_the_bytes_of_one_process(folder, rule, ada
         ours = list(here.rounds(2))
         expected = here.adapter.factors
     hosts = machines(SPLIT_DATA, model=OnDisk(folder, [*SITES]), split=split)
-    between = Letters(hosts, together=len(SPLIT_DATA))
+    channel = MemoryChannel(hosts, together=len(SPLIT_DATA))
     with (
-        desk_of(folder, split) as desk,
-        away(between, desk=desk, **common) as there,
+        split_server_of(folder, split) as split_server,
+        remote_federation(channel, split_server=split_server, **common) as there,
     ):
         theirs = list(there.rounds(2))
         found = there.adapter.factors
@@ -129,6 +128,6 @@ def test_split_clients_elsewhere_give_the_bytes_of_one_process(folder, rule, ada
         assert one.traffic == other.traffic
         assert other.wire_up > 0
     assert found.hash() == expected.hash()
-    second = [read_order(letter.payload).task for letter in orders(between)[len(WHO) :]]
+    second = [request.task for request in train_requests(channel)[len(WHO) :]]
     assert {task.round for task in second} == {2}
     assert all(bool(task.assignment.merged) == isinstance(rule, FLoRA) for task in second)

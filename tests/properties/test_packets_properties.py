@@ -14,40 +14,37 @@ from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import PacketError
 from polyrank.evaluation.evaluator import EvaluateQuery
 from polyrank.planning import CutPoint
-from polyrank.protocol import (
+from polyrank.protocol.client_info import read_node_info, write_node_info
+from polyrank.protocol.evaluate import (
     EvaluateRequest,
-    SizeLimits,
-    read_answer,
-    read_exam,
-    read_marks,
-    read_order,
-    read_profile,
-    write_answer,
-    write_exam,
-    write_marks,
-    write_order,
-    write_profile,
+    read_client_metrics,
+    read_evaluate_request,
+    write_client_metrics,
+    write_evaluate_request,
 )
+from polyrank.protocol.size_limits import SizeLimits
+from polyrank.protocol.train_request import read_train_request, write_train_request
+from polyrank.protocol.train_result import read_train_result, write_train_result
 from polyrank.rounds.messages import Failure
 
-DEALT = samples.assignment()
+SENT = samples.assignment()
 PACKETS = {
-    "answer": write_answer(samples.update_to(DEALT)),
-    "lean": write_answer(samples.update_to(DEALT), DEALT),
-    "failure": write_answer(Failure("c0", 3, 1, "why", {"wire_up": 4})),
-    "order": write_order(samples.order(CutPoint(1, 3))),
-    "profile": write_profile(samples.profile()),
-    "exam": write_exam(samples.exam()),
-    "marks": write_marks(samples.marks()),
+    "answer": write_train_result(samples.update_to(SENT)),
+    "lean": write_train_result(samples.update_to(SENT), SENT),
+    "failure": write_train_result(Failure("c0", 3, 1, "why", {"wire_up": 4})),
+    "order": write_train_request(samples.train_request(CutPoint(1, 3))),
+    "profile": write_node_info(samples.node_info()),
+    "exam": write_evaluate_request(samples.evaluate_request()),
+    "marks": write_client_metrics(samples.client_metrics()),
 }
 READERS = {
-    "answer": lambda data: read_answer(data, SizeLimits.of(DEALT)),
-    "lean": lambda data: read_answer(data, SizeLimits.of(DEALT), DEALT),
-    "failure": lambda data: read_answer(data, SizeLimits.of(DEALT), DEALT),
-    "order": read_order,
-    "profile": read_profile,
-    "exam": read_exam,
-    "marks": lambda data: read_marks(data, samples.exam()),
+    "answer": lambda data: read_train_result(data, SizeLimits.of(SENT)),
+    "lean": lambda data: read_train_result(data, SizeLimits.of(SENT), SENT),
+    "failure": lambda data: read_train_result(data, SizeLimits.of(SENT), SENT),
+    "order": read_train_request,
+    "profile": read_node_info,
+    "exam": read_evaluate_request,
+    "marks": lambda data: read_client_metrics(data, samples.evaluate_request()),
 }
 KINDS = sorted(PACKETS)
 
@@ -190,17 +187,21 @@ NAMES = st.text(
 @given(st.dictionaries(NAMES, deltas(), max_size=3), NAMES)
 def test_any_adapter_comes_through_bit_by_bit(sites, client):
     adapter = Adapter(sites)
-    came = read_exam(write_exam(EvaluateRequest((EvaluateQuery(adapter, (client,), "test"),))))
-    assert came.questions[0].adapter.hash() == adapter.hash()
+    came = read_evaluate_request(
+        write_evaluate_request(EvaluateRequest((EvaluateQuery(adapter, (client,), "test"),)))
+    )
+    assert came.queries[0].adapter.hash() == adapter.hash()
     update = Update(client, 1, 0, samples.HASH, 3, adapter)
-    data = write_answer(update)
-    came = read_answer(data, SizeLimits(len(data), len(data), 9))
+    data = write_train_result(update)
+    came = read_train_result(data, SizeLimits(len(data), len(data), 9))
     assert came.adapter.hash() == adapter.hash()
     assert came.client == client
 
 
 @given(st.dictionaries(NAMES, st.floats() | st.integers(-(2**63) + 1, 2**63 - 1), max_size=5))
 def test_any_numbers_come_through(metrics):
-    dealt = samples.assignment()
-    came = read_answer(write_answer(Failure("c", 1, 0, "x", metrics)), SizeLimits.of(dealt))
+    sent = samples.assignment()
+    came = read_train_result(
+        write_train_result(Failure("c", 1, 0, "x", metrics)), SizeLimits.of(sent)
+    )
     assert repr(dict(came.metrics)) == repr(metrics)

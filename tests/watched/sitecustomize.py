@@ -48,10 +48,10 @@ def _event(what: str, client: str, round: int) -> None:
 
 
 def _training(client: ModuleType) -> None:
-    def begun(side: Any, order: Any) -> None:
-        _event("training", order.task.client, order.task.round)
+    def begun(node: Any, request: Any) -> None:
+        _event("training", request.task.client, request.task.round)
 
-    _before(client.ClientSide, "trained", begun)
+    _before(client.ClientNode, "train", begun)
 
 
 def _stream(stream: ModuleType) -> None:

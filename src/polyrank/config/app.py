@@ -1,8 +1,8 @@
-"""What a Flower app's run config says beside the recipe: the keys that begin with ``app``."""
+"""The keys of a Flower app's run config that begin with ``app``, beside those of the recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -39,7 +39,7 @@ class SplitServer(Section):
 
 
 class AppSettings(Section):
-    """What the server's part of a Flower app is told beside the recipe."""
+    """Settings of a Flower app's server beside the recipe."""
 
     out: str = ""
     """The run's folder on the server, seen from where its SuperLink was started. Left out, a new
@@ -77,12 +77,12 @@ def own_keys(overrides: Sequence[str]) -> dict[str, Scalar]:
 
     Values are TOML, or else a text, as a recipe's are.
     """
-    found = dict(APP_KEYS)
+    flat = dict(APP_KEYS)
     for override in overrides:
         key, _, text = (part.strip() for part in override.partition("="))
-        found[key] = toml_value(text) if text else ""
-    app_settings(found)
-    return found
+        flat[key] = toml_value(text) if text else ""
+    app_settings(flat)
+    return flat
 
 
 def app_settings(flat: Mapping[str, Scalar]) -> AppSettings:
@@ -101,48 +101,42 @@ def app_settings(flat: Mapping[str, Scalar]) -> AppSettings:
     try:
         settings = _Config.model_validate(content).app
     except ValidationError as error:
-        found = mistakes(_Config, content, error, "the app")
-        raise RecipeError(_told(found)) from error
-    found = [*_impossible(settings.split)]
-    if settings.client_files and not Path(settings.client_files).is_absolute():
-        found.append(
-            f"app.client-files: expected an absolute pattern, got {settings.client_files!r}"
-        )
-    if settings.resume and not settings.out:
-        found.append("app.resume: give app.out too, the folder of the run to go on with")
-    if found:
-        raise RecipeError(_told(found))
+        raise RecipeError(_listed(mistakes(_Config, content, error, "the app"))) from error
+    problems = [*_impossible(settings)]
+    if problems:
+        raise RecipeError(_listed(problems))
     return settings
 
 
-def _told(found: list[str]) -> str:
+def _listed(problems: Iterable[str]) -> str:
     """One message of all mistakes, the keys written as in a run config."""
+    lines = [*problems]
     for key in APP_KEYS:
-        found = [line.replace(key.replace("-", "_"), key) for line in found]
-    return listed(PLACE, found)
+        lines = [line.replace(key.replace("-", "_"), key) for line in lines]
+    return listed(PLACE, lines)
 
 
-def _impossible(split: SplitServer) -> list[str]:
-    """What of the split server's settings cannot be, a line each."""
-    found = [
-        f"app.split.{key}: expected seconds above 0, got {value}"
-        for key, value in (("silence", split.silence), ("patience", split.patience))
-        if value <= 0
-    ]
+def _impossible(app: AppSettings) -> Iterator[str]:
+    """Yield a line for everything that cannot be though every key is well formed."""
+    if app.client_files and not Path(app.client_files).is_absolute():
+        yield f"app.client-files: expected an absolute pattern, got {app.client_files!r}"
+    if app.resume and not app.out:
+        yield "app.resume: give app.out too, the folder of the run to go on with"
+    split = app.split
+    for key, value in (("silence", split.silence), ("patience", split.patience)):
+        if value <= 0:
+            yield f"app.split.{key}: expected seconds above 0, got {value}"
     host, _, port = split.listen.rpartition(":")
     if not host or not _is_port(port):
-        found.append(
-            f"app.split.listen: expected host:port, e.g. 127.0.0.1:9099, got {split.listen!r}"
-        )
+        yield f"app.split.listen: expected host:port, e.g. 127.0.0.1:9099, got {split.listen!r}"
     elif host in EVERYWHERE and not split.address:
-        found.append(
+        yield (
             f"app.split.address: {split.listen} is every address of this machine, and none that "
             "clients can reach; give the one that they use"
         )
     host, colon, port = split.address.rpartition(":")
     if colon and not split.address.endswith("]") and (not host or not _is_port(port)):
-        found.append(f"app.split.address: expected host or host:port, got {split.address!r}")
-    return found
+        yield f"app.split.address: expected host or host:port, got {split.address!r}"
 
 
 def _is_port(text: str) -> bool:

@@ -21,7 +21,7 @@ from polyrank.config.validation_errors import mistakes
 from polyrank.data import Clients, single
 from polyrank.errors import PolyrankError, RecipeError
 from polyrank.planning import DEVICES, DeviceProfile, device
-from polyrank.protocol import ClientPolicy
+from polyrank.protocol.client_info import ClientPolicy
 from polyrank.seeds import derive
 
 LONGEST_NAME = 200

@@ -17,24 +17,12 @@ from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from polyrank.config.app import APP_KEYS, OWN, PLACE, AppSettings, Scalar, SplitServer, app_settings
+from polyrank.config.app import OWN, PLACE, Scalar
 from polyrank.config.baselines import BASELINES
 from polyrank.config.reading import PAIRS, checked, listed, resolve_sources
 from polyrank.config.recipe import Recipe
 from polyrank.config.validation_errors import keys, subsection
 from polyrank.errors import RecipeError
-
-__all__ = [
-    "APP_KEYS",
-    "AppSettings",
-    "RunConfig",
-    "Scalar",
-    "SplitServer",
-    "app_settings",
-    "from_run_config",
-    "nested",
-    "to_run_config",
-]
 
 RunConfig = Mapping[str, Scalar]
 

@@ -9,8 +9,8 @@ from flwr.clientapp import ClientApp
 
 from polyrank.errors import PolyrankError
 from polyrank.flower.grid_channel import packed, unpacked
-from polyrank.protocol import Profile, write_profile
-from polyrank.remote.hosting import side_of
+from polyrank.protocol.client_info import NodeInfo, write_node_info
+from polyrank.remote.hosting import client_node
 from polyrank.remote.message_channel import Kind
 
 app = ClientApp()
@@ -18,16 +18,16 @@ app = ClientApp()
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    """Say who is here; a machine that cannot take part says why."""
+    """Say which clients are here; a machine that cannot take part says why."""
     try:
         return _answered("hello", message, context)
     except PolyrankError as error:
-        return Message(packed(write_profile(Profile((), refusal=str(error)))), reply_to=message)
+        return Message(packed(write_node_info(NodeInfo((), refusal=str(error)))), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Carry out an order."""
+    """Train a client."""
     return _answered("train", message, context)
 
 
@@ -40,8 +40,8 @@ def evaluate(message: Message, context: Context) -> Message:
 def _answered(kind: Kind, message: Message, context: Context) -> Message:
     """Return the answer; what goes wrong is told without the text of foreign errors."""
     try:
-        side = side_of(context.run_config, context.node_config)
-        return Message(packed(side.answer(kind, unpacked(message.content))), reply_to=message)
+        node = client_node(context.run_config, context.node_config)
+        return Message(packed(node.answer(kind, unpacked(message.content))), reply_to=message)
     except PolyrankError:
         raise
     except Exception as error:  # Flower sends its text on, which may hold what must stay here.

@@ -1,4 +1,4 @@
-"""Letters carried by Flower's grid."""
+"""Messages carried by Flower's grid."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RECORD, FORM = "packet", "polyrank.packet"
 PAUSE = 0.2
 """Seconds between two looks at the grid: asking costs a request."""
 TOGETHER = 16
-"""So many answers at most are in memory at the same time."""
+"""So many replies at most are in memory at the same time."""
 
 
 class GridChannel:
-    """Carries letters over Flower.
+    """Carries messages over Flower.
 
-    Flower delivers a message once at most, and its answer once. What it says of lost ones (a
-    machine that is gone, a process that died) becomes the reason why there is no answer.
+    Flower delivers a message once at most, and its reply once. What it says of lost messages (a
+    machine that is gone, a process that died) becomes the error of the reply.
     """
 
     def __init__(self, grid: Grid):
@@ -41,38 +41,38 @@ class GridChannel:
         return isinstance(self._grid, InMemoryGrid)
 
     def nodes(self) -> Sequence[int]:
-        """Return the nodes that Flower holds to be alive."""
+        """Return the nodes that are alive, as far as Flower knows."""
         return sorted(self._grid.get_node_ids())
 
-    def send(self, letters: Iterable[Message], seconds: float) -> list[str | None]:
-        """Push messages that live a little longer than `seconds`, so that late answers are seen."""
+    def send(self, messages: Iterable[Message], seconds: float) -> list[str | None]:
+        """Push messages that live a little longer than `seconds`, so late replies are seen."""
         alive = set(self._grid.get_node_ids())
-        tickets: list[str | None] = []
-        for letter in letters:  # One at a time: the grid does not say which of several failed.
-            if letter.node not in alive:
-                tickets.append(None)
+        ids: list[str | None] = []
+        for message in messages:  # One at a time: the grid does not say which of several failed.
+            if message.node not in alive:
+                ids.append(None)
                 continue
-            message = FlowerMessage(
-                content=packed(letter.payload),
-                dst_node_id=letter.node,
-                message_type=TYPES[letter.kind],
-                group_id=letter.kind,
+            flower_message = FlowerMessage(
+                content=packed(message.payload),
+                dst_node_id=message.node,
+                message_type=TYPES[message.kind],
+                group_id=message.kind,
                 ttl=2 * seconds + 60.0,
             )
-            pushed = list(self._grid.push_messages([message]))
-            tickets.append(pushed[0] if pushed and pushed[0] else None)
-        return tickets
+            pushed = list(self._grid.push_messages([flower_message]))
+            ids.append(pushed[0] if pushed and pushed[0] else None)
+        return ids
 
-    def receive(self, tickets: Mapping[str, int]) -> Iterator[Reply]:
-        """Pull what has come, a few packets at a time; pause a little if nothing has."""
-        left, found = list(tickets), False
+    def receive(self, message_ids: Mapping[str, int]) -> Iterator[Reply]:
+        """Pull the replies that have come, a few at a time; pause a little if none has."""
+        left, pulled = list(message_ids), False
         while left:
             few, left = left[:TOGETHER], left[TOGETHER:]
             for message in self._grid.pull_messages(few):
-                found = True
+                pulled = True
                 if message.metadata.reply_to_message_id in few:
-                    yield _delivered(message)
-        if not found:
+                    yield _reply(message)
+        if not pulled:
             time.sleep(PAUSE)
 
 
@@ -91,12 +91,12 @@ def unpacked(content: RecordDict) -> bytes:
     return array.data
 
 
-def _delivered(message: FlowerMessage) -> Reply:
-    ticket = message.metadata.reply_to_message_id
+def _reply(message: FlowerMessage) -> Reply:
+    message_id = message.metadata.reply_to_message_id
     if message.has_error():
         error = message.error
-        return Reply(ticket, None, f"Flower's error {error.code}: {error.reason}")
+        return Reply(message_id, None, f"Flower's error {error.code}: {error.reason}")
     try:
-        return Reply(ticket, unpacked(message.content))
+        return Reply(message_id, unpacked(message.content))
     except PacketError as error:
-        return Reply(ticket, None, str(error))
+        return Reply(message_id, None, str(error))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from polyrank.config.flower import app_settings, from_run_config
+from polyrank.config.app import app_settings
+from polyrank.config.flower import from_run_config
 from polyrank.flower.grid_channel import GridChannel
 from polyrank.remote.server import serve
 

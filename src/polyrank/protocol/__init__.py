@@ -1,40 +1,7 @@
-"""The messages between a server and its clients, as bytes: each to write, and to read back."""
+"""The messages between a server and its clients, as bytes: each to write, and to read back.
 
-from polyrank.protocol.client_info import (
-    ClientInfo,
-    ClientPolicy,
-    Counts,
-    Profile,
-    read_profile,
-    write_profile,
-)
-from polyrank.protocol.evaluate import (
-    EvaluateRequest,
-    read_exam,
-    read_marks,
-    write_exam,
-    write_marks,
-)
-from polyrank.protocol.size_limits import SizeLimits
-from polyrank.protocol.train_request import TrainRequest, read_order, write_order
-from polyrank.protocol.train_result import read_answer, write_answer
+Import from the modules: `train_request`, `train_result`, `evaluate` and `client_info` are messages,
+`packet` their common form, `adapters` the tensors in them, `size_limits` how large they may be.
+"""
 
-__all__ = [
-    "ClientInfo",
-    "ClientPolicy",
-    "Counts",
-    "EvaluateRequest",
-    "Profile",
-    "SizeLimits",
-    "TrainRequest",
-    "read_answer",
-    "read_exam",
-    "read_marks",
-    "read_order",
-    "read_profile",
-    "write_answer",
-    "write_exam",
-    "write_marks",
-    "write_order",
-    "write_profile",
-]
+__all__ = []

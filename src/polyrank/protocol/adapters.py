@@ -25,23 +25,23 @@ def write_adapter(role: str, adapter: Mapping[str, Delta]) -> dict[str, Tensor]:
 
     Positions travel as int32 where the matrix has fewer than 2^31 entries.
     """
-    found = {}
+    written = {}
     for site, delta in adapter.items():
         for name, tensor in delta.tensors().items():
-            found[f"{role}|{site}|{name}"] = tensor
+            written[f"{role}|{site}|{name}"] = tensor
         if isinstance(delta, Sparse) and math.prod(delta.shape) < _MOST:
-            found[f"{role}|{site}|positions"] = delta.positions.to(torch.int32)
-    return found
+            written[f"{role}|{site}|positions"] = delta.positions.to(torch.int32)
+    return written
 
 
 def read_adapter(packet: Packet, role: str) -> Adapter[Delta]:
     """Return the adapter of a role; PacketError for tensors that make no update of a matrix."""
-    found: dict[str, dict[str, str]] = {}
+    sites: dict[str, dict[str, str]] = {}
     for whole in packet.names():
         if whole.startswith(f"{role}|"):
             site, _, name = whole[len(role) + 1 :].rpartition("|")
-            found.setdefault(site, {})[name] = whole
-    return Adapter({site: _read(packet, f"{role}|{site}", found[site]) for site in found})
+            sites.setdefault(site, {})[name] = whole
+    return Adapter({site: _read(packet, f"{role}|{site}", names) for site, names in sites.items()})
 
 
 def _read(packet: Packet, place: str, names: Collection[str]) -> Delta:
@@ -94,61 +94,59 @@ def negatives(assignment: Assignment) -> list[str]:
     ]
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return torch.equal(
-        one.contiguous().view(-1).view(whole), other.contiguous().view(-1).view(whole)
-    )
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(-1).view(whole), b.contiguous().view(-1).view(whole))
 
 
 def write_trained(
-    role: str, trained: Mapping[str, Delta], dealt: Assignment, place: str
+    role: str, trained: Mapping[str, Delta], sent: Assignment, place: str
 ) -> dict[str, Tensor]:
-    """Return the tensors that training may have changed, of an update to `dealt`.
+    """Return the tensors that training may have changed, of an update to the assignment `sent`.
 
     PacketError if it changed what was not to be trained, or has other sites: neither would travel.
     """
-    _check_sites(trained, dealt, place)
-    found: dict[str, Tensor] = {}
+    _check_sites(trained, sent, place)
+    written: dict[str, Tensor] = {}
     for site, delta in trained.items():
-        start, at = dealt.start[site], f"{place}, {site!r}"
+        start, at = sent.start[site], f"{place}, {site!r}"
         if type(delta) is not type(start) or delta.shape != start.shape:
-            expected = f"{type(start).__name__} of {start.shape}, as was dealt"
+            expected = f"{type(start).__name__} of {start.shape}, as was sent"
             raise refusal(at, expected, f"{type(delta).__name__} of {delta.shape}")
-        sent = delta.tensors()
-        for name in fixed(start, dealt.train):
-            before, after = start.tensors()[name], sent.pop(name)
+        tensors = delta.tensors()
+        for name in fixed(start, sent.train):
+            before, after = start.tensors()[name], tensors.pop(name)
             if not torch.equal(before.to(after), after):
-                raise refusal(at, f"{name} as it was dealt", "another")
-        found |= {f"{role}|{site}|{name}": tensor for name, tensor in sent.items()}
-    return found
+                raise refusal(at, f"{name} as it was sent", "another")
+        written |= {f"{role}|{site}|{name}": tensor for name, tensor in tensors.items()}
+    return written
 
 
-def read_trained(packet: Packet, role: str, dealt: Assignment) -> Adapter[Delta]:
-    """Return the update to `dealt` whose trained tensors a packet has, of any real dtype.
+def read_trained(packet: Packet, role: str, sent: Assignment) -> Adapter[Delta]:
+    """Return the update to `sent` whose trained tensors a packet has, of any real dtype.
 
-    PacketError for a site, kind or shape that was not dealt, or that is missing.
+    PacketError for a site, kind or shape that was not sent, or that is missing.
     """
-    found: dict[str, Delta] = {}
-    for site, start in dealt.start.items():
+    update: dict[str, Delta] = {}
+    for site, start in sent.start.items():
         tensors, dtypes = start.tensors(), [*REAL]
-        untrained = fixed(start, dealt.train)
+        untrained = fixed(start, sent.train)
         for name in [name for name in tensors if name not in untrained]:
             tensor = packet.tensor(f"{role}|{site}|{name}", tuple(tensors[name].shape), dtypes)
             tensors[name], dtypes = tensor, [tensor.dtype]
         for name in untrained:
             if tensors[name].is_floating_point():
                 tensors[name] = tensors[name].to("cpu", dtypes[0])
-        found[site] = from_tensors(tensors)
-    return Adapter(found)
+        update[site] = from_tensors(tensors)
+    return Adapter(update)
 
 
-def _check_sites(trained: Mapping[str, Delta], dealt: Assignment, place: str) -> None:
-    if trained.keys() != dealt.start.keys():
-        missing = sorted(dealt.start.keys() - trained.keys())
-        extra = sorted(trained.keys() - dealt.start.keys())
+def _check_sites(trained: Mapping[str, Delta], sent: Assignment, place: str) -> None:
+    if trained.keys() != sent.start.keys():
+        missing = sorted(sent.start.keys() - trained.keys())
+        extra = sorted(trained.keys() - sent.start.keys())
         raise refusal(
-            place, f"the sites that were dealt; {missing} are missing", extra or "the rest"
+            place, f"the sites that were sent; {missing} are missing", extra or "the rest"
         )

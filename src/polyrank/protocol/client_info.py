@@ -1,9 +1,9 @@
-"""What a node says of itself: whom it hosts, what it offers, on which terms. Never a text."""
+"""What a node says of itself: its clients, its device, what its owner consents to; no texts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, get_args
 
 from polyrank.errors import RecipeError
@@ -11,8 +11,8 @@ from polyrank.planning import DeviceProfile
 from polyrank.protocol import json_fields as reading
 from polyrank.protocol.json_fields import Fields, refusal
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import PROFILES, SizeLimits
-from polyrank.protocol.train_result import REASON_BYTES
+from polyrank.protocol.size_limits import WITHOUT_TENSORS, SizeLimits
+from polyrank.protocol.train_result import REASON_BYTES, shortened
 from polyrank.training.client_data import Part
 
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -35,7 +35,7 @@ class Counts:
 class ClientInfo:
     """A client as its node describes it; `counts` has all three parts, `fingerprint` is opaque."""
 
-    client: str
+    name: str
     category: str
     seen: bool
     counts: Mapping[Part, Counts]
@@ -57,87 +57,84 @@ class ClientPolicy:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """A node: its clients, its device if it was measured, its terms, versions of its libraries.
+class NodeInfo:
+    """A node: its clients, its device if it was measured, its policy, versions of its libraries.
 
     `refusal` is why it cannot take part, if it cannot.
     """
 
-    hosted: tuple[ClientInfo, ...]
+    clients: tuple[ClientInfo, ...]
     device: DeviceProfile | None = None
-    terms: ClientPolicy = field(default_factory=ClientPolicy)
+    policy: ClientPolicy = field(default_factory=ClientPolicy)
     versions: Mapping[str, str] = field(default_factory=dict)
     refusal: str | None = None
 
 
-def write_profile(profile: Profile) -> bytes:
-    """Return the packet of a profile; PacketError if a part is missing or a text is odd."""
-    refused = profile.refusal
+def write_node_info(info: NodeInfo) -> bytes:
+    """Return the packet of a node's description; PacketError if a client lacks a part's counts."""
     fields = {
-        "hosted": [_written(one) for one in profile.hosted],
-        "device": None if profile.device is None else asdict(profile.device),
-        "terms": asdict(profile.terms),
-        "versions": dict(profile.versions),
-        "refusal": None
-        if refused is None
-        else refused.encode("utf-8", "replace")[:REASON_BYTES].decode("utf-8", "ignore"),
+        "hosted": [_written(client) for client in info.clients],
+        "device": None if info.device is None else asdict(info.device),
+        "terms": asdict(info.policy),
+        "versions": dict(info.versions),
+        "refusal": None if info.refusal is None else shortened(info.refusal),
     }
     return pack("profile", fields, {})
 
 
-def _written(one: ClientInfo) -> dict[str, Any]:
-    if one.counts.keys() != set(PARTS):
+def _written(client: ClientInfo) -> dict[str, Any]:
+    if client.counts.keys() != set(PARTS):
         raise refusal(
-            f"profile packet, client {one.client!r}, counts", f"{[*PARTS]}", [*one.counts]
+            f"profile packet, client {client.name!r}, counts", f"{[*PARTS]}", [*client.counts]
         )
     return {
-        "client": one.client,
-        "category": one.category,
-        "seen": one.seen,
-        "counts": {
-            part: [one.counts[part].rows, one.counts[part].tokens, one.counts[part].targets]
-            for part in PARTS
-        },
-        "fingerprint": one.fingerprint,
+        "client": client.name,
+        "category": client.category,
+        "seen": client.seen,
+        "counts": {part: [*astuple(client.counts[part])] for part in PARTS},
+        "fingerprint": client.fingerprint,
     }
 
 
-def read_profile(data: bytes | bytearray | memoryview, bounds: SizeLimits = PROFILES) -> Profile:
-    """Return the profile of a packet, its clients all distinct.
+def read_node_info(
+    data: bytes | bytearray | memoryview, limits: SizeLimits = WITHOUT_TENSORS
+) -> NodeInfo:
+    """Return the node that a packet describes, its clients all distinct.
 
-    Raises PacketError for everything that `write_profile` did not write.
+    Raises PacketError for everything that `write_node_info` did not write.
     """
-    packet = Packet(data, "profile", bounds)
+    packet = Packet(data, "profile", limits)
     fields = packet.fields
     at = fields.at("hosted")
-    hosted = [
-        _hosted(Fields(one, f"{at}, number {number}"))
-        for number, one in enumerate(fields.items("hosted"))
+    clients = [
+        _client(Fields(item, f"{at}, number {number}"))
+        for number, item in enumerate(fields.items("hosted"))
     ]
-    names = [one.client for one in hosted]
-    if len(set(names)) < len(names):
+    if len({client.name for client in clients}) < len(clients):
         raise refusal(at, "each client once", "one that is there twice")
     device = None if fields.gone("device") else _device(fields.table("device"))
-    terms = _terms(fields.table("terms"))
+    policy = _policy(fields.table("terms"))
     versions = {
         reading.name(name, place): reading.name(version, place, 64)
         for name, version, place in fields.table("versions").named()
     }
-    refused = (
-        None if fields.gone("refusal") else reading.told(fields.text("refusal", REASON_BYTES, 0))
+    why = (
+        None
+        if fields.gone("refusal")
+        else reading.displayable(fields.text("refusal", REASON_BYTES, 0))
     )
     packet.close()
-    return Profile(tuple(hosted), device, terms, versions, refused)
+    return NodeInfo(tuple(clients), device, policy, versions, why)
 
 
-def _hosted(fields: Fields) -> ClientInfo:
+def _client(fields: Fields) -> ClientInfo:
     client, category = fields.name("client"), fields.name("category", least=0)
     seen, table = fields.flag("seen"), fields.table("counts")
     counts = {part: _counts(table.items(part), table.at(part)) for part in PARTS}
     table.close()
-    hosted = ClientInfo(client, category, seen, counts, fields.name("fingerprint", 128, 0))
+    info = ClientInfo(client, category, seen, counts, fields.name("fingerprint", 128, 0))
     fields.close()
-    return hosted
+    return info
 
 
 def _counts(values: list[Any], place: str) -> Counts:
@@ -166,11 +163,11 @@ def _device(fields: Fields) -> DeviceProfile:
         raise refusal(fields.place, "what a device can offer", error) from error
 
 
-def _terms(fields: Fields) -> ClientPolicy:
+def _policy(fields: Fields) -> ClientPolicy:
     largest = None if fields.gone("largest_rank") else fields.whole("largest_rank", 1)
     lowest = None if fields.gone("lowest_cut") else fields.whole("lowest_cut", 1)
-    terms = ClientPolicy(
+    policy = ClientPolicy(
         largest, lowest, fields.flag("labels_may_leave"), fields.whole("smallest_count")
     )
     fields.close()
-    return terms
+    return policy

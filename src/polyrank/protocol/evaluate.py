@@ -1,4 +1,4 @@
-"""What clients are asked to score, and what they scored."""
+"""What clients are asked to score, and their scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from polyrank.protocol.adapters import read_adapter, write_adapter
 from polyrank.protocol.client_info import PARTS
 from polyrank.protocol.json_fields import Fields, refusal
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import EXAMS, MARKS, SizeLimits
+from polyrank.protocol.size_limits import WITH_TENSORS, WITHOUT_TENSORS, SizeLimits
 from polyrank.training.client_data import Part
 
 SCORES = ("loss", "exact_match", "rouge_l")
@@ -25,73 +25,80 @@ SCORES = ("loss", "exact_match", "rouge_l")
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """Questions to the clients of one node."""
+    """What the clients of one node are asked to score."""
 
-    questions: tuple[EvaluateQuery, ...]
+    queries: tuple[EvaluateQuery, ...]
 
 
-def write_exam(exam: EvaluateRequest) -> bytes:
-    """Return the packet of an exam; an adapter object that is asked about twice travels once."""
+def write_evaluate_request(request: EvaluateRequest) -> bytes:
+    """Return the packet of a request; an adapter object that several queries have travels once."""
     numbers: dict[int, int] = {}
     adapters: list[Adapter] = []
-    asked = []
-    for one in exam.questions:
-        if one.adapter is not None and id(one.adapter) not in numbers:
-            numbers[id(one.adapter)] = len(adapters)
-            adapters.append(one.adapter)
-        asked.append(
+    written = []
+    for query in request.queries:
+        if query.adapter is not None and id(query.adapter) not in numbers:
+            numbers[id(query.adapter)] = len(adapters)
+            adapters.append(query.adapter)
+        written.append(
             {
-                "adapter": None if one.adapter is None else numbers[id(one.adapter)],
-                "clients": list(one.clients),
-                "part": one.part,
-                "texts": one.texts,
+                "adapter": None if query.adapter is None else numbers[id(query.adapter)],
+                "clients": list(query.clients),
+                "part": query.part,
+                "texts": query.texts,
             }
         )
     tensors: dict[str, Tensor] = {}
     for number, adapter in enumerate(adapters):
         tensors |= write_adapter(f"adapter {number}", adapter)
-    return pack("exam", {"questions": asked, "adapters": len(adapters)}, tensors)
+    return pack("exam", {"questions": written, "adapters": len(adapters)}, tensors)
 
 
-def read_exam(data: bytes | bytearray | memoryview, bounds: SizeLimits = EXAMS) -> EvaluateRequest:
-    """Return the exam of a packet; PacketError for everything that `write_exam` did not write."""
-    packet = Packet(data, "exam", bounds)
+def read_evaluate_request(
+    data: bytes | bytearray | memoryview, limits: SizeLimits = WITH_TENSORS
+) -> EvaluateRequest:
+    """Return the request of a packet.
+
+    Raises PacketError for everything that `write_evaluate_request` did not write.
+    """
+    packet = Packet(data, "exam", limits)
     fields = packet.fields
     items, at = fields.items("questions"), fields.at("questions")
     count = fields.whole("adapters", 0, len(items))
     adapters = [read_adapter(packet, f"adapter {number}") for number in range(count)]
-    questions = [
-        _question(Fields(one, f"{at}, number {number}"), adapters)
-        for number, one in enumerate(items)
+    queries = [
+        _query(Fields(item, f"{at}, number {number}"), adapters)
+        for number, item in enumerate(items)
     ]
     packet.close()
-    return EvaluateRequest(tuple(questions))
+    return EvaluateRequest(tuple(queries))
 
 
-def _question(fields: Fields, adapters: Sequence[Adapter]) -> EvaluateQuery:
+def _query(fields: Fields, adapters: Sequence[Adapter]) -> EvaluateQuery:
     adapter = (
         None if fields.gone("adapter") else adapters[fields.whole("adapter", 0, len(adapters) - 1)]
     )
-    clients = tuple(reading.text(one, fields.at("clients")) for one in fields.items("clients"))
+    clients = tuple(reading.text(item, fields.at("clients")) for item in fields.items("clients"))
     if len(set(clients)) < len(clients):
         raise refusal(fields.at("clients"), "each client once", "one that is there twice")
     part = cast("Part", fields.choice("part", PARTS))
-    question = EvaluateQuery(adapter, clients, part, fields.flag("texts"))
+    query = EvaluateQuery(adapter, clients, part, fields.flag("texts"))
     fields.close()
-    return question
+    return query
 
 
-def write_marks(marks: Sequence[ClientMetrics]) -> bytes:
-    """Return the packet of the marks of an exam's questions; scores that are not finite are null.
+def write_client_metrics(answers: Sequence[ClientMetrics]) -> bytes:
+    """Return the packet of the answers to a request's queries; not finite scores become null.
 
     Raises PacketError for a score that no client is asked for.
     """
     written = [
         {
-            "clients": {client: _written(client, scores) for client, scores in one.clients.items()},
-            "no_room": one.no_room,
+            "clients": {
+                client: _written(client, scores) for client, scores in metrics.clients.items()
+            },
+            "no_room": metrics.no_room,
         }
-        for one in marks
+        for metrics in answers
     ]
     return pack("marks", {"questions": written}, {})
 
@@ -103,47 +110,47 @@ def _written(client: str, scores: Mapping[str, float | None]) -> list[float | No
     return [value if value is not None and math.isfinite(value) else None for value in values]
 
 
-def read_marks(
+def read_client_metrics(
     data: bytes | bytearray | memoryview,
-    exam: EvaluateRequest | None = None,
-    bounds: SizeLimits = MARKS,
+    request: EvaluateRequest | None = None,
+    limits: SizeLimits = WITHOUT_TENSORS,
 ) -> tuple[ClientMetrics, ...]:
-    """Return the marks of a packet, one per question.
+    """Return the answers of a packet, one per query.
 
-    With `exam` there must be as many as it has questions, and of no client but those it asks.
-    Raises PacketError for everything that `write_marks` did not write.
+    With `request` there must be as many as it has queries, and of no client but those it asks.
+    Raises PacketError for everything that `write_client_metrics` did not write.
     """
-    packet = Packet(data, "marks", bounds)
+    packet = Packet(data, "marks", limits)
     fields = packet.fields
     items, at = fields.items("questions"), fields.at("questions")
-    if exam is not None and len(items) != len(exam.questions):
-        raise refusal(at, f"{len(exam.questions)}, as were asked", len(items))
-    found = []
-    for number, one in enumerate(items):
-        clients = None if exam is None else exam.questions[number].clients
-        found.append(_marks(Fields(one, f"{at}, number {number}"), clients))
+    if request is not None and len(items) != len(request.queries):
+        raise refusal(at, f"{len(request.queries)}, as were asked", len(items))
+    answers = []
+    for number, item in enumerate(items):
+        clients = None if request is None else request.queries[number].clients
+        answers.append(_metrics(Fields(item, f"{at}, number {number}"), clients))
     packet.close()
-    return tuple(found)
+    return tuple(answers)
 
 
-def _marks(fields: Fields, clients: Sequence[str] | None) -> ClientMetrics:
+def _metrics(fields: Fields, clients: Sequence[str] | None) -> ClientMetrics:
     asked = None if clients is None else set(clients)
     scores = {}
     for client, values, place in fields.table("clients").named():
         if asked is not None and client not in asked:
             raise refusal(place, "a client that was asked", "another")
         scores[client] = _scores(values, place)
-    marks = ClientMetrics(scores, fields.whole("no_room"))
+    metrics = ClientMetrics(scores, fields.whole("no_room"))
     fields.close()
-    return marks
+    return metrics
 
 
 def _scores(values: object, place: str) -> dict[str, float | None]:
     listed = reading.listed(values, place)
     if len(listed) != len(SCORES):
         raise refusal(place, f"{len(SCORES)} scores", len(listed))
-    bounds = {"loss": (-math.inf, math.inf), "exact_match": (0.0, 1.0), "rouge_l": (0.0, 1.0)}
+    ranges = {"loss": (-math.inf, math.inf), "exact_match": (0.0, 1.0), "rouge_l": (0.0, 1.0)}
     return {
-        name: None if value is None else reading.number(value, f"{place}, {name}", *bounds[name])
+        name: None if value is None else reading.number(value, f"{place}, {name}", *ranges[name])
         for name, value in zip(SCORES, listed, strict=True)
     }

@@ -47,10 +47,10 @@ def parse(text: str, place: str) -> Any:
         raise refusal(place, "JSON, which has finite numbers alone", name)
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
+        table = dict(items)
+        if len(table) < len(items):
             raise refusal(place, "each key once", "a key that is there twice")
-        return found
+        return table
 
     try:
         return json.loads(text, parse_int=whole, parse_constant=constant, object_pairs_hook=pairs)
@@ -73,16 +73,17 @@ def text(value: object, place: str, most: int = NAME_BYTES, least: int = 1) -> s
 
 def name(value: object, place: str, most: int = NAME_BYTES, least: int = 1) -> str:
     """Return a text that can be shown in one line: a terminal would obey what is not printable."""
-    found = text(value, place, most, least)
-    if not found.isprintable() or (least and not found.strip()):
-        raise refusal(place, "printable text", ascii(found[:40]))
-    return found
+    line = text(value, place, most, least)
+    if not line.isprintable() or (least and not line.strip()):
+        raise refusal(place, "printable text", ascii(line[:40]))
+    return line
 
 
-def told(found: str) -> str:
-    """Return a reason that came from elsewhere as it can be shown, its lines kept."""
-    kept = (c if c == "\n" or c.isprintable() or category(c) == "Zs" else "\ufffd" for c in found)
-    return "".join(kept)
+def displayable(reason: str) -> str:
+    """Return a reason that came from elsewhere without control characters, its lines kept."""
+    return "".join(
+        c if c == "\n" or c.isprintable() or category(c) == "Zs" else "\ufffd" for c in reason
+    )
 
 
 def whole(value: object, place: str, least: int = 0, most: int = WHOLE) -> int:

@@ -103,10 +103,10 @@ def _dumped(value: object, place: str) -> str:
 class Packet:
     """A packet that came: its fields, and its tensors, none of which is copied before it is asked.
 
-    Raises PacketError for everything that no `pack` of this kind wrote under these bounds.
+    Raises PacketError for everything that no `pack` of this kind wrote under these limits.
     """
 
-    def __init__(self, data: bytes | bytearray | memoryview, kind: str, bounds: SizeLimits):
+    def __init__(self, data: bytes | bytearray | memoryview, kind: str, limits: SizeLimits):
         self.place = f"{kind} packet"
         _check_machine(self.place)
         try:
@@ -114,17 +114,17 @@ class Packet:
         except (TypeError, BufferError) as error:
             raise refusal(self.place, "bytes", type(data).__name__) from error
         size = len(view)
-        if not _LENGTH <= size <= bounds.nbytes:
-            raise refusal(f"{self.place}, length", f"{_LENGTH} to {bounds.nbytes} bytes", f"{size}")
+        if not _LENGTH <= size <= limits.nbytes:
+            raise refusal(f"{self.place}, length", f"{_LENGTH} to {limits.nbytes} bytes", f"{size}")
         length = int.from_bytes(view[:_LENGTH], "little")
-        most = min(bounds.header, size - _LENGTH)
+        most = min(limits.header, size - _LENGTH)
         if length > most:
             raise refusal(f"{self.place}, length of the header", f"at most {most} bytes", length)
         self._data = view[_LENGTH + length :]
         header = self._header(view[_LENGTH : _LENGTH + length])
         self.fields = self._metadata(header.pop("__metadata__", None), kind)
-        if len(header) > bounds.tensors:
-            raise refusal(f"{self.place}, tensors", f"at most {bounds.tensors}", len(header))
+        if len(header) > limits.tensors:
+            raise refusal(f"{self.place}, tensors", f"at most {limits.tensors}", len(header))
         self._entries = {name: self._entry(name, about) for name, about in header.items()}
         self._check_offsets()
         self._left = set(self._entries)

@@ -26,7 +26,7 @@ class SizeLimits:
 
     @staticmethod
     def of(assignment: Assignment, sites: int = 0) -> SizeLimits:
-        """Return the bounds of an answer to an assignment, whatever dtype it was trained in.
+        """Return the limits of the result of an assignment, whatever dtype it was trained in.
 
         `sites` is the number of the model's sites, as each may come with an importance.
         """
@@ -38,7 +38,7 @@ class SizeLimits:
         return SizeLimits(8 + header + 8 * numbers, header, len(tensors))
 
 
-ORDERS = SizeLimits(2**33, 2**25, 2**18)
-EXAMS = ORDERS
-PROFILES = SizeLimits(2**22, 2**22, 0)
-MARKS = PROFILES
+WITH_TENSORS = SizeLimits(2**33, 2**25, 2**18)
+"""Of requests, which carry adapters."""
+WITHOUT_TENSORS = SizeLimits(2**22, 2**22, 0)
+"""Of what carries names and numbers alone."""

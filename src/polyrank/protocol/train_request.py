@@ -15,7 +15,7 @@ from polyrank.protocol import json_fields as reading
 from polyrank.protocol.adapters import negatives, read_adapter, write_adapter
 from polyrank.protocol.json_fields import Fields, refusal
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import ORDERS, SizeLimits
+from polyrank.protocol.size_limits import WITH_TENSORS, SizeLimits
 from polyrank.rounds.messages import TrainTask
 from polyrank.transport.layout import LONGEST_WAIT
 
@@ -27,7 +27,7 @@ D = TypeVar("D", bound=Delta)
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """A client's task with all that a machine elsewhere must know beside its own settings.
+    """A client's task, with what its machine must know beside its own settings.
 
     `task.assignment` is what the client holds of the assignment: of a split client the part of its
     own sites. `assignment` is the hash of the whole one, which its update must carry. Every
@@ -43,16 +43,16 @@ class TrainRequest:
     access: Credentials | None = None
 
 
-def write_order(order: TrainRequest) -> bytes:
-    """Return the packet of an order.
+def write_train_request(request: TrainRequest) -> bytes:
+    """Return the packet of a request.
 
     A frozen term that is the negative of its start is left out, and made again by the reader.
-    Raises PacketError for an order that no packet can hold.
+    Raises PacketError for a request that no packet can hold.
     """
-    task, assignment = order.task, order.task.assignment
+    task, assignment = request.task, request.task.assignment
     if assignment.scale.keys() != assignment.start.keys():
         raise refusal("order packet, scale", "one of each site that starts", len(assignment.scale))
-    reading.number(order.seconds, "order packet, seconds (faults.deadline)", 0.0, LONGEST_WAIT)
+    reading.number(request.seconds, "order packet, seconds (faults.deadline)", 0.0, LONGEST_WAIT)
     sites, derived = [*assignment.start], negatives(assignment)
     frozen = {site: d for site, d in assignment.frozen.items() if site not in set(derived)}
     penalty = assignment.penalty
@@ -69,11 +69,11 @@ def write_order(order: TrainRequest) -> bytes:
         if penalty is None
         else {"strength": penalty.strength, "keep": dict(penalty.keep)},
         "part": assignment.hash(),
-        "assignment": order.assignment,
-        "score_every": order.score_every,
-        "metric": order.metric,
-        "seconds": order.seconds,
-        "access": None if order.access is None else order.access.to_dict(),
+        "assignment": request.assignment,
+        "score_every": request.score_every,
+        "metric": request.metric,
+        "seconds": request.seconds,
+        "access": None if request.access is None else request.access.to_dict(),
     }
     tensors = {
         **write_adapter("start", assignment.start),
@@ -83,13 +83,15 @@ def write_order(order: TrainRequest) -> bytes:
     return pack("order", fields, tensors)
 
 
-def read_order(data: bytes | bytearray | memoryview, bounds: SizeLimits = ORDERS) -> TrainRequest:
-    """Return the order of a packet, its assignment as it was dealt, bit by bit.
+def read_train_request(
+    data: bytes | bytearray | memoryview, limits: SizeLimits = WITH_TENSORS
+) -> TrainRequest:
+    """Return the request of a packet, its assignment as it was sent, bit by bit.
 
-    Raises PacketError for everything that `write_order` did not write, also for an assignment
-    whose hash is not the one that was sent with it.
+    Raises PacketError for everything that `write_train_request` did not write, also for an
+    assignment whose hash is not the one that was sent with it.
     """
-    packet = Packet(data, "order", bounds)
+    packet = Packet(data, "order", limits)
     fields = packet.fields
     assignment = _assignment(packet)
     part, whole = fields.hash("part"), fields.hash("assignment")
@@ -113,7 +115,7 @@ def read_order(data: bytes | bytearray | memoryview, bounds: SizeLimits = ORDERS
         assignment,
         cut,
     )
-    order = TrainRequest(
+    request = TrainRequest(
         task,
         whole,
         fields.whole("score_every"),
@@ -122,7 +124,7 @@ def read_order(data: bytes | bytearray | memoryview, bounds: SizeLimits = ORDERS
         _access(fields, task),
     )
     packet.close()
-    return order
+    return request
 
 
 def _assignment(packet: Packet) -> Assignment:
@@ -145,13 +147,13 @@ def _assignment(packet: Packet) -> Assignment:
 
 
 def _only(role: str, kind: type[D], adapter: Adapter[Delta], packet: Packet) -> Adapter[D]:
-    found = {}
+    terms = {}
     for site, delta in adapter.items():
         if not isinstance(delta, kind):
             place = f"{packet.place}, {role} at {site!r}"
             raise refusal(place, kind.__name__, type(delta).__name__)
-        found[site] = delta
-    return Adapter(found)
+        terms[site] = delta
+    return Adapter(terms)
 
 
 def _negatives(

@@ -1,4 +1,4 @@
-"""What a client answers an order with: an update, or why there is none."""
+"""What a client answers a train request with: an update, or why there is none."""
 
 from __future__ import annotations
 
@@ -21,76 +21,80 @@ _KINDS: dict[str, FailureKind] = {"failed": "failed", "late": "late", "refused":
 _ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def write_answer(answer: Update | Failure, dealt: Assignment | None = None) -> bytes:
-    """Return the packet of an answer.
+def write_train_result(result: Update | Failure, sent: Assignment | None = None) -> bytes:
+    """Return the packet of a result.
 
-    With `dealt`, the assignment as this client got it, only what was trained travels:
-    ``dealt.travelling(update.adapter)`` bytes of tensors. The reader must be given it too.
+    With `sent`, the assignment as this client got it, only what was trained travels:
+    ``sent.travelling(update.adapter)`` bytes of tensors. The reader must be given it too.
     Raises PacketError if the update changed anything else, or cannot be written.
     """
     about: dict[str, Any] = {
-        "client": answer.client,
-        "round": answer.round,
-        "attempt": answer.attempt,
-        "metrics": _numbers(answer.metrics),
+        "client": result.client,
+        "round": result.round,
+        "attempt": result.attempt,
+        "metrics": _numbers(result.metrics),
     }
-    if isinstance(answer, Failure):
-        written = answer.reason.encode("utf-8", "replace")[:REASON_BYTES]
-        why = {"reason": written.decode("utf-8", "ignore"), "kind": answer.kind}
+    if isinstance(result, Failure):
+        why = {"reason": shortened(result.reason), "kind": result.kind}
         return pack("answer", {**about, **why}, {})
-    if dealt is None:
-        tensors = write_adapter("trained", answer.adapter)
+    if sent is None:
+        tensors = write_adapter("trained", result.adapter)
     else:
-        tensors = write_trained("trained", answer.adapter, dealt, "answer packet")
+        tensors = write_trained("trained", result.adapter, sent, "answer packet")
     fields = {
         **about,
         "reason": None,
-        "assignment": answer.assignment,
-        "examples": answer.examples,
-        "importance": _numbers(answer.importance),
+        "assignment": result.assignment,
+        "examples": result.examples,
+        "importance": _numbers(result.importance),
     }
     return pack("answer", fields, tensors)
 
 
-def read_answer(
-    data: bytes | bytearray | memoryview, bounds: SizeLimits, dealt: Assignment | None = None
-) -> Update | Failure:
-    """Return the answer of a packet; `bounds` are `SizeLimits.of` what was dealt.
+def shortened(reason: str) -> str:
+    """Return a reason of at most `REASON_BYTES` bytes in UTF-8."""
+    return reason.encode("utf-8", "replace")[:REASON_BYTES].decode("utf-8", "ignore")
 
-    With `dealt`, what did not travel is put back from it, and sites, kinds and shapes are those
-    that were dealt. Whether the answer is the one awaited, and its numbers are finite, is left to
-    `Round.accept`. Raises PacketError for everything that `write_answer` did not write.
+
+def read_train_result(
+    data: bytes | bytearray | memoryview, limits: SizeLimits, sent: Assignment | None = None
+) -> Update | Failure:
+    """Return the result of a packet; `limits` are `SizeLimits.of` the assignment that was sent.
+
+    With `sent`, what did not travel is put back from it, and sites, kinds and shapes are its own.
+    Whether the result is the awaited one, and its numbers are finite, is left to `Round.accept`.
+    Raises PacketError for everything that `write_train_result` did not write.
     """
-    packet = Packet(data, "answer", bounds)
+    packet = Packet(data, "answer", limits)
     fields = packet.fields
     client, round = fields.text("client"), fields.whole("round")
     attempt, metrics = fields.whole("attempt"), _read_numbers(fields.table("metrics"))
-    answer: Update | Failure
+    result: Update | Failure
     if not fields.gone("reason"):
-        reason = reading.told(fields.text("reason", REASON_BYTES, 0))
+        reason = reading.displayable(fields.text("reason", REASON_BYTES, 0))
         kind = fields.choice("kind", _KINDS)
-        answer = Failure(client, round, attempt, reason, metrics, _KINDS[kind])
+        result = Failure(client, round, attempt, reason, metrics, _KINDS[kind])
     else:
-        answer = Update(
+        result = Update(
             client=client,
             round=round,
             attempt=attempt,
             assignment=fields.hash("assignment"),
             examples=fields.whole("examples"),
             adapter=read_adapter(packet, "trained")
-            if dealt is None
-            else read_trained(packet, "trained", dealt),
+            if sent is None
+            else read_trained(packet, "trained", sent),
             metrics=metrics,
             importance=_read_numbers(fields.table("importance")),
         )
     packet.close()
-    return answer
+    return result
 
 
-def _numbers(found: Mapping[str, float]) -> dict[str, float | str]:
-    """Return numbers as JSON has them; those that are not finite by name, to be judged there."""
+def _numbers(values: Mapping[str, float]) -> dict[str, float | str]:
+    """Return numbers as JSON has them; those that are not finite by name: the reader judges."""
     return {
-        name: value if math.isfinite(value) else str(float(value)) for name, value in found.items()
+        name: value if math.isfinite(value) else str(float(value)) for name, value in values.items()
     }
 
 

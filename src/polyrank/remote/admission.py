@@ -1,4 +1,4 @@
-"""Who of those that were found takes part, with which type: a recipe's, or a device's plan."""
+"""Which registered clients take part, and with which type: a recipe's, or a device's plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from polyrank.config import Recipe
 from polyrank.errors import RecipeError
 from polyrank.model import LoadedModel
 from polyrank.planning import DeviceProfile, Fleet, Limits, LoRAType
-from polyrank.protocol import Profile
+from polyrank.protocol.client_info import NodeInfo
 from polyrank.remote.registration import ClientRegistry, clients_of, work_of
 from polyrank.run import Planning
 from polyrank.runner.plans import planning_of
@@ -25,10 +25,11 @@ NO_DEVICE = (
 class Admission:
     """The clients that take part, and why the others do not.
 
-    `devices` are those that the recipe does not name, `limits` of any; both by type of the fleet.
+    `devices` are those that the recipe does not name, `limits` those of clients, both by type of
+    the fleet.
     """
 
-    roll: ClientRegistry
+    registry: ClientRegistry
     fleet: Fleet
     devices: Mapping[str, DeviceProfile] = field(default_factory=dict)
     limits: Mapping[str, Limits] = field(default_factory=dict)
@@ -41,92 +42,95 @@ class Admission:
         return planning_of(recipe, model, self.fleet, work, self.devices, self.limits)
 
     def without(self, reasons: Mapping[str, str]) -> Admission:
-        """Return the same without some clients; RecipeError if nobody is left to train."""
-        out = {**self.left_out, **reasons}
-        assigned = {id: name for id, name in self.fleet.assigned.items() if id not in out}
+        """Return the same without some clients; RecipeError if none is left to train."""
+        left_out = {**self.left_out, **reasons}
+        assigned = {id: name for id, name in self.fleet.assigned.items() if id not in left_out}
         if not assigned:
-            raise _nobody(out)
-        homes = {id: node for id, node in self.roll.homes.items() if id not in out}
+            raise _none_left(left_out)
+        node_of = {id: node for id, node in self.registry.node_of.items() if id not in left_out}
         return replace(
             self,
-            roll=replace(self.roll, homes=homes),
+            registry=replace(self.registry, node_of=node_of),
             fleet=replace(self.fleet, assigned=assigned),
-            left_out=out,
+            left_out=left_out,
         )
 
 
-def enrol(recipe: Recipe, roll: ClientRegistry, model: LoadedModel) -> Admission:
-    """Return who takes part of those that were found.
+def admit(recipe: Recipe, registry: ClientRegistry, model: LoadedModel) -> Admission:
+    """Return which of the registered clients take part.
 
     With a plan for the clients' own devices, each is a type of its own. Limits of clients are those
-    of their types: where a recipe names devices, a client with limits has one of its own, alike but
-    for them; where devices change hands, plans know no limits, and the client alone keeps its own.
-    A client whose device cannot take part is left out, unless devices change hands.
+    of their types: where a recipe names devices, a client with limits has a type of its own, with
+    the same device; where devices change hands, plans know no limits, and the client alone keeps
+    its own. A client whose device cannot take part is left out, unless devices change hands.
 
-    Raises RecipeError if nobody is left.
+    Raises RecipeError if none is left.
     """
-    profiles = {
-        one.client: roll.profiles[roll.homes[one.client]] for one in roll.hosted if one.seen
+    nodes = {
+        client.name: registry.nodes[registry.node_of[client.name]]
+        for client in registry.clients
+        if client.seen
     }
     if recipe.devices_of_clients:
-        found = _own(roll, profiles)
+        admission = _with_own_devices(registry, nodes)
     else:
-        found = Admission(roll, recipe.fleet_of(clients_of(roll.hosted)))
+        admission = Admission(registry, recipe.fleet_of(clients_of(registry.clients)))
     if recipe.plan is None:
-        return found
+        return admission
     if not recipe.devices_of_clients:
-        found = _named(recipe, found, {id: _limits(one) for id, one in profiles.items()})
-    while True:  # Who leaves may have had the longest rows, by which all are planned.
-        work = {one.client: work_of(one) for one in found.roll.hosted}
-        unable = found.planning(recipe, model, work).unable()
+        admission = _with_limits(recipe, admission, {id: _limits(n) for id, n in nodes.items()})
+    while True:  # A client that leaves may have had the longest rows, by which all are planned.
+        work = {client.name: work_of(client) for client in admission.registry.clients}
+        unable = admission.planning(recipe, model, work).unable()
         if not unable:
-            return found
-        found = found.without(unable)
+            return admission
+        admission = admission.without(unable)
 
 
-def _own(roll: ClientRegistry, profiles: Mapping[str, Profile]) -> Admission:
-    """Every client with the device that it says it has."""
-    devices, out = {}, {}
-    for client, profile in profiles.items():
+def _with_own_devices(registry: ClientRegistry, nodes: Mapping[str, NodeInfo]) -> Admission:
+    """Give every client the device that it says it has."""
+    devices, left_out = {}, {}
+    for client, node in nodes.items():
         if client == "all":
-            out[client] = "its name means every client in reports; name it otherwise"
-        elif profile.device is None:
-            out[client] = NO_DEVICE
+            left_out[client] = "its name means every client in reports; name it otherwise"
+        elif node.device is None:
+            left_out[client] = NO_DEVICE
         else:
-            devices[client] = replace(profile.device, name=client)
+            devices[client] = replace(node.device, name=client)
     if not devices:
-        raise _nobody(out)
+        raise _none_left(left_out)
     types = {name: LoRAType(name, {"all": 1}) for name in devices}
     fleet = Fleet.table({client: client for client in devices}, types=types)
-    limits = {client: _limits(profiles[client]) for client in devices}
-    return Admission(roll, fleet, devices, limits).without(out)
+    limits = {client: _limits(nodes[client]) for client in devices}
+    return Admission(registry, fleet, devices, limits).without(left_out)
 
 
-def _named(recipe: Recipe, found: Admission, limits: Mapping[str, Limits]) -> Admission:
-    """Every client with the device that the recipe gives it."""
-    fleet, limited = found.fleet, {id: one for id, one in limits.items() if one != Limits()}
+def _with_limits(recipe: Recipe, admission: Admission, limits: Mapping[str, Limits]) -> Admission:
+    """Give every client with limits a type of its own, with the device that the recipe names."""
+    fleet = admission.fleet
+    limited = {client: own for client, own in limits.items() if own != Limits()}
     if not limited or fleet.schedule is not None:
-        return found
+        return admission
+    if recipe.fleet.force is not None:  # All have one plan, which is within the limits of all.
+        common = Limits.of_all([*limited.values()])
+        return replace(admission, limits=dict.fromkeys(fleet.possible, common))
     profiles, types, assigned = recipe.profiles(), dict(fleet.types), dict(fleet.assigned)
-    if recipe.fleet.force is not None:  # Everybody's plan is within everybody's limits.
-        everyone = Limits.of_all([*limited.values()])
-        return replace(found, limits=dict.fromkeys(fleet.possible, everyone))
     devices, by_type = {}, {}
-    for client, one in limited.items():
+    for client, own in limited.items():
         device = assigned[client]
         name = f"{device}, {client}"
         types[name] = LoRAType(name, fleet.types[device].ranks)
         devices[name] = replace(profiles[device], name=name)
-        assigned[client], by_type[name] = name, one
+        assigned[client], by_type[name] = name, own
     fleet = replace(fleet, types=types, assigned=assigned)
-    return replace(found, fleet=fleet, devices=devices, limits=by_type)
+    return replace(admission, fleet=fleet, devices=devices, limits=by_type)
 
 
-def _limits(profile: Profile) -> Limits:
-    terms = profile.terms
-    return Limits(terms.largest_rank, terms.lowest_cut, terms.labels_may_leave)
+def _limits(node: NodeInfo) -> Limits:
+    policy = node.policy
+    return Limits(policy.largest_rank, policy.lowest_cut, policy.labels_may_leave)
 
 
-def _nobody(reasons: Mapping[str, str]) -> RecipeError:
+def _none_left(reasons: Mapping[str, str]) -> RecipeError:
     listed = "\n  ".join(f"{client}: {why}" for client, why in sorted(reasons.items()))
     return RecipeError(f"plan: no client can take part:\n  {listed}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from polyrank.aggregation import Assignment, Update
@@ -11,7 +11,9 @@ from polyrank.algebra import Adapter
 from polyrank.data import sizes
 from polyrank.errors import PacketError, SplitServerError
 from polyrank.model import LoadedModel
-from polyrank.protocol import SizeLimits, TrainRequest, read_answer, write_order
+from polyrank.protocol.size_limits import SizeLimits
+from polyrank.protocol.train_request import TrainRequest, write_train_request
+from polyrank.protocol.train_result import read_train_result
 from polyrank.remote.message_channel import Message, MessageChannel, Reply
 from polyrank.remote.progress import AnswerProgress
 from polyrank.rounds.engine import CutOf, OnStep
@@ -23,64 +25,68 @@ from polyrank.training.split import ServerPartJob, SplitJob, SplitSettings
 from polyrank.transport.remote.credentials import Credentials
 
 LONGEST = 24 * 3600.0
-"""Seconds that an answer may take where the round has no deadline."""
+"""Seconds that a reply may take where the round has no deadline."""
 PATIENCE = 3.0
-"""So many deadlines after it was asked, a client that was late is not listened to any more."""
+"""So many deadlines after its request, a late client's reply is not waited for any more."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A task that was sent, and what its answer may be."""
+class SentTask:
+    """A task that was sent to a machine, and the assignment that its result is checked against.
+
+    `own` is what the client holds of the task's assignment, `time` when it was sent.
+    """
 
     task: TrainTask
     own: Assignment
-    sent: float
+    time: float
 
     @property
     def client(self) -> str:
-        """Who was asked."""
+        """The client that was asked."""
         return self.task.client
 
-    def light(self) -> Asked:
-        """Return it without what is merged into the base, which is large and not answered."""
+    def without_merged(self) -> SentTask:
+        """Return it without what is merged into the base, which is large and not in a result."""
         own = replace(self.own, merged=Adapter({}))
-        return Asked(replace(self.task, assignment=own), own, self.sent)
+        return SentTask(replace(self.task, assignment=own), own, self.time)
 
 
 class RemoteEngine:
-    """Sends tasks to the clients' machines and takes in what comes back.
+    """Sends tasks to the clients' machines and takes in their results.
 
-    `homes` says which machine hosts a client, `work` how much data it has. With `deadline` the
-    clients of a round have so many seconds; who has not answered then is late, and what comes of it
-    in later rounds is passed on as the answer to an earlier one. A split client's tail is trained
-    by the `desk`, whose part is put together with the client's when its answer comes. `tell` is
-    told what happens as it happens.
+    `node_of` says which machine hosts a client, `work` how much data it has. With `deadline` the
+    clients of a round have so many seconds; a client that has not answered then is late, and its
+    result, if it comes in a later round, is passed on as the result of the earlier one. The server
+    trains its part of a split client's model on the `split_server`; it is put together with the
+    client's when its result comes. `tell` is told what happens as it happens.
 
-    Orders are made one by one as they are sent, and answers are passed on one by one as they come;
-    those to clients that share an adapter at the server are kept until all of them have answered.
+    Requests are made one by one as they are sent, and results are passed on one by one as they
+    come; those of clients that share an adapter at the server are kept until all have come.
     """
 
     cohort = 1
 
     def __init__(
         self,
-        post: MessageChannel,
-        homes: Mapping[str, int],
+        channel: MessageChannel,
+        node_of: Mapping[str, int],
         model: LoadedModel,
         work: Mapping[str, ClientWork],
         local: LocalTraining,
         split: SplitSettings,
         deadline: float | None = None,
-        desk: SplitServerHandle | None = None,
+        split_server: SplitServerHandle | None = None,
         tell: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._post, self._homes, self._desk, self._tell = post, homes, desk, tell
+        self._channel, self._node_of = channel, node_of
+        self._split_server, self._tell = split_server, tell
         self._clock = clock
         self._model, self._work, self._local, self._split = model, work, local, split
         self._seconds = deadline or LONGEST
         self.scoring = Scoring(0)
-        self._late: dict[str, Asked] = {}
+        self._late: dict[str, SentTask] = {}
 
     def cohorts(self, clients: Sequence[str], cut_of: CutOf) -> list[list[str]]:
         """Return each client on its own, but those that share one adapter at the server as one."""
@@ -92,91 +98,92 @@ class RemoteEngine:
 
     def close(self) -> None:
         """Stop the split server, if there is one."""
-        if self._desk is not None:
-            self._desk.stop()
+        if self._split_server is not None:
+            self._split_server.stop()
 
     def run(
         self, groups: Sequence[Sequence[TrainTask]], on_step: OnStep
     ) -> Iterator[Update | Failure]:
-        """Yield the answers as they come, and failures of those that are lost or late."""
+        """Yield the results as they come, and failures of those that are lost or late."""
         tasks = [task for group in groups for task in group]
         if not tasks:
             return
         split = [task for task in tasks if task.cut is not None]
         try:
-            accesses = self._opened(split)
-            yield from self._round(tasks, accesses, on_step)
+            credentials = self._opened(split)
+            yield from self._round(tasks, credentials, on_step)
         finally:
-            if split and self._desk is not None:
-                self._desk.close()
+            if split and self._split_server is not None:
+                self._split_server.close()
 
     def _round(
         self,
         tasks: Sequence[TrainTask],
-        accesses: Mapping[str, Credentials | str],
+        credentials: Mapping[str, Credentials | str],
         on_step: OnStep,
     ) -> Iterator[Update | Failure]:
         began = self._clock()
         self._forget(began)
-        waiting: dict[str, Asked] = {}
-        for one, ticket in self._sent(tasks, accesses):
-            if ticket is not None:
-                waiting[ticket] = one
+        waiting: dict[str, SentTask] = {}
+        for sent, message_id in self._sent(tasks, credentials):
+            if message_id is not None:
+                waiting[message_id] = sent
                 continue
-            reason = accesses.get(one.client)
+            reason = credentials.get(sent.client)
             why = reason if isinstance(reason, str) else "its machine cannot be reached"
-            self._tell(f"{one.client}: {why}")
-            self._leave(one)
-            yield self._failure(one, why, "lost")
-        self._tell(f"asked {len(waiting)} clients: {_names(waiting.values())}")
-        together: list[tuple[Asked, Update]] = []
-        watch, over = AnswerProgress(began), False
-        while waiting and not over:  # What has come by the deadline is looked at, at least once.
+            self._tell(f"{sent.client}: {why}")
+            self._leave(sent)
+            yield self._failure(sent, why, "lost")
+        names = ", ".join(sorted(sent.client for sent in waiting.values()))
+        self._tell(f"asked {len(waiting)} clients: {names}")
+        together: list[tuple[SentTask, Update]] = []
+        progress, over = AnswerProgress(began), False
+        while waiting and not over:  # What has come by the deadline is read, at least once.
             over = self._clock() - began >= self._seconds
             if on_step is not None:
                 on_step()
-            tickets = {t: self._homes[one.client] for t, one in (self._late | waiting).items()}
-            for delivery in self._post.receive(tickets):
-                if delivery.ticket in self._late:
-                    answer = self._read(self._late.pop(delivery.ticket), delivery)
-                    self._tell(f"{answer.client}: an answer to round {answer.round} came too late")
-                    yield answer
+            nodes = {m: self._node_of[sent.client] for m, sent in (self._late | waiting).items()}
+            for reply in self._channel.receive(nodes):
+                if reply.message_id in self._late:
+                    result = self._read(self._late.pop(reply.message_id), reply)
+                    self._tell(f"{result.client}: an answer to round {result.round} came too late")
+                    yield result
                     continue
-                one = waiting.pop(delivery.ticket)
-                watch.answered(self._clock())
-                answer = self._read(one, delivery)
-                self._tell(self._told(one, answer, delivery, self._clock() - began))
-                if isinstance(answer, Update) and one.task.cut is not None:
+                sent = waiting.pop(reply.message_id)
+                progress.answered(self._clock())
+                result = self._read(sent, reply)
+                self._tell(self._described(sent, result, reply, self._clock() - began))
+                if isinstance(result, Update) and sent.task.cut is not None:
                     if self._split.adapters == "shared":  # Trained on while others are at work.
-                        together.append((one, answer))
+                        together.append((sent, result))
                         continue
-                    answer = self._whole(one, answer)
+                    result = self._with_server_part(sent, result)
                 else:
-                    self._leave(one)
-                yield answer
-            names = [one.client for one in waiting.values()]
-            for line in watch.lines(self._clock(), names, self._status()):
+                    self._leave(sent)
+                yield result
+            clients = [sent.client for sent in waiting.values()]
+            for line in progress.lines(self._clock(), clients, self._status()):
                 self._tell(line)
-        for ticket, one in waiting.items():
-            self._late[ticket] = one.light()
-            self._leave(one)
-            self._tell(f"{one.client}: no answer within {self._seconds:.0f} s")
-            yield self._failure(one, f"no answer within {self._seconds:.0f} s", "late")
-        for one, update in together:
-            yield self._whole(one, update)
+        for message_id, sent in waiting.items():
+            self._late[message_id] = sent.without_merged()
+            self._leave(sent)
+            self._tell(f"{sent.client}: no answer within {self._seconds:.0f} s")
+            yield self._failure(sent, f"no answer within {self._seconds:.0f} s", "late")
+        for sent, update in together:
+            yield self._with_server_part(sent, update)
 
     def _status(self) -> Mapping[str, ClientStatus]:
-        return {} if self._desk is None else self._desk.status()
+        return {} if self._split_server is None else self._split_server.status()
 
-    def _leave(self, one: Asked) -> None:
-        """Give up the tail of a client without a usable answer, so that no other waits for it."""
-        if one.task.cut is not None and self._desk is not None:
-            self._desk.leave(one.client)
+    def _leave(self, sent: SentTask) -> None:
+        """Give up the server's part of a client without a usable result; no other waits for it."""
+        if sent.task.cut is not None and self._split_server is not None:
+            self._split_server.leave(sent.client)
 
     def _forget(self, now: float) -> None:
-        """Listen no more to clients that were late long ago: their machines may be gone."""
+        """Forget clients that were late long ago: their machines may be gone."""
         oldest = now - PATIENCE * self._seconds
-        self._late = {t: one for t, one in self._late.items() if one.sent > oldest}
+        self._late = {m: sent for m, sent in self._late.items() if sent.time > oldest}
 
     # --- what is sent ---
 
@@ -192,12 +199,12 @@ class RemoteEngine:
         )
 
     def _opened(self, tasks: Sequence[TrainTask]) -> Mapping[str, Credentials | str]:
-        """Return how the split clients reach their tails, or why they cannot."""
+        """Open the split server's round; return each client's credentials, or why it has none."""
         if not tasks:
             return {}
-        if self._desk is None:
+        if self._split_server is None:
             raise SplitServerError("a client's model is cut, and there is no split server")
-        jobs = [self._tail_job(task) for task in tasks]
+        jobs = [self._server_job(task) for task in tasks]
         tokens = {
             task.client: self._local.batch
             * max(size.tokens for size in sizes(self._work[task.client].rows["train"]))
@@ -206,101 +213,98 @@ class RemoteEngine:
         first = tasks[0]
         merged = first.assignment.merged
         work = OpenRound(first.round, first.attempt, jobs, merged, tokens, self._seconds)
-        return self._desk.open(work)
+        return self._split_server.open(work)
 
-    def _tail_job(self, task: TrainTask) -> ServerPartJob:
+    def _server_job(self, task: TrainTask) -> ServerPartJob:
         if task.cut is None:
             raise SplitServerError(f"client {task.client!r}: it is not cut, so it has no tail")
         whole = SplitJob(self._job(task), task.cut, task.round, task.attempt)
-        tail = whole.at_server(self._model)
-        return replace(tail, assignment=replace(tail.assignment, merged=Adapter({})))
+        job = whole.at_server(self._model)
+        return replace(job, assignment=replace(job.assignment, merged=Adapter({})))
 
     def _sent(
-        self, tasks: Sequence[TrainTask], accesses: Mapping[str, Credentials | str]
-    ) -> list[tuple[Asked, str | None]]:
-        """Send every client's order; return what was asked, each with its ticket if it went."""
+        self, tasks: Sequence[TrainTask], credentials: Mapping[str, Credentials | str]
+    ) -> list[tuple[SentTask, str | None]]:
+        """Send every client's request; return each task with its message's id if it went."""
         now = self._clock()
-        asked = [Asked(task, self._own(task), now) for task in tasks]
-        open_ = [one for one in asked if not isinstance(accesses.get(one.client), str)]
-        letters = (self._letter(one, accesses.get(one.client)) for one in open_)
-        tickets = self._post.send(letters, self._seconds)
-        by_client = {one.client: t for one, t in zip(open_, tickets, strict=True)}
-        return [(one, by_client.get(one.client)) for one in asked]
+        tasks_sent = [SentTask(task, self._own(task), now) for task in tasks]
+        open_ = [sent for sent in tasks_sent if not isinstance(credentials.get(sent.client), str)]
+        messages = (self._message(sent, credentials.get(sent.client)) for sent in open_)
+        ids = self._channel.send(messages, self._seconds)
+        by_client = {sent.client: m for sent, m in zip(open_, ids, strict=True)}
+        return [(sent, by_client.get(sent.client)) for sent in tasks_sent]
 
-    def _letter(self, one: Asked, access: Credentials | str | None) -> Message:
-        order = TrainRequest(
-            replace(one.task, assignment=one.own),
-            one.task.assignment.hash(),
+    def _message(self, sent: SentTask, credentials: Credentials | str | None) -> Message:
+        request = TrainRequest(
+            replace(sent.task, assignment=sent.own),
+            sent.task.assignment.hash(),
             self.scoring.every,
             self.scoring.metric,
             self._seconds,
-            None if isinstance(access, str) else access,
+            None if isinstance(credentials, str) else credentials,
         )
-        return Message(self._homes[one.client], "train", write_order(order))
+        return Message(self._node_of[sent.client], "train", write_train_request(request))
 
     def _own(self, task: TrainTask) -> Assignment:
         """Return what is sent of an assignment: that of the sites that the client holds."""
         if task.cut is None:
             return task.assignment
-        spec, held = self._model.spec, task.cut.at_client(self._model.spec.blocks)
-        return task.assignment.only({site.name for site in spec.sites if site.block in held})
+        spec, blocks = self._model.spec, task.cut.at_client(self._model.spec.blocks)
+        return task.assignment.only({site.name for site in spec.sites if site.block in blocks})
 
     # --- what comes back ---
 
-    def _read(self, one: Asked, delivery: Reply) -> Update | Failure:
-        """Return the answer that came to a task, or a failure that says why it is none."""
-        if delivery.payload is None:
-            return self._failure(one, delivery.lost or "its machine gave no answer", "lost")
+    def _read(self, sent: SentTask, reply: Reply) -> Update | Failure:
+        """Return the result that came of a task, or a failure that says why it is none."""
+        if reply.payload is None:
+            return self._failure(sent, reply.error or "its machine gave no answer", "lost")
+        limits = SizeLimits.of(sent.own, len(self._model.spec.sites))
         try:
-            answer = read_answer(delivery.payload, self._bounds(one), one.own)
+            result = read_train_result(reply.payload, limits, sent.own)
         except PacketError as error:
-            return self._failure(one, str(error), "invalid")
-        if answer.client != one.client:
-            return self._failure(one, f"it answers as client {answer.client!r}", "invalid")
-        asked = (one.task.round, one.task.attempt)
-        if (answer.round, answer.attempt) != asked:
+            return self._failure(sent, str(error), "invalid")
+        if result.client != sent.client:
+            return self._failure(sent, f"it answers as client {result.client!r}", "invalid")
+        asked = (sent.task.round, sent.task.attempt)
+        if (result.round, result.attempt) != asked:
             return self._failure(
-                one,
+                sent,
                 f"it was asked in round {asked[0]}, attempt {asked[1]}, and answers round "
-                f"{answer.round}, attempt {answer.attempt}",
+                f"{result.round}, attempt {result.attempt}",
                 "invalid",
             )
-        return answer
+        return result
 
-    def _bounds(self, one: Asked) -> SizeLimits:
-        return SizeLimits.of(one.own, len(self._model.spec.sites))
-
-    def _whole(self, one: Asked, update: Update) -> Update | Failure:
+    def _with_server_part(self, sent: SentTask, update: Update) -> Update | Failure:
         """Return a split client's update with what the split server trained for it."""
-        if self._desk is None:
+        if self._split_server is None:
             raise SplitServerError("a client's model is cut, and there is no split server")
         try:
-            tail = self._desk.collect(one.client)
+            part = self._split_server.collect(sent.client)
         except SplitServerError as error:
-            self._tell(f"{one.client}: {error}")
-            self._leave(one)
-            return self._failure(one, str(error), "lost")
-        sites = one.task.assignment.start
-        both = Adapter({**update.adapter, **tail.adapter})
-        traffic = {"wire_up": float(tail.traffic.up), "wire_down": float(tail.traffic.down)}
+            self._tell(f"{sent.client}: {error}")
+            self._leave(sent)
+            return self._failure(sent, str(error), "lost")
+        sites = sent.task.assignment.start
+        both = Adapter({**update.adapter, **part.adapter})
+        traffic = {"wire_up": float(part.traffic.up), "wire_down": float(part.traffic.down)}
         return replace(
             update,
             adapter=both.restrict([site for site in sites if site in both]),
             metrics={**update.metrics, **traffic},
-            importance={**update.importance, **tail.importance},
+            importance={**update.importance, **part.importance},
         )
 
-    def _failure(self, one: Asked, reason: str, kind: FailureKind) -> Failure:
-        task = one.task
+    def _failure(self, sent: SentTask, reason: str, kind: FailureKind) -> Failure:
+        task = sent.task
         return Failure(task.client, task.round, task.attempt, reason, kind=kind)
 
-    def _told(self, one: Asked, answer: Update | Failure, delivery: Reply, seconds: float) -> str:
-        if isinstance(answer, Failure):
-            return f"{one.client}: {answer.kind} after {seconds:.1f} s: {answer.reason}"
-        size = len(delivery.payload or b"") / 2**20
-        loss = answer.metrics.get("loss", float("nan"))
-        return f"{one.client}: update of {size:.2f} MiB after {seconds:.1f} s, loss {loss:.4f}"
-
-
-def _names(asked: Iterable[Asked]) -> str:
-    return ", ".join(sorted(one.client for one in asked))
+    def _described(
+        self, sent: SentTask, result: Update | Failure, reply: Reply, seconds: float
+    ) -> str:
+        """Return a line that says what came of a task, and when."""
+        if isinstance(result, Failure):
+            return f"{sent.client}: {result.kind} after {seconds:.1f} s: {result.reason}"
+        size = len(reply.payload or b"") / 2**20
+        loss = result.metrics.get("loss", float("nan"))
+        return f"{sent.client}: update of {size:.2f} MiB after {seconds:.1f} s, loss {loss:.4f}"

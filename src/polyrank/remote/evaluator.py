@@ -8,62 +8,68 @@ from collections.abc import Callable, Mapping, Sequence
 from polyrank.errors import PacketError
 from polyrank.evaluation.clients import ClientMetrics
 from polyrank.evaluation.evaluator import EvaluateQuery
-from polyrank.protocol import EvaluateRequest, read_marks, write_exam
+from polyrank.protocol.evaluate import EvaluateRequest, read_client_metrics, write_evaluate_request
 from polyrank.remote.message_channel import Message, MessageChannel
 
 
 class RemoteEvaluator:
-    """Asks every machine once for all that is wanted of its clients.
+    """Asks every machine once for all scores that are wanted of its clients.
 
-    `homes` says which machine hosts a client. Clients whose model is cut hold only some of its
+    `node_of` says which machine hosts a client. Clients whose model is cut hold only some of its
     blocks and cannot score it: they are left out, and so are those whose machine does not answer
     within `seconds`, which `tell` is told.
     """
 
     def __init__(
         self,
-        post: MessageChannel,
-        homes: Mapping[str, int],
+        channel: MessageChannel,
+        node_of: Mapping[str, int],
         seconds: float,
         tell: Callable[[str], None],
         on_step: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._post, self._homes = post, homes
+        self._channel, self._node_of = channel, node_of
         self._seconds, self._tell, self._on_step, self._clock = seconds, tell, on_step, clock
         self._unscored: set[str] = set()
 
     def evaluate(self, queries: Sequence[EvaluateQuery]) -> list[ClientMetrics]:
-        """Return each query's metrics of the clients that could be asked and answered."""
-        self._tell_unscored({id for one in queries for id in one.clients if id in one.cut})
-        found: list[dict[str, Mapping[str, float | None]]] = [{} for _ in queries]
+        """Return each query's scores of the clients that could be asked and answered."""
+        self._tell_unscored({id for query in queries for id in query.clients if id in query.cut})
+        scores: list[dict[str, Mapping[str, float | None]]] = [{} for _ in queries]
         no_room = [0] * len(queries)
-        places: dict[int, list[int]] = {}
-        exams: dict[int, EvaluateRequest] = {}
-        for node in sorted({self._homes[id] for one in queries for id in one.clients}):
-            asked = []
-            for place, one in enumerate(queries):
-                here = tuple(
-                    id for id in one.clients if self._homes[id] == node and id not in one.cut
-                )
-                if here:
-                    asked.append(EvaluateQuery(one.adapter, here, one.part, one.texts))
-                    places.setdefault(node, []).append(place)
-            if asked:
-                exams[node] = EvaluateRequest(tuple(asked))
-        for node, payload in self._asked(exams):
+        requests, places = self._requests(queries)
+        for node, payload in self._payloads(requests):
             try:
-                marks = read_marks(payload, exams[node])
+                answers = read_client_metrics(payload, requests[node])
             except PacketError as error:
                 self._tell(f"scores of machine {node} are not used: {error}")
                 continue
-            for place, scored in zip(places[node], marks, strict=True):
-                found[place] |= scored.clients
-                no_room[place] += scored.no_room
+            for place, metrics in zip(places[node], answers, strict=True):
+                scores[place] |= metrics.clients
+                no_room[place] += metrics.no_room
         return [
-            ClientMetrics({id: each[id] for id in one.clients if id in each}, none)
-            for one, each, none in zip(queries, found, no_room, strict=True)
+            ClientMetrics({id: each[id] for id in query.clients if id in each}, none)
+            for query, each, none in zip(queries, scores, no_room, strict=True)
         ]
+
+    def _requests(
+        self, queries: Sequence[EvaluateQuery]
+    ) -> tuple[dict[int, EvaluateRequest], dict[int, list[int]]]:
+        """Return what each machine is asked, and which of the queries these are."""
+        requests, places = {}, {}
+        for node in sorted({self._node_of[id] for query in queries for id in query.clients}):
+            own, numbers = [], []
+            for number, query in enumerate(queries):
+                here = tuple(
+                    id for id in query.clients if self._node_of[id] == node and id not in query.cut
+                )
+                if here:
+                    own.append(EvaluateQuery(query.adapter, here, query.part, query.texts))
+                    numbers.append(number)
+            if own:
+                requests[node], places[node] = EvaluateRequest(tuple(own)), numbers
+        return requests, places
 
     def _tell_unscored(self, clients: set[str]) -> None:
         if clients - self._unscored:
@@ -71,27 +77,31 @@ class RemoteEvaluator:
             self._tell(f"not scored, for they hold only some blocks of the model: {names}")
         self._unscored |= clients
 
-    def _asked(self, exams: Mapping[int, EvaluateRequest]) -> list[tuple[int, bytes]]:
-        """Return the packets that come back in time, by machine."""
+    def _payloads(self, requests: Mapping[int, EvaluateRequest]) -> list[tuple[int, bytes]]:
+        """Send the requests; return the packets that come back in time, by machine."""
         until = self._clock() + self._seconds
-        letters = (Message(node, "evaluate", write_exam(exam)) for node, exam in exams.items())
+        messages = (
+            Message(node, "evaluate", write_evaluate_request(request))
+            for node, request in requests.items()
+        )
+        ids = self._channel.send(messages, self._seconds)
         waiting: dict[str, int] = {}
-        for node, ticket in zip(exams, self._post.send(letters, self._seconds), strict=True):
-            if ticket is None:
+        for node, message_id in zip(requests, ids, strict=True):
+            if message_id is None:
                 self._tell(f"machine {node} has no scores: it cannot be reached")
             else:
-                waiting[ticket] = node
+                waiting[message_id] = node
         self._tell(f"asked {len(waiting)} machines for scores")
-        came, over = [], False
+        payloads, over = [], False
         while waiting and not over:
             self._on_step()
             over = self._clock() >= until
-            for delivery in self._post.receive(waiting):
-                node = waiting.pop(delivery.ticket)
-                if delivery.payload is None:
-                    self._tell(f"machine {node} has no scores: {delivery.lost}")
+            for reply in self._channel.receive(waiting):
+                node = waiting.pop(reply.message_id)
+                if reply.payload is None:
+                    self._tell(f"machine {node} has no scores: {reply.error}")
                 else:
-                    came.append((node, delivery.payload))
+                    payloads.append((node, reply.payload))
         for node in waiting.values():
             self._tell(f"machine {node} has no scores: none came within {self._seconds:.0f} s")
-        return came
+        return payloads

@@ -1,4 +1,4 @@
-"""How messages reach the machines of clients, whoever carries them."""
+"""How messages reach the clients' machines, over any network library."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for the letter of this ticket: a packet, or the reason why there is none."""
+    """The reply to the message of this id: a packet, or `error`, the reason why there is none."""
 
-    ticket: str
+    message_id: str
     payload: bytes | None
-    lost: str | None = None
+    error: str | None = None
 
 
 class MessageChannel(Protocol):
-    """Carries letters to machines, and brings back one answer to each, or says that it is lost."""
+    """Carries messages to machines; brings back one reply to each, or says why there is none."""
 
     @property
     def simulated(self) -> bool:
@@ -40,16 +40,16 @@ class MessageChannel(Protocol):
         """Return the machines that can be reached now."""
         ...
 
-    def send(self, letters: Iterable[Message], seconds: float) -> list[str | None]:
-        """Send letters that need no answer after so many seconds; return a ticket for each.
+    def send(self, messages: Iterable[Message], seconds: float) -> list[str | None]:
+        """Send messages that need no reply after so many seconds; return an id for each.
 
-        None where the machine cannot be reached. Letters are taken one by one, as they are large.
+        None where the machine cannot be reached. Messages are taken one by one: they are large.
         """
         ...
 
-    def receive(self, tickets: Mapping[str, int]) -> Iterable[Reply]:
-        """Yield what has come for these tickets since; waits a moment if there is nothing.
+    def receive(self, message_ids: Mapping[str, int]) -> Iterable[Reply]:
+        """Yield the replies to these messages that have come since; wait a moment if none has.
 
-        Nothing is delivered twice.
+        `message_ids` give each message's machine. No reply is yielded twice.
         """
         ...

@@ -1,4 +1,4 @@
-"""What there is to tell of a round while its answers are awaited."""
+"""What a user is told of a round while its results are awaited."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from polyrank.split_server.interface import ClientStatus
 EVERY = 30.0
 """Seconds between two reports of how far split clients are."""
 LEAST = 10.0
-"""Seconds before which nobody is called slow."""
+"""Seconds before which no client is called slow."""
 
 
 class AnswerProgress:
@@ -31,27 +31,27 @@ class AnswerProgress:
     def lines(
         self, now: float, waiting: Collection[str], status: Mapping[str, ClientStatus]
     ) -> list[str]:
-        """Return what is new: who has taken twice as long as half of the others, and steps."""
-        told = []
+        """Return new lines: clients that take twice as long as half of the others, and steps."""
+        lines = []
         slow = self._stragglers(now, waiting)
         if slow:
             self._slow |= slow
-            told.append(f"still waiting for {', '.join(sorted(slow))}")
+            lines.append(f"still waiting for {', '.join(sorted(slow))}")
         if now - self._told >= EVERY:
             self._told = now
-            told += [
-                f"{client}: step {one.step} of {one.steps}, {one.up / 2**20:.1f} MiB up, "
-                f"{one.down / 2**20:.1f} MiB down{'' if one.connected else ', not connected'}"
-                for client, one in sorted(status.items())
+            lines += [
+                f"{client}: step {at.step} of {at.steps}, {at.up / 2**20:.1f} MiB up, "
+                f"{at.down / 2**20:.1f} MiB down{'' if at.connected else ', not connected'}"
+                for client, at in sorted(status.items())
                 if client in waiting
             ]
-        return told
+        return lines
 
     def _stragglers(self, now: float, waiting: Collection[str]) -> set[str]:
-        """Who is waited for twice as long as half of those that have answered took."""
-        fresh = set(waiting) - self._slow
-        if not fresh or len(self._answers) < len(waiting):
+        """The clients that take twice as long as half of those that have answered, once each."""
+        new = set(waiting) - self._slow
+        if not new or len(self._answers) < len(waiting):
             return set()
         if now - self._began < max(LEAST, 2 * statistics.median(self._answers)):
             return set()
-        return fresh
+        return new

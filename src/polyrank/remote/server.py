@@ -13,21 +13,21 @@ import torch
 from rich.console import Console
 
 from polyrank.config import Recipe
+from polyrank.config.app import AppSettings
 from polyrank.config.differences import differences
-from polyrank.config.flower import AppSettings
 from polyrank.config.reading import listed
 from polyrank.data import Clients, Skipped
 from polyrank.errors import FolderExistsError, FolderInUseError, RecipeError
 from polyrank.evaluation import Benchmark, Evaluator
 from polyrank.model import LoadedModel
 from polyrank.planning import DeviceProfile, Fleet, Limits
-from polyrank.protocol import Profile
-from polyrank.remote.admission import Admission, enrol
+from polyrank.protocol.client_info import NodeInfo
+from polyrank.remote.admission import Admission, admit
 from polyrank.remote.engine import LONGEST, RemoteEngine
 from polyrank.remote.evaluator import RemoteEvaluator
 from polyrank.remote.hosting import NO_CLIENT_FILES
 from polyrank.remote.message_channel import MessageChannel
-from polyrank.remote.registration import ClientRegistry, call, clients_of, work_of
+from polyrank.remote.registration import ClientRegistry, clients_of, discover, work_of
 from polyrank.report.console import show
 from polyrank.report.progress import RunProgress
 from polyrank.rounds import Engine
@@ -48,8 +48,8 @@ WHERE_THE_MODEL_IS = ("model.source", "model.revision", "model.device")
 """Keys that may differ when a run goes on: run.json tells whether it is the same model."""
 
 
-def serve(recipe: Recipe, settings: AppSettings, post: MessageChannel, run: str) -> Outcome:
-    """Carry out a recipe with the clients that `post` reaches: a new run, or one that was begun.
+def serve(recipe: Recipe, settings: AppSettings, channel: MessageChannel, run: str) -> Outcome:
+    """Carry out a recipe with the clients that `channel` reaches: a new run, or one that was begun.
 
     A new run takes a new folder, ``app.out`` or one in ``runs``, seen from where the server was
     started; with ``app.resume`` the run in ``app.out`` goes on. What happens is shown on stderr as
@@ -59,7 +59,7 @@ def serve(recipe: Recipe, settings: AppSettings, post: MessageChannel, run: str)
     with clients elsewhere, for settings that are not those of the run that is to go on, or if too
     few clients come.
     """
-    check(recipe, settings, simulated=post.simulated)
+    check(recipe, settings, simulated=channel.simulated)
     folder = folder_of(recipe, settings)
     recipe = recipe_to_resume(recipe, folder) if settings.resume else recipe.resolved()
     torch.set_num_threads(recipe.engine.threads)
@@ -69,7 +69,7 @@ def serve(recipe: Recipe, settings: AppSettings, post: MessageChannel, run: str)
         invocation = Invocation(terminal, lambda: False, settings.allow_inexact)
         console.print(f"run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
         with resumable(folder, folder / RECIPE, flower_resumes(folder)):
-            parts = RemoteParts(recipe, settings, post, run, invocation, console)
+            parts = RemoteParts(recipe, settings, channel, run, invocation, console)
             if settings.resume:
                 wait_for(folder, parts.tell)
             parts.tell_deadline()
@@ -164,14 +164,14 @@ class RemoteParts:
         self,
         recipe: Recipe,
         settings: AppSettings,
-        post: MessageChannel,
+        channel: MessageChannel,
         run: str,
         invocation: Invocation,
         console: Console,
     ):
         self._recipe, self._invocation = recipe, invocation
         self.base: str | None = None
-        self._settings, self._post, self._run, self._console = settings, post, run, console
+        self._settings, self._channel, self._run, self._console = settings, channel, run, console
 
     def tell(self, line: str) -> None:
         """Show what happens, as it happens."""
@@ -187,61 +187,60 @@ class RemoteParts:
             )
 
     @cached_property
-    def enrolled(self) -> Admission:
-        """Who takes part, once all that are wanted are there."""
+    def admission(self) -> Admission:
+        """The clients that take part, once all that are wanted are there."""
         self._invocation.listener.loading("clients")
         recipe, settings = self._recipe, self._settings
-        found = call(
-            self._post,
+        registry = discover(
+            self._channel,
             recipe.fleet.clients,
             settings.clients,
             settings.wait,
             self.tell,
             self._invocation.check_stop,
             self._fits,
-            complete=self._post.simulated,
         )
-        enrolled = enrol(recipe, found, self.model)
-        for client, why in enrolled.left_out.items():
+        admission = admit(recipe, registry, self.model)
+        for client, why in admission.left_out.items():
             self.tell(f"{client} takes no part: {why}")
-        return enrolled
+        return admission
 
     @property
-    def roll(self) -> ClientRegistry:
+    def registry(self) -> ClientRegistry:
         """The machines and their clients that take part."""
-        return self.enrolled.roll
+        return self.admission.registry
 
     @property
     def left_out(self) -> Mapping[str, str]:
         """The clients that take no part, with the reasons."""
-        return self.enrolled.left_out
+        return self.admission.left_out
 
     @cached_property
     def fleet(self) -> Fleet:
         """The fleet, not forced to one type."""
-        return self.enrolled.fleet
+        return self.admission.fleet
 
     @property
     def devices(self) -> Mapping[str, DeviceProfile]:
         """The devices that the clients say they have."""
-        return self.enrolled.devices
+        return self.admission.devices
 
     @property
     def limits(self) -> Mapping[str, Limits]:
         """The limits that the clients' owners set, by type of the fleet."""
-        return self.enrolled.limits
+        return self.admission.limits
 
-    def _fits(self, profile: Profile) -> str | None:
+    def _fits(self, node: NodeInfo) -> str | None:
         """Say why a machine cannot take part: it would train another model."""
-        ours, theirs = config_fingerprint(self.model), profile.versions.get("model")
+        ours, theirs = config_fingerprint(self.model), node.versions.get("model")
         if theirs == ours:
             return None
         return f"it has another model than {self.model.source}: its configuration differs"
 
     @cached_property
     def clients(self) -> Clients:
-        """Who takes part."""
-        return clients_of(self.roll.hosted)
+        """The clients that take part, without their examples."""
+        return clients_of(self.registry.clients)
 
     @cached_property
     def model(self) -> LoadedModel:
@@ -261,7 +260,7 @@ class RemoteParts:
     @cached_property
     def prepared(self) -> tuple[Mapping[str, ClientWork], Skipped]:
         """The clients' sizes."""
-        return {one.client: work_of(one) for one in self.roll.hosted}, Skipped()
+        return {client.name: work_of(client) for client in self.registry.clients}, Skipped()
 
     @cached_property
     def benchmark(self) -> Benchmark | None:
@@ -269,30 +268,30 @@ class RemoteParts:
         return self._recipe.benchmark_of(self.model)
 
     def executors(self, fleet: Fleet) -> tuple[Engine, Evaluator]:
-        """Return who trains and scores the fleet's clients: their own machines."""
-        recipe, homes = self._recipe, self.roll.homes
+        """Return an engine and an evaluator whose clients train and score on their own machines."""
+        recipe, node_of = self._recipe, self.registry.node_of
         deadline = recipe.faults.build().deadline
         engine = RemoteEngine(
-            self._post,
-            homes,
+            self._channel,
+            node_of,
             self.model,
             self.prepared[0],
             recipe.local.build(),
             recipe.split.build(),
             deadline,
-            self._desk(fleet),
+            self._split_server(fleet),
             self.tell,
         )
-        examiner = RemoteEvaluator(
-            self._post,
-            homes,
+        evaluator = RemoteEvaluator(
+            self._channel,
+            node_of,
             deadline or LONGEST,
             self.tell,
             self._invocation.check_stop,
         )
-        return engine, examiner
+        return engine, evaluator
 
-    def _desk(self, fleet: Fleet) -> SplitServerHandle | None:
+    def _split_server(self, fleet: Fleet) -> SplitServerHandle | None:
         """Return the split server, if a client may be cut; it starts when it is needed."""
         recipe, split = self._recipe, self._settings.split
         cuts = [fleet.cuts[name] for name in fleet.possible if name in fleet.cuts]

@@ -18,9 +18,9 @@ from polyrank.planning.traffic import WireBytes
 from polyrank.protocol.adapters import read_adapter, write_adapter
 from polyrank.protocol.json_fields import refusal
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import ORDERS, SizeLimits
-from polyrank.protocol.train_request import TrainRequest, read_order, write_order
-from polyrank.protocol.train_result import read_answer, write_answer
+from polyrank.protocol.size_limits import WITH_TENSORS, SizeLimits
+from polyrank.protocol.train_request import TrainRequest, read_train_request, write_train_request
+from polyrank.protocol.train_result import read_train_result, write_train_result
 from polyrank.rounds.messages import TrainTask
 from polyrank.split_server.interface import OpenRound, ServerPartResult
 from polyrank.training import LocalTraining, Scoring
@@ -75,7 +75,7 @@ def write_job(job: ServerPartJob) -> bytes:
     """Return the train request of a job, without how it is trained: see `training_fields`."""
     task = TrainTask(job.client, job.round, job.attempt, job.seed, job.assignment, job.cut)
     whole, scoring = job.assignment.hash(), job.scoring
-    return write_order(TrainRequest(task, whole, scoring.every, scoring.metric, 0.0))
+    return write_train_request(TrainRequest(task, whole, scoring.every, scoring.metric, 0.0))
 
 
 def training_fields(job: ServerPartJob) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def training_fields(job: ServerPartJob) -> dict[str, Any]:
 
 def read_job(data: bytes | bytearray, training: object) -> ServerPartJob:
     """Return the job of a train request and its `training_fields`; PacketError for others."""
-    request = read_order(data)
+    request = read_train_request(data)
     task = request.task
     if task.cut is None or not isinstance(training, Mapping):
         raise refusal("order packet, cut", "that of a split client", "none")
@@ -117,7 +117,7 @@ def write_merged(site: str, dense: Dense) -> bytes:
 
 def read_merged(data: bytes | bytearray) -> dict[str, Dense]:
     """Return what `write_merged` wrote; PacketError for anything else."""
-    packet = Packet(data, "merged", ORDERS)
+    packet = Packet(data, "merged", WITH_TENSORS)
     merged: dict[str, Dense] = {}
     for site, delta in read_adapter(packet, "merged").items():
         if not isinstance(delta, Dense):
@@ -158,11 +158,11 @@ class ExpectedResult:
             metrics={"up": float(result.traffic.up), "down": float(result.traffic.down)},
             importance=dict(result.importance),
         )
-        return write_answer(update, self.assignment)
+        return write_train_result(update, self.assignment)
 
     def read(self, data: bytes | bytearray) -> ServerPartResult:
         """Return what `write` wrote; PacketError for any other result."""
-        update = read_answer(data, self.size_limits, self.assignment)
+        update = read_train_result(data, self.size_limits, self.assignment)
         expected = (self.client, self.round, self.attempt)
         came = (update.client, update.round, update.attempt)
         if not isinstance(update, Update) or came != expected:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from polyrank.errors import PolyrankError
 from polyrank.protocol.json_fields import Fields
 from polyrank.protocol.packet import Packet, pack
-from polyrank.protocol.size_limits import MARKS, ORDERS
+from polyrank.protocol.size_limits import WITH_TENSORS, WITHOUT_TENSORS
 from polyrank.split_server.messages import ExpectedResult, read_round
 from polyrank.split_server.pipe import Pipe
 
@@ -101,10 +101,10 @@ def _start_host(pipe: Pipe) -> ServerPartHost:
     from polyrank.split_server.host import ServerPartHost
     from polyrank.split_server.settings import SplitServerSettings
 
-    block = pipe.receive(MARKS.nbytes)
+    block = pipe.receive(WITHOUT_TENSORS.nbytes)
     if block is None:
         raise SystemExit(0)
-    packet = Packet(block, "settings", MARKS)
+    packet = Packet(block, "settings", WITHOUT_TENSORS)
     host = ServerPartHost(SplitServerSettings.from_dict(packet.fields.take("settings")))
     pipe.send(pack("ready", {"address": host.address}, {}))
     return host
@@ -126,8 +126,8 @@ class _WorkerLoop:
 
     def serve(self) -> None:
         """Answer until the parent has closed its end."""
-        while (block := self._pipe.receive(ORDERS.nbytes)) is not None:
-            fields = Packet(block, "question", ORDERS).fields
+        while (block := self._pipe.receive(WITH_TENSORS.nbytes)) is not None:
+            fields = Packet(block, "question", WITH_TENSORS).fields
             what = fields.choice("what", self._answers)
             try:
                 answer = self._answers[what](fields)
@@ -170,7 +170,7 @@ class _WorkerLoop:
         return pack("done", {}, {})
 
     def _next_packet(self) -> bytearray:
-        block = self._pipe.receive(ORDERS.nbytes)
+        block = self._pipe.receive(WITH_TENSORS.nbytes)
         if block is None:
             raise SystemExit(0)
         return block

@@ -9,14 +9,8 @@ from hypothesis import strategies as st
 
 from polyrank import config
 from polyrank.config import Recipe
-from polyrank.config.flower import (
-    APP_KEYS,
-    RunConfig,
-    app_settings,
-    from_run_config,
-    nested,
-    to_run_config,
-)
+from polyrank.config.app import APP_KEYS, app_settings
+from polyrank.config.flower import RunConfig, from_run_config, nested, to_run_config
 from polyrank.config.reading import SHIPPED
 from polyrank.config.validation_errors import keys
 from polyrank.errors import RecipeError

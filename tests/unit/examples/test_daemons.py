@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deployment import Daemons
+from daemons import Daemons
 
 SLEEPS = "import time; time.sleep(600)"
 DETACHES = f"""

@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 from polyrank import config
 from polyrank.cli import app
-from polyrank.config.app import own_keys
+from polyrank.config.app import APP_KEYS, own_keys
 from polyrank.config.client import read_client
-from polyrank.config.flower import APP_KEYS, from_run_config, nested, to_run_config
+from polyrank.config.flower import from_run_config, nested, to_run_config
 from polyrank.config.reading import SHIPPED
 from polyrank.errors import FolderExistsError, PolyrankError, RecipeError
 from polyrank.flower.app_folder import CLIENT_FILES, project_name, write_app
@@ -150,7 +150,7 @@ def test_data_that_is_here_and_cannot_be_dealt_out_is_refused_before_a_folder_is
 
 
 def test_a_simulation_of_clients_with_their_own_data_names_their_files(tmp_path: Path) -> None:
-    recipe = config.read(RECIPES[0].with_name("across-machines.toml"))
+    recipe = config.read(SHIPPED["across-machines"])
     told = "\n".join(write_app(recipe, tmp_path / "one").next)
     assert "num-supernodes=3 " in told
     assert f"""-c '{CLIENT_FILES}="/path/to/clients/*.toml"'""" in told

@@ -7,8 +7,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from polyrank.errors import PacketError
 from polyrank.flower import client_app
 from polyrank.flower.grid_channel import packed, unpacked
-from polyrank.protocol import read_profile
-from remotes import machine
+from polyrank.protocol.client_info import read_node_info
+from remote_federations import machine
 
 
 @pytest.fixture(autouse=True)
@@ -28,19 +28,19 @@ def message(payload=b""):
     return made
 
 
-def test_hello_is_answered_with_the_profile(monkeypatch):
-    monkeypatch.setattr(client_app, "side_of", lambda *_: machine(["c0"]))
+def test_hello_is_answered_with_the_clients(monkeypatch):
+    monkeypatch.setattr(client_app, "client_node", lambda *_: machine(["c0"]))
     reply = client_app.hello(message(), context())
-    (one,) = read_profile(unpacked(reply.content)).hosted
-    assert one.client == "c0"
+    (client,) = read_node_info(unpacked(reply.content)).clients
+    assert client.name == "c0"
     assert reply.metadata.reply_to_message_id == "id"
 
 
-def test_a_machine_that_is_set_up_wrongly_says_so_in_its_profile():
+def test_a_machine_that_is_set_up_wrongly_says_so():
     reply = client_app.hello(message(), context())
-    profile = read_profile(unpacked(reply.content))
-    assert profile.hosted == ()
-    assert profile.refusal
+    info = read_node_info(unpacked(reply.content))
+    assert info.clients == ()
+    assert info.refusal
 
 
 @pytest.mark.parametrize("answer", [client_app.hello, client_app.train, client_app.evaluate])
@@ -48,7 +48,7 @@ def test_of_foreign_errors_only_the_kind_is_told(monkeypatch, answer):
     def broken(*_):
         raise KeyError("SECRET sentence of a patient")
 
-    monkeypatch.setattr(client_app, "side_of", broken)
+    monkeypatch.setattr(client_app, "client_node", broken)
     with pytest.raises(RuntimeError) as caught:
         answer(message(), context())
     assert str(caught.value) == "KeyError on the client's machine"
@@ -57,6 +57,6 @@ def test_of_foreign_errors_only_the_kind_is_told(monkeypatch, answer):
 
 
 def test_an_order_that_cannot_be_read_is_an_error_that_says_so(monkeypatch):
-    monkeypatch.setattr(client_app, "side_of", lambda *_: machine(["c0"]))
+    monkeypatch.setattr(client_app, "client_node", lambda *_: machine(["c0"]))
     with pytest.raises(PacketError):
         client_app.train(message(b"no packet"), context())

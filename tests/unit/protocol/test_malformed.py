@@ -8,38 +8,35 @@ import torch
 import packet_samples as samples
 from polyrank.errors import PacketError
 from polyrank.planning import CutPoint
-from polyrank.protocol import (
-    SizeLimits,
-    read_answer,
-    read_exam,
-    read_marks,
-    read_order,
-    read_profile,
-    write_answer,
-    write_exam,
-    write_marks,
-    write_order,
-    write_profile,
+from polyrank.protocol.client_info import read_node_info, write_node_info
+from polyrank.protocol.evaluate import (
+    read_client_metrics,
+    read_evaluate_request,
+    write_client_metrics,
+    write_evaluate_request,
 )
+from polyrank.protocol.size_limits import SizeLimits
+from polyrank.protocol.train_request import read_train_request, write_train_request
+from polyrank.protocol.train_result import read_train_result, write_train_result
 from polyrank.rounds.messages import Failure
 
-DEALT = samples.assignment()
-ANSWER = write_answer(samples.update_to(DEALT))
-LEAN = write_answer(samples.update_to(DEALT), DEALT)
-FAILURE = write_answer(Failure("c0", 3, 1, "why"))
-ORDER = write_order(samples.order())
-SPLIT_ORDER = write_order(samples.order(CutPoint(1, 3)))
-PROFILE = write_profile(samples.profile())
-EXAM = write_exam(samples.exam())
-MARKS = write_marks(samples.marks())
+SENT = samples.assignment()
+ANSWER = write_train_result(samples.update_to(SENT))
+LEAN = write_train_result(samples.update_to(SENT), SENT)
+FAILURE = write_train_result(Failure("c0", 3, 1, "why"))
+TRAIN = write_train_request(samples.train_request())
+SPLIT_TRAIN = write_train_request(samples.train_request(CutPoint(1, 3)))
+NODE = write_node_info(samples.node_info())
+EVALUATE = write_evaluate_request(samples.evaluate_request())
+METRICS = write_client_metrics(samples.client_metrics())
 
 READERS = {
-    "answer": lambda data: read_answer(data, SizeLimits.of(DEALT)),
-    "lean": lambda data: read_answer(data, SizeLimits.of(DEALT), DEALT),
-    "order": read_order,
-    "profile": read_profile,
-    "exam": read_exam,
-    "marks": lambda data: read_marks(data, samples.exam()),
+    "answer": lambda data: read_train_result(data, SizeLimits.of(SENT)),
+    "lean": lambda data: read_train_result(data, SizeLimits.of(SENT), SENT),
+    "order": read_train_request,
+    "profile": read_node_info,
+    "exam": read_evaluate_request,
+    "marks": lambda data: read_client_metrics(data, samples.evaluate_request()),
 }
 
 HUGE = "9" * 5000
@@ -133,7 +130,7 @@ CASES = [
     ("answer", ANSWER, gap, "answer packet, tensors: expected one that begins at byte"),
     ("answer", ANSWER, lambda _: "text", "answer packet: expected bytes; str came"),
     ("answer", ANSWER, length(2**63), "length of the header: expected at most"),
-    ("profile", PROFILE, length(2**22 + 1), "length of the header: expected at most"),
+    ("profile", NODE, length(2**22 + 1), "length of the header: expected at most"),
     ("answer", ANSWER, length(0), "answer packet, header: expected JSON"),
     ("answer", ANSWER, length(3), "answer packet, header: expected JSON"),
     # the header
@@ -148,7 +145,7 @@ CASES = [
     ("answer", ANSWER, about(schema="2"), "metadata, schema: expected 1, .*'2' of polyrank"),
     ("answer", ANSWER, about(schema=1), "metadata, schema: expected a text"),
     ("answer", ANSWER, about(polyrank="v" * 100), "metadata, polyrank: expected a text of 1 to 64"),
-    ("answer", ORDER, lambda d: d, "metadata, packet: expected one of answer; 'order' came"),
+    ("answer", TRAIN, lambda d: d, "metadata, packet: expected one of answer; 'order' came"),
     ("answer", ANSWER, about(more="x"), "metadata: expected no other field"),
     ("answer", ANSWER, about(fields="{"), "metadata, fields: expected JSON"),
     ("answer", ANSWER, about(fields="[1]"), "answer packet: expected a table"),
@@ -296,248 +293,263 @@ CASES = [
     ("lean", FAILURE, fields(kind=["failed"]), "answer packet, kind: expected one of failed"),
     ("lean", FAILURE, fields(reason=None), "answer packet, assignment: expected a value"),
     # orders
-    ("order", ORDER, fields(part=samples.HASH), "assignment: expected one with the hash 01234567"),
-    ("order", ORDER, fields(assignment=samples.HASH), "assignment: expected .*the whole model"),
-    ("order", ORDER, lambda d: d[:-1] + bytes([d[-1] ^ 1]), "expected one with the hash"),
-    ("order", ORDER, fields(scale=[1.0]), "order packet, scale: expected 5 numbers"),
-    ("order", ORDER, fields(scale=[1, 1, 1, 1, 1]), "scale: expected a floating-point number; 1"),
-    ("order", ORDER, fields(scale="1.0"), "order packet, scale: expected a list"),
-    ("order", ORDER, fields(train="a"), "order packet, train: expected one of both, b; 'a' came"),
-    ("order", ORDER, fields(negatives=[9]), "negatives: expected a whole number of 0 to 4; 9"),
-    ("order", ORDER, fields(negatives=[True]), "negatives: expected a whole number of 0 to 4; T"),
-    ("order", ORDER, fields(negatives=[0]), "negatives: expected sites with a low-rank start"),
-    ("order", ORDER, fields(negatives=[1, 1]), "negatives: expected sites with a low-rank start"),
-    ("order", ORDER, fields(negatives=[3]), "negatives: expected sites with a low-rank start"),
-    ("order", ORDER, fields(penalty={"strength": 1.0}), "penalty, keep: expected a value"),
+    ("order", TRAIN, fields(part=samples.HASH), "assignment: expected one with the hash 01234567"),
+    ("order", TRAIN, fields(assignment=samples.HASH), "assignment: expected .*the whole model"),
+    ("order", TRAIN, lambda d: d[:-1] + bytes([d[-1] ^ 1]), "expected one with the hash"),
+    ("order", TRAIN, fields(scale=[1.0]), "order packet, scale: expected 5 numbers"),
+    ("order", TRAIN, fields(scale=[1, 1, 1, 1, 1]), "scale: expected a floating-point number; 1"),
+    ("order", TRAIN, fields(scale="1.0"), "order packet, scale: expected a list"),
+    ("order", TRAIN, fields(train="a"), "order packet, train: expected one of both, b; 'a' came"),
+    ("order", TRAIN, fields(negatives=[9]), "negatives: expected a whole number of 0 to 4; 9"),
+    ("order", TRAIN, fields(negatives=[True]), "negatives: expected a whole number of 0 to 4; T"),
+    ("order", TRAIN, fields(negatives=[0]), "negatives: expected sites with a low-rank start"),
+    ("order", TRAIN, fields(negatives=[1, 1]), "negatives: expected sites with a low-rank start"),
+    ("order", TRAIN, fields(negatives=[3]), "negatives: expected sites with a low-rank start"),
+    ("order", TRAIN, fields(penalty={"strength": 1.0}), "penalty, keep: expected a value"),
     (
         "order",
-        ORDER,
+        TRAIN,
         fields(penalty={"strength": 1, "keep": {}}),
         "penalty, strength: expected a f",
     ),
     (
         "order",
-        ORDER,
+        TRAIN,
         fields(penalty={"strength": 0.5, "keep": {"x": 1}}),
         "penalty, keep, 'x': expected a site that starts",
     ),
     (
         "order",
-        ORDER,
+        TRAIN,
         fields(penalty={"strength": 0.5, "keep": {"block.0.q": 3}}),
         "penalty, keep, 'block.0.q': expected a whole number of 0 to 2",
     ),
-    ("order", ORDER, fields(seed=2**64), "order packet, seed: expected a whole number"),
-    ("order", ORDER, fields(metric="loss"), "order packet, metric: expected one of channel, paper"),
-    ("order", ORDER, fields(score_every=-1), "order packet, score_every: expected a whole"),
-    ("order", ORDER, fields(seconds=-1.0), "order packet, seconds: expected a finite number of 0"),
-    ("order", ORDER, fields(seconds=1e12), "order packet, seconds: expected a finite number of 0"),
-    ("order", ORDER, fields(seconds="1"), "order packet, seconds: expected a number"),
-    ("order", SPLIT_ORDER, fields(cut=[2]), "order packet, cut: expected a lower and an upper"),
-    ("order", SPLIT_ORDER, fields(cut=[0, 2]), "order packet, cut: expected a whole number of 1"),
-    ("order", SPLIT_ORDER, fields(cut=[2, 2]), "order packet, cut: expected a whole number of 3"),
-    ("order", SPLIT_ORDER, fields(cut=2), "order packet, cut: expected a list"),
+    ("order", TRAIN, fields(seed=2**64), "order packet, seed: expected a whole number"),
+    ("order", TRAIN, fields(metric="loss"), "order packet, metric: expected one of channel, paper"),
+    ("order", TRAIN, fields(score_every=-1), "order packet, score_every: expected a whole"),
+    ("order", TRAIN, fields(seconds=-1.0), "order packet, seconds: expected a finite number of 0"),
+    ("order", TRAIN, fields(seconds=1e12), "order packet, seconds: expected a finite number of 0"),
+    ("order", TRAIN, fields(seconds="1"), "order packet, seconds: expected a number"),
+    ("order", SPLIT_TRAIN, fields(cut=[2]), "order packet, cut: expected a lower and an upper"),
+    ("order", SPLIT_TRAIN, fields(cut=[0, 2]), "order packet, cut: expected a whole number of 1"),
+    ("order", SPLIT_TRAIN, fields(cut=[2, 2]), "order packet, cut: expected a whole number of 3"),
+    ("order", SPLIT_TRAIN, fields(cut=2), "order packet, cut: expected a list"),
     (
         "order",
-        ORDER,
+        TRAIN,
         renamed("start|block.1.k|matrix", "frozen|block.1.k|matrix"),
         "frozen at 'block.1.k': expected LowRank; Dense came",
     ),
     (
         "order",
-        ORDER,
+        TRAIN,
         tensor("merged|block.0.q|matrix", shape=[5, 6]),
         r"merged at 'block.0.q': expected the start's shape \(6, 5\); \(5, 6\) came",
     ),
     # profiles
-    ("profile", PROFILE, fields(hosted={}), "profile packet, hosted: expected a list"),
-    ("profile", PROFILE, fields(hosted=[3]), "hosted, number 0: expected a table; 3 came"),
-    ("profile", PROFILE, inside(lambda f: f["hosted"].append(f["hosted"][0])), "each client once"),
+    ("profile", NODE, fields(hosted={}), "profile packet, hosted: expected a list"),
+    ("profile", NODE, fields(hosted=[3]), "hosted, number 0: expected a table; 3 came"),
+    ("profile", NODE, inside(lambda f: f["hosted"].append(f["hosted"][0])), "each client once"),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][1].update(seen=1)),
         "hosted, number 1, seen: expected true or false; 1 came",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][0]["counts"].update(train=[5, 40])),
         "counts, train: expected rows, tokens and targets; 2 numbers",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][0]["counts"].update(train=[5, 40, 41])),
         "counts, train: .*no more targets than tokens",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][0]["counts"].update(train=[0, 4, 1])),
         "counts, train: expected tokens where there are rows",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][0]["counts"].update(train=[2**31, 4, 1])),
         "counts, train: expected a whole number",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][0]["counts"].pop("test")),
         "counts, test: expected a value; none came",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][0]["counts"].update(texts=[1, 2, 1])),
         "number 0, counts: expected no other field; .'texts'. came",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][0].update(examples="secret")),
         "number 0: expected no other field",
     ),
-    ("profile", PROFILE, inside(lambda f: f["device"].update(memory_bytes=0)), "memory_bytes: exp"),
+    ("profile", NODE, inside(lambda f: f["device"].update(memory_bytes=0)), "memory_bytes: exp"),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["device"].update(name="a\nb")),
         "device, name: .*printable",
     ),
-    ("profile", PROFILE, fields(versions={"torch": "\x1b[2J"}), "versions, 'torch': .*printable"),
+    ("profile", NODE, fields(versions={"torch": "\x1b[2J"}), "versions, 'torch': .*printable"),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][0].update(client="\u202ea")),
         "client: .*printable",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][0].update(client=" ")),
         "client: .*printable",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["hosted"][0].update(category="\r")),
         "category: .*printable",
     ),
-    ("profile", PROFILE, inside(lambda f: f["device"].update(flops=-1)), "device: .*devices.board"),
-    ("profile", PROFILE, inside(lambda f: f["device"].update(up=10**25)), "expected whole numbers"),
+    ("profile", NODE, inside(lambda f: f["device"].update(flops=-1)), "device: .*devices.board"),
+    ("profile", NODE, inside(lambda f: f["device"].update(up=10**25)), "expected whole numbers"),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["device"].update(name=[])),
         "device, name: expected a t",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["device"].update(latency=None)),
         "device, latency: exp",
     ),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["terms"].update(largest_rank=0)),
         "terms, largest_rank",
     ),
-    ("profile", PROFILE, inside(lambda f: f["terms"].update(lowest_cut=True)), "terms, lowest_cut"),
+    ("profile", NODE, inside(lambda f: f["terms"].update(lowest_cut=True)), "terms, lowest_cut"),
     (
         "profile",
-        PROFILE,
+        NODE,
         inside(lambda f: f["terms"].update(labels_may_leave="yes")),
         "terms, labels_may_leave: expected true or false; 'yes' came",
     ),
-    ("profile", PROFILE, inside(lambda f: f["terms"].update(smallest_count=-1)), "smallest_count"),
-    ("profile", PROFILE, fields(versions={"torch": 2}), "versions, 'torch': expected a text"),
-    ("profile", PROFILE, fields(versions={"torch": "2" * 99}), "versions, 'torch': .*99 bytes"),
-    ("profile", PROFILE, fields(refusal="r" * 5000), "profile packet, refusal: expected a text"),
+    ("profile", NODE, inside(lambda f: f["terms"].update(smallest_count=-1)), "smallest_count"),
+    ("profile", NODE, fields(versions={"torch": 2}), "versions, 'torch': expected a text"),
+    ("profile", NODE, fields(versions={"torch": "2" * 99}), "versions, 'torch': .*99 bytes"),
+    ("profile", NODE, fields(refusal="r" * 5000), "profile packet, refusal: expected a text"),
     (
         "profile",
-        PROFILE,
+        NODE,
         header(lambda h: h.update(t={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]})),
         "profile packet, tensors: expected at most 0; 1 came",
     ),
     # exams
-    ("exam", EXAM, fields(adapters=9), "exam packet, adapters: expected a whole number of 0 to 4"),
-    ("exam", EXAM, fields(adapters=1), "questions, number 2, adapter: expected .* of 0 to 0; 1"),
-    ("exam", EXAM, fields(questions="all"), "exam packet, questions: expected a list"),
     (
         "exam",
-        EXAM,
+        EVALUATE,
+        fields(adapters=9),
+        "exam packet, adapters: expected a whole number of 0 to 4",
+    ),
+    (
+        "exam",
+        EVALUATE,
+        fields(adapters=1),
+        "questions, number 2, adapter: expected .* of 0 to 0; 1",
+    ),
+    ("exam", EVALUATE, fields(questions="all"), "exam packet, questions: expected a list"),
+    (
+        "exam",
+        EVALUATE,
         inside(lambda f: f["questions"][0].update(part="all")),
         "number 0, part: expect",
     ),
     (
         "exam",
-        EXAM,
+        EVALUATE,
         inside(lambda f: f["questions"][0].update(texts=0)),
         "number 0, texts: expected",
     ),
     (
         "exam",
-        EXAM,
+        EVALUATE,
         inside(lambda f: f["questions"][0].update(clients="c")),
         "clients: expected a l",
     ),
-    ("exam", EXAM, inside(lambda f: f["questions"][0].update(clients=["c", "c"])), "client once"),
     (
         "exam",
-        EXAM,
+        EVALUATE,
+        inside(lambda f: f["questions"][0].update(clients=["c", "c"])),
+        "client once",
+    ),
+    (
+        "exam",
+        EVALUATE,
         inside(lambda f: f["questions"][0].update(clients=[1])),
         "clients: expected a t",
     ),
     (
         "exam",
-        EXAM,
+        EVALUATE,
         inside(lambda f: f["questions"][0].update(prompt="x")),
         "expected no other field",
     ),
     (
         "exam",
-        EXAM,
+        EVALUATE,
         renamed("adapter 0|block.1.k|matrix", "adapter 7|block.1.k|matrix"),
         r"exam packet, tensors: expected no other; \['adapter 7\|block.1.k\|matrix'\]",
     ),
-    # marks
-    ("marks", MARKS, inside(lambda f: f["questions"].pop()), "expected 4, as were asked; 3 came"),
+    # metrics
+    ("marks", METRICS, inside(lambda f: f["questions"].pop()), "expected 4, as were asked; 3 came"),
     (
         "marks",
-        MARKS,
+        METRICS,
         inside(lambda f: f["questions"][3]["clients"].update(c1=[1.0, None, None])),
         "number 3, clients, 'c1': expected a client that was asked",
     ),
     (
         "marks",
-        MARKS,
+        METRICS,
         inside(lambda f: f["questions"][0]["clients"].update(c1=[1.0, None])),
         "number 0, clients, 'c1': expected 3 scores; 2 came",
     ),
     (
         "marks",
-        MARKS,
+        METRICS,
         inside(lambda f: f["questions"][0]["clients"].update(c1=[1.0, 1.5, None])),
         "'c1', exact_match: expected a finite number of 0 to 1; 1.5 came",
     ),
     (
         "marks",
-        MARKS,
+        METRICS,
         inside(lambda f: f["questions"][0]["clients"].update(c1=[False, 0, 0])),
         "'c1', loss: expected a number; False came",
     ),
     (
         "marks",
-        MARKS,
+        METRICS,
         inside(lambda f: f["questions"][0]["clients"].update(c1="good")),
         "'c1': expected a list; 'good' came",
     ),
-    ("marks", MARKS, inside(lambda f: f["questions"][0].update(no_room=-1)), "no_room: expected"),
+    ("marks", METRICS, inside(lambda f: f["questions"][0].update(no_room=-1)), "no_room: expected"),
 ]
 
 
@@ -553,8 +565,8 @@ def test_it_is_refused_with_its_place(reader, data, spoil, place):
 
 
 def test_the_packets_are_well_without_the_changes():
-    whole = {"answer": [ANSWER], "lean": [LEAN, FAILURE], "order": [ORDER, SPLIT_ORDER]}
-    whole |= {"profile": [PROFILE], "exam": [EXAM], "marks": [MARKS]}
+    whole = {"answer": [ANSWER], "lean": [LEAN, FAILURE], "order": [TRAIN, SPLIT_TRAIN]}
+    whole |= {"profile": [NODE], "exam": [EVALUATE], "marks": [METRICS]}
     for reader, packets in whole.items():
         for data in packets:
             READERS[reader](data)
@@ -566,12 +578,12 @@ def test_a_header_is_not_parsed_before_its_length_is_bounded(monkeypatch):
         raise AssertionError("it was parsed")
 
     monkeypatch.setattr("polyrank.protocol.json_fields.parse", parse)
-    bounds = SizeLimits.of(DEALT)
-    large = b"{" + b" " * bounds.header
+    limits = SizeLimits.of(SENT)
+    large = b"{" + b" " * limits.header
     with pytest.raises(PacketError, match="length of the header"):
         READERS["answer"](len(large).to_bytes(8, "little") + large)
     with pytest.raises(PacketError, match="answer packet, length"):
-        READERS["answer"](bytes(bounds.nbytes + 1))
+        READERS["answer"](bytes(limits.nbytes + 1))
 
 
 def test_nothing_is_made_for_a_tensor_that_is_not_wanted(monkeypatch):
@@ -588,6 +600,6 @@ def test_nothing_is_made_for_a_tensor_that_is_not_wanted(monkeypatch):
 def test_a_machine_of_the_other_byte_order_is_told(monkeypatch):
     monkeypatch.setattr("sys.byteorder", "big")
     with pytest.raises(PacketError, match="little-endian"):
-        READERS["profile"](PROFILE)
+        READERS["profile"](NODE)
     with pytest.raises(PacketError, match="little-endian"):
-        write_profile(samples.profile())
+        write_node_info(samples.node_info())

@@ -13,21 +13,17 @@ from polyrank.algebra import Adapter, Dense, LowRank, Sparse
 from polyrank.errors import PacketError
 from polyrank.evaluation.evaluator import EvaluateQuery
 from polyrank.planning import CutPoint
-from polyrank.protocol import (
+from polyrank.protocol.client_info import read_node_info, write_node_info
+from polyrank.protocol.evaluate import (
     EvaluateRequest,
-    SizeLimits,
-    read_answer,
-    read_exam,
-    read_marks,
-    read_order,
-    read_profile,
-    write_answer,
-    write_exam,
-    write_marks,
-    write_order,
-    write_profile,
+    read_client_metrics,
+    read_evaluate_request,
+    write_client_metrics,
+    write_evaluate_request,
 )
-from polyrank.protocol.train_request import TrainRequest
+from polyrank.protocol.size_limits import SizeLimits
+from polyrank.protocol.train_request import TrainRequest, read_train_request, write_train_request
+from polyrank.protocol.train_result import read_train_result, write_train_result
 from polyrank.rounds.messages import Failure, TrainTask
 from polyrank.rounds.round import Round
 from rules import named
@@ -39,16 +35,16 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 def same(one, other):
     """Whether two orders or answers are alike in everything, tensors bit by bit."""
     if isinstance(one, TrainRequest):
-        dealt, came = one.task.assignment, other.task.assignment
+        sent, came = one.task.assignment, other.task.assignment
         assert replace(one, task=None) == replace(other, task=None)
         assert replace(one.task, assignment=None) == replace(other.task, assignment=None)
         for name in ("start", "frozen", "merged"):
-            assert getattr(dealt, name).hash() == getattr(came, name).hash(), name
-        assert {s: x.hex() for s, x in dealt.scale.items()} == {
+            assert getattr(sent, name).hash() == getattr(came, name).hash(), name
+        assert {s: x.hex() for s, x in sent.scale.items()} == {
             s: x.hex() for s, x in came.scale.items()
         }
-        assert (dealt.train, dealt.penalty) == (came.train, came.penalty)
-        assert dealt.hash() == came.hash()
+        assert (sent.train, sent.penalty) == (came.train, came.penalty)
+        assert sent.hash() == came.hash()
     else:
         assert replace(one, adapter=None) == replace(other, adapter=None)
         assert list(one.metrics) == list(other.metrics)
@@ -68,40 +64,40 @@ def test_orders_and_answers_of_every_rule_are_exact_on_either_side_of_a_cut(rule
         if held is not None:
             task, cut = replace(task, assignment=task.assignment.only(held)), CutPoint(1, 2)
         whole = round.assignment_hash(client)
-        order = TrainRequest(replace(task, cut=cut), whole, 3, "paper", 1.5)
-        same(order, came := read_order(write_order(order)))
+        request = TrainRequest(replace(task, cut=cut), whole, 3, "paper", 1.5)
+        same(request, came := read_train_request(write_train_request(request)))
 
-        dealt = task.assignment
+        sent = task.assignment
         update = samples.update_to(came.task.assignment, client, round.number, whole)
-        for asked in (None, dealt):
-            data = write_answer(update, asked)
-            same(update, read_answer(data, SizeLimits.of(dealt), asked))
-        assert travelled(data) == dealt.travelling(update.adapter)
+        for asked in (None, sent):
+            data = write_train_result(update, asked)
+            same(update, read_train_result(data, SizeLimits.of(sent), asked))
+        assert travelled(data) == sent.travelling(update.adapter)
         if held is None:
             again = Round(round.settings, round.state, round.number, 0, round.clients)
-            again.accept(read_answer(data, SizeLimits.of(dealt), dealt))
+            again.accept(read_train_result(data, SizeLimits.of(sent), sent))
             assert again.rejected == {}
 
 
 def test_a_fixed_factor_does_not_travel_back_whichever_it_is(monkeypatch):
     monkeypatch.setitem(TRAINED, "a", ("a",))
     for train in TRAINED:
-        dealt = replace(samples.assignment(), train=train, penalty=None)
-        order = TrainRequest(TrainTask("c", 1, 0, 2, dealt), dealt.hash(), 0, "channel", 1.0)
-        came = read_order(write_order(order)).task.assignment
-        assert came.hash() == dealt.hash()
-        data = write_answer(update := samples.update_to(came, whole=dealt.hash()), came)
-        same(update, read_answer(data, SizeLimits.of(dealt), dealt))
-        assert travelled(data) == dealt.travelling(update.adapter)
+        sent = replace(samples.assignment(), train=train, penalty=None)
+        request = TrainRequest(TrainTask("c", 1, 0, 2, sent), sent.hash(), 0, "channel", 1.0)
+        came = read_train_request(write_train_request(request)).task.assignment
+        assert came.hash() == sent.hash()
+        data = write_train_result(update := samples.update_to(came, whole=sent.hash()), came)
+        same(update, read_train_result(data, SizeLimits.of(sent), sent))
+        assert travelled(data) == sent.travelling(update.adapter)
 
 
 def test_a_frozen_term_that_is_the_negative_of_the_start_does_not_travel():
     met = 0
     for round, client in samples.assignments(FLoRA(reinitialise=False)):
-        dealt = round.assignment(client)
-        order = TrainRequest(round.task(client), dealt.hash(), 0, "channel", 1.0)
-        assert travelled(write_order(order)) == dealt.nbytes + dealt.merged.nbytes
-        met += len(dealt.frozen)
+        sent = round.assignment(client)
+        request = TrainRequest(round.task(client), sent.hash(), 0, "channel", 1.0)
+        assert travelled(write_train_request(request)) == sent.nbytes + sent.merged.nbytes
+        met += len(sent.frozen)
     assert met
 
 
@@ -109,12 +105,12 @@ def test_a_frozen_term_that_is_the_negative_of_the_start_does_not_travel():
 def test_zeros_keep_their_sign_in_a_frozen_term(zero):
     start = LowRank(torch.tensor([[0.0], [1.0]]), torch.ones(1, 2))
     frozen = LowRank(torch.tensor([[zero], [-1.0]]), start.a)
-    dealt = replace(samples.assignment(), merged=Adapter({}), penalty=None)
-    dealt = replace(
-        dealt, start=Adapter({"s": start}), frozen=Adapter({"s": frozen}), scale={"s": 1.0}
+    sent = replace(samples.assignment(), merged=Adapter({}), penalty=None)
+    sent = replace(
+        sent, start=Adapter({"s": start}), frozen=Adapter({"s": frozen}), scale={"s": 1.0}
     )
-    order = TrainRequest(TrainTask("c", 1, 0, 1, dealt), dealt.hash(), 0, "channel", 1.0)
-    came = read_order(write_order(order)).task.assignment.frozen["s"].b
+    request = TrainRequest(TrainTask("c", 1, 0, 1, sent), sent.hash(), 0, "channel", 1.0)
+    came = read_train_request(write_train_request(request)).task.assignment.frozen["s"].b
     assert math.copysign(1, came[0, 0]) == math.copysign(1, zero)
 
 
@@ -122,16 +118,18 @@ def test_zeros_keep_their_sign_in_a_frozen_term(zero):
 def test_every_dtype_keeps_its_bits(dtype):
     odd = torch.tensor([[math.nan, math.inf], [-0.0, 1e-7]]).to(dtype)
     adapter = Adapter({"one": LowRank(odd, odd.T), "two": Dense(odd)})
-    came = read_exam(write_exam(EvaluateRequest((EvaluateQuery(adapter, ("c",), "test"),))))
-    assert came.questions[0].adapter.hash() == adapter.hash()
+    came = read_evaluate_request(
+        write_evaluate_request(EvaluateRequest((EvaluateQuery(adapter, ("c",), "test"),)))
+    )
+    assert came.queries[0].adapter.hash() == adapter.hash()
 
 
 def test_views_and_tensors_that_share_memory_are_written_as_they_look():
     whole = samples.low_rank(6, 5, 4)
     adapter = Adapter({"a": whole.prefix(2), "b": whole.prefix(1), "c": whole.T, "d": whole})
-    (came,) = read_exam(
-        write_exam(EvaluateRequest((EvaluateQuery(adapter, (), "test"),)))
-    ).questions
+    (came,) = read_evaluate_request(
+        write_evaluate_request(EvaluateRequest((EvaluateQuery(adapter, (), "test"),)))
+    ).queries
     assert came.adapter.hash() == adapter.hash()
     assert all(t.is_contiguous() for d in came.adapter.values() for t in d.tensors().values())
 
@@ -141,25 +139,25 @@ def test_axes_of_length_one_may_have_any_stride():
     adapter = Adapter(
         {"s": LowRank(one.as_strided((1, 1), (5, 7), 1), one.as_strided((1, 3), (9, 1)))}
     )
-    (came,) = read_exam(
-        write_exam(EvaluateRequest((EvaluateQuery(adapter, (), "test"),)))
-    ).questions
+    (came,) = read_evaluate_request(
+        write_evaluate_request(EvaluateRequest((EvaluateQuery(adapter, (), "test"),)))
+    ).queries
     assert came.adapter.hash() == adapter.hash()
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_what_was_read_shares_no_memory_with_the_bytes(kind):
-    order = samples.order()
-    raw = bytearray(write_order(order))
-    came = read_order(kind(raw))
+    request = samples.train_request()
+    raw = bytearray(write_train_request(request))
+    came = read_train_request(kind(raw))
     raw[-200:] = bytes(200)
-    same(order, came)
+    same(request, came)
 
 
 def test_a_packet_is_a_safetensors_file():
-    order = samples.order()
-    tensors = load(write_order(order))
-    start = order.task.assignment.start
+    request = samples.train_request()
+    tensors = load(write_train_request(request))
+    start = request.task.assignment.start
     assert torch.equal(tensors["start|block.0.q|a"], start["block.0.q"].a)
     assert torch.equal(tensors["start|block.0.k|b"], start["block.0.k"].b)
     assert tensors["start|block.0.v|b"].shape == (3, 0)
@@ -175,9 +173,9 @@ def test_an_order_of_a_split_client_tells_the_way_to_its_tail():
     way = access(
         "host:1234", pem, "run", 3, 1, "c0", b"t" * 32, FrameLimits(8, 4, codec("bf16")), 9.5
     )
-    order = replace(samples.order(CutPoint(1, 3)), access=way)
-    data = write_order(order)
-    same(order, read_order(data))
+    request = replace(samples.train_request(CutPoint(1, 3)), access=way)
+    data = write_train_request(request)
+    same(request, read_train_request(data))
     wrong = {
         "client": "c1",
         "round": 4,
@@ -192,16 +190,16 @@ def test_an_order_of_a_split_client_tells_the_way_to_its_tail():
     for name, value in wrong.items():
         bad = samples.with_fields(data, lambda f, n=name, v=value: f["access"].update({n: v}))
         with pytest.raises(PacketError, match=f"order packet, access.*{name}"):
-            read_order(bad)
+            read_train_request(bad)
     bad = samples.with_fields(data, lambda f: f.update(access=[1]))
     with pytest.raises(PacketError, match="access: expected a table"):
-        read_order(bad)
+        read_train_request(bad)
 
 
 @pytest.mark.parametrize("reason", ["", "it diverged: ü", "long " * 2000, "\ud800 alone"])
 def test_failures_come_through_with_reasons_of_bounded_length(reason):
     failure = Failure("c0", 2, 1, reason, {"wire_up": 10, "wire_down": math.nan})
-    came = read_answer(write_answer(failure), SizeLimits.of(samples.assignment()))
+    came = read_train_result(write_train_result(failure), SizeLimits.of(samples.assignment()))
     assert (came.client, came.round, came.attempt) == ("c0", 2, 1)
     assert came.reason.encode() == reason.encode("utf-8", "replace")[:4096]
     assert came.metrics["wire_up"] == 10
@@ -211,65 +209,74 @@ def test_failures_come_through_with_reasons_of_bounded_length(reason):
 @pytest.mark.parametrize("kind", ["failed", "late", "refused"])
 def test_failures_keep_their_kind(kind):
     failure = Failure("c0", 2, 1, "why", kind=kind)
-    assert read_answer(write_answer(failure), SizeLimits.of(samples.assignment())) == failure
+    assert (
+        read_train_result(write_train_result(failure), SizeLimits.of(samples.assignment()))
+        == failure
+    )
 
 
 def test_metrics_that_are_not_finite_travel_to_be_judged():
-    dealt = samples.assignment()
+    sent = samples.assignment()
     update = replace(
-        samples.update_to(dealt), metrics={"a": math.inf, "b": -math.inf, "c": 5e-324, "d": 7}
+        samples.update_to(sent), metrics={"a": math.inf, "b": -math.inf, "c": 5e-324, "d": 7}
     )
-    same(update, came := read_answer(write_answer(update), SizeLimits.of(dealt)))
+    same(update, came := read_train_result(write_train_result(update), SizeLimits.of(sent)))
     assert isinstance(came.metrics["d"], int)
 
 
 def test_only_what_was_trained_is_taken_from_an_answer():
     """A of the update is the server's own copy, so a client cannot change it."""
     for round, client in samples.assignments(FFA()):
-        dealt, update = round.assignment(client), samples.trained(round, client)
-        came = read_answer(write_answer(update, dealt), SizeLimits.of(dealt), dealt)
-        assert all(came.adapter[s].a.data_ptr() == dealt.start[s].a.data_ptr() for s in dealt.start)
+        sent, update = round.assignment(client), samples.trained(round, client)
+        came = read_train_result(write_train_result(update, sent), SizeLimits.of(sent), sent)
+        assert all(came.adapter[s].a.data_ptr() == sent.start[s].a.data_ptr() for s in sent.start)
         other = {s: LowRank(d.b, d.a + 1) for s, d in update.adapter.items()}
-        with pytest.raises(PacketError, match=r"'block\.0\.down': expected a as it was dealt"):
-            write_answer(replace(update, adapter=Adapter(other)), dealt)
+        with pytest.raises(PacketError, match=r"'block\.0\.down': expected a as it was sent"):
+            write_train_result(replace(update, adapter=Adapter(other)), sent)
 
 
-def test_an_update_may_be_of_a_wider_dtype_than_was_dealt():
-    dealt = samples.assignment()
-    update = samples.update_to(dealt)
+def test_an_update_may_be_of_a_wider_dtype_than_was_sent():
+    sent = samples.assignment()
+    update = samples.update_to(sent)
     update = replace(update, adapter=update.adapter.to(dtype=torch.float64))
-    same(update, read_answer(write_answer(update, dealt), SizeLimits.of(dealt), dealt))
+    same(update, read_train_result(write_train_result(update, sent), SizeLimits.of(sent), sent))
 
 
 def test_profiles_exams_and_marks_come_through():
-    profile = samples.profile()
-    assert read_profile(write_profile(profile)) == profile
-    refusing = replace(profile, hosted=(), device=None, refusal="no data: ü")
-    assert read_profile(write_profile(refusing)) == refusing
-    exam = samples.exam()
-    came = read_exam(write_exam(exam))
-    for one, other in zip(exam.questions, came.questions, strict=True):
+    info = samples.node_info()
+    assert read_node_info(write_node_info(info)) == info
+    refusing = replace(info, clients=(), device=None, refusal="no data: ü")
+    assert read_node_info(write_node_info(refusing)) == refusing
+    request = samples.evaluate_request()
+    came = read_evaluate_request(write_evaluate_request(request))
+    for one, other in zip(request.queries, came.queries, strict=True):
         assert replace(one, adapter=None) == replace(other, adapter=None)
         assert (one.adapter is None) == (other.adapter is None)
         if one.adapter is not None:
             assert one.adapter.hash() == other.adapter.hash()
-    for asked in (None, exam):
-        assert read_marks(write_marks(samples.marks()), asked) == tuple(samples.marks())
-    assert read_order(write_order(samples.order(CutPoint(2)))).task.cut == CutPoint(2)
+    for asked in (None, request):
+        assert read_client_metrics(write_client_metrics(samples.client_metrics()), asked) == tuple(
+            samples.client_metrics()
+        )
+    assert read_train_request(
+        write_train_request(samples.train_request(CutPoint(2)))
+    ).task.cut == CutPoint(2)
 
 
 def test_an_adapter_that_is_asked_about_twice_travels_once():
-    exam = samples.exam()
-    once = EvaluateRequest(exam.questions[:3])
-    assert travelled(write_exam(exam)) == travelled(write_exam(once))
-    came = read_exam(write_exam(exam)).questions
+    request = samples.evaluate_request()
+    once = EvaluateRequest(request.queries[:3])
+    assert travelled(write_evaluate_request(request)) == travelled(write_evaluate_request(once))
+    came = read_evaluate_request(write_evaluate_request(request)).queries
     assert came[0].adapter is came[3].adapter
 
 
 def test_scores_that_are_not_finite_are_null():
-    (first, *rest) = samples.marks()
+    (first, *rest) = samples.client_metrics()
     scores = {"loss": math.nan, "exact_match": None, "rouge_l": None}
-    came = read_marks(write_marks([replace(first, clients={"c0": scores}), *rest]))
+    came = read_client_metrics(
+        write_client_metrics([replace(first, clients={"c0": scores}), *rest])
+    )
     assert came[0].clients["c0"]["loss"] is None
 
 
@@ -279,7 +286,7 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
     start = Adapter(
         {f"model.layers.{i}.self_attn.{n}_proj": delta for i in range(50) for n in "qkvo"}
     )
-    dealt = replace(
+    sent = replace(
         samples.assignment(),
         start=start,
         scale=dict.fromkeys(start, 2 / 3),
@@ -287,26 +294,35 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
         merged=Adapter({}),
         penalty=None,
     )
-    order = write_order(
-        TrainRequest(TrainTask("c", 1, 0, 1, dealt), dealt.hash(), 0, "channel", 1.0)
+    request = write_train_request(
+        TrainRequest(TrainTask("c", 1, 0, 1, sent), sent.hash(), 0, "channel", 1.0)
     )
-    answer = write_answer(samples.update_to(dealt), dealt)
-    for data in (order, answer):
+    answer = write_train_result(samples.update_to(sent), sent)
+    for data in (request, answer):
         assert len(data) - start.nbytes < 0.01 * start.nbytes
 
 
 @pytest.mark.parametrize(
     ("write", "match"),
     [
-        (lambda: write_order(replace(samples.order(), seconds=math.nan)), "order packet.*finite"),
-        (lambda: write_order(replace(samples.order(), seconds=1e12)), "faults.deadline.*finite"),
-        (lambda: write_order(replace(samples.order(), metric="\ud800")), "order packet.*UTF-8"),
         (
-            lambda: write_order(
+            lambda: write_train_request(replace(samples.train_request(), seconds=math.nan)),
+            "order packet.*finite",
+        ),
+        (
+            lambda: write_train_request(replace(samples.train_request(), seconds=1e12)),
+            "faults.deadline.*finite",
+        ),
+        (
+            lambda: write_train_request(replace(samples.train_request(), metric="\ud800")),
+            "order packet.*UTF-8",
+        ),
+        (
+            lambda: write_train_request(
                 replace(
-                    samples.order(),
+                    samples.train_request(),
                     task=replace(
-                        samples.order().task,
+                        samples.train_request().task,
                         assignment=replace(samples.assignment(), scale={"block.0.q": 1.0}),
                     ),
                 )
@@ -314,7 +330,7 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
             "order packet, scale",
         ),
         (
-            lambda: write_exam(
+            lambda: write_evaluate_request(
                 EvaluateRequest(
                     (EvaluateQuery(Adapter({"s": Dense(torch.ones(1, 1).bool())}), (), "test"),)
                 )
@@ -322,38 +338,41 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
             "exam packet, tensor.*torch.bool",
         ),
         (
-            lambda: write_profile(
+            lambda: write_node_info(
                 replace(
-                    samples.profile(), hosted=(replace(samples.profile().hosted[0], counts={}),)
+                    samples.node_info(),
+                    clients=(replace(samples.node_info().clients[0], counts={}),),
                 )
             ),
             "profile packet, client 'c0', counts",
         ),
         (
-            lambda: write_marks([replace(samples.marks()[0], clients={"c": {"loss": 1.0}})]),
+            lambda: write_client_metrics(
+                [replace(samples.client_metrics()[0], clients={"c": {"loss": 1.0}})]
+            ),
             "marks packet, client 'c'",
         ),
         (
-            lambda: write_answer(
+            lambda: write_train_result(
                 replace(samples.update_to(samples.assignment()), adapter=Adapter({})),
                 samples.assignment(),
             ),
-            "answer packet: expected the sites that were dealt",
+            "answer packet: expected the sites that were sent",
         ),
         (
-            lambda: write_answer(
+            lambda: write_train_result(
                 replace(
-                    samples.update_to(dealt := samples.assignment()),
+                    samples.update_to(sent := samples.assignment()),
                     adapter=Adapter(
                         {
-                            **dealt.start,
+                            **sent.start,
                             "block.1.q": Sparse(torch.ones(3), torch.tensor([1, 2, 3]), (6, 5)),
                         }
                     ),
                 ),
-                dealt,
+                sent,
             ),
-            "'block.1.q': expected positions as it was dealt",
+            "'block.1.q': expected positions as it was sent",
         ),
     ],
 )
@@ -365,6 +384,11 @@ def test_what_no_packet_can_hold_is_refused_before_it_is_sent(write, match):
 def test_reasons_are_read_as_they_can_be_shown():
     """A terminal obeys control characters, and these come from elsewhere."""
     reason, shown = "no\x1b[2J\xa0room\u202e\nline", "no\ufffd[2J\xa0room\ufffd\nline"
-    answer = read_answer(write_answer(Failure("a", 1, 0, reason)), SizeLimits(2**20, 2**20, 0))
+    answer = read_train_result(
+        write_train_result(Failure("a", 1, 0, reason)), SizeLimits(2**20, 2**20, 0)
+    )
     assert answer.reason == shown
-    assert read_profile(write_profile(replace(samples.profile(), refusal=reason))).refusal == shown
+    assert (
+        read_node_info(write_node_info(replace(samples.node_info(), refusal=reason))).refusal
+        == shown
+    )

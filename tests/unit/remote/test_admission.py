@@ -11,7 +11,7 @@ from rich.console import Console
 
 import plannings
 from federations import SITES, clients
-from letters import Letters
+from memory_channel import MemoryChannel
 from models import tiny, write_tiny
 from polyrank.config.app import AppSettings
 from polyrank.config.reading import checked
@@ -28,8 +28,8 @@ from polyrank.planning import (
     Workload,
 )
 from polyrank.planning.sharing import BySpectrum
-from polyrank.protocol import ClientPolicy, read_order, read_profile
-from polyrank.remote.admission import enrol
+from polyrank.protocol.client_info import ClientPolicy, read_node_info
+from polyrank.remote.admission import admit
 from polyrank.remote.registration import ClientRegistry, work_of
 from polyrank.remote.server import RemoteParts
 from polyrank.run.planning import Importance
@@ -37,7 +37,7 @@ from polyrank.runner.parts import Invocation
 from polyrank.runner.runner import complete
 from polyrank.split_server.host import ServerPartHost
 from polyrank.split_server.settings import HostedModel, SplitServerSettings
-from remotes import OnDisk, machines, orders
+from remote_federations import OnDisk, machines, train_requests
 
 MODULE = tiny("llama", num_hidden_layers=4)
 SPEC = describe(MODULE)
@@ -245,8 +245,8 @@ def recipe_of(folder, **more):
     return checked(content, "recipe")
 
 
-def hosts(folder, devices, terms=None):
-    """Machines of c0, c1, …, one of the held-out u0, with these devices and terms."""
+def hosts(folder, devices, policies=None):
+    """Machines of c0, c1, …, one of the held-out u0, with these devices and policies."""
     data = clients(seen=4)
     recipe = recipe_of(folder)
     made = machines(
@@ -259,32 +259,32 @@ def hosts(folder, devices, terms=None):
     named = dict(enumerate(sorted(data), 1))
     return {
         node: replace(
-            side,
+            host,
             device=devices.get(named[node]),
-            terms=(terms or {}).get(named[node], ClientPolicy()),
+            policy=(policies or {}).get(named[node], ClientPolicy()),
         )
-        for node, side in made.items()
+        for node, host in made.items()
     }
 
 
-def roll_of(post):
-    roll = ClientRegistry()
-    for node in post.nodes():
-        roll.note(node, read_profile(post.machines[node].answer("hello", b"")))
-    return roll
+def registry_of(channel):
+    registry = ClientRegistry()
+    for node in channel.nodes():
+        registry.register(node, read_node_info(channel.machines[node].answer("hello", b"")))
+    return registry
 
 
-def enrolled(folder, own, terms=None, **more):
+def admitted(folder, own, policies=None, **more):
     recipe = recipe_of(folder, **more)
-    roll = roll_of(Letters(hosts(folder, own, terms)))
-    return enrol(recipe, roll, recipe.model.load_bare())
+    registry = registry_of(MemoryChannel(hosts(folder, own, policies)))
+    return admit(recipe, registry, recipe.model.load_bare())
 
 
 def budgets(folder):
     """Bytes of a head of one block, of one in a U-shape, and of the whole model, by the planner."""
     roomy = {f"c{i}": DeviceProfile("any", 2**40) for i in range(4)}
-    recipe, found = recipe_of(folder), enrolled(folder, roomy)
-    work = {one.client: work_of(one) for one in found.roll.hosted}
+    recipe, found = recipe_of(folder), admitted(folder, roomy)
+    work = {client.name: work_of(client) for client in found.registry.clients}
     cost = found.planning(recipe, recipe.model.load_bare(), work).planner.cost
     least = [cost.memory({}, cut).total for cut in (CutPoint(1), CutPoint(1, 3))]
     return [*least, cost.memory(dict.fromkeys(cost.spec.shapes, 4), None).total]
@@ -306,19 +306,24 @@ def test_a_run_with_the_clients_own_devices(folder, tmp_path, monkeypatch):
         "c2": DeviceProfile("c2", head // 2),
         "c3": DeviceProfile("c3", head + 2000),
     }
-    terms = {"c0": ClientPolicy(labels_may_leave=False), "c1": ClientPolicy(largest_rank=2)}
+    policies = {"c0": ClientPolicy(labels_may_leave=False), "c1": ClientPolicy(largest_rank=2)}
     recipe, told = recipe_of(folder), []
-    post = Letters(hosts(folder, devices, terms), together=4)
+    channel = MemoryChannel(hosts(folder, devices, policies), together=4)
     hosted = HostedModel(str(folder), 1, device="cpu", sites=[*SITES])
-    tails = SplitServerSettings(hosted, "run", recipe.split.build(), threads=1)
+    settings = SplitServerSettings(hosted, "run", recipe.split.build(), threads=1)
     monkeypatch.setattr(RemoteParts, "tell", lambda _, line: told.append(line))
     with ExitStack() as held:
-        desk = ServerPartHost(tails)
-        held.callback(desk.stop)
-        monkeypatch.setattr(RemoteParts, "_desk", lambda *_: desk)
+        split_server = ServerPartHost(settings)
+        held.callback(split_server.stop)
+        monkeypatch.setattr(RemoteParts, "_split_server", lambda *_: split_server)
         invocation = Invocation(Follower(), lambda: False)
         parts = RemoteParts(
-            recipe, AppSettings(clients=4, wait=5.0), post, "run", invocation, Console(quiet=True)
+            recipe,
+            AppSettings(clients=4, wait=5.0),
+            channel,
+            "run",
+            invocation,
+            Console(quiet=True),
         )
         result = complete(recipe, tmp_path / "run", invocation, parts, resume=False)
     assert result.summary["rounds"] == 2
@@ -336,7 +341,7 @@ def test_a_run_with_the_clients_own_devices(folder, tmp_path, monkeypatch):
     for record in records:
         assert record["rejected"] == {}
         assert record["cuts"] == {"1": 1, "1–3": 1, "whole": 1}
-    tasks = [read_order(letter.payload).task for letter in orders(post)]
+    tasks = [request.task for request in train_requests(channel)]
     assert sorted({task.client for task in tasks}) == ["c0", "c1", "c3"]
     assert len(tasks) == 6
     assert {max(task.assignment.ranks.values()) for task in tasks if task.client == "c1"} == {2}
@@ -345,9 +350,9 @@ def test_a_run_with_the_clients_own_devices(folder, tmp_path, monkeypatch):
 
 def test_a_client_without_a_device_is_left_out_and_sent_to_its_client_toml(folder):
     roomy = DeviceProfile("any", 2**40)
-    found = enrolled(folder, {"c0": roomy, "c3": roomy})
+    found = admitted(folder, {"c0": roomy, "c3": roomy})
     assert found.fleet.assigned == {"c0": "c0", "c3": "c3"}
-    assert sorted(found.roll.homes) == ["c0", "c3", "u0"]
+    assert sorted(found.registry.node_of) == ["c0", "c3", "u0"]
     assert sorted(found.left_out) == ["c1", "c2"]
     assert "client.toml has no [device]" in found.left_out["c1"]
     assert found.devices["c3"] == DeviceProfile("c3", 2**40)
@@ -357,33 +362,33 @@ def test_nobody_who_can_take_part_is_an_error_with_every_reason(folder):
     with pytest.raises(
         RecipeError, match=r"no client can take part:\n  c0: memory.*\n  c1: its cl"
     ):
-        enrolled(folder, {"c0": DeviceProfile("c0", 1000)})
+        admitted(folder, {"c0": DeviceProfile("c0", 1000)})
     with pytest.raises(
         RecipeError, match=r"no client can take part:\n  c0: its client.toml has no"
     ):
-        enrolled(folder, {})
+        admitted(folder, {})
 
 
 def test_devices_that_the_recipe_gives_count_and_limits_bind_whom_they_are_of(folder):
     *_, whole = budgets(folder)
     given = {"devices": {"box": {"memory": 4 * whole}}, "fleet": {"distribution": {"box": 1.0}}}
     small = dict.fromkeys(["c0", "c1"], DeviceProfile("any", 1000))
-    free = enrolled(folder, small, **given)
+    free = admitted(folder, small, **given)
     assert set(free.fleet.assigned.values()) == {"box"}
     assert not free.left_out
     assert not free.limits
-    found = enrolled(folder, small, {"c1": ClientPolicy(largest_rank=2)}, **given)
+    found = admitted(folder, small, {"c1": ClientPolicy(largest_rank=2)}, **given)
     names = {"c0": "box", "c1": "box, c1", "c2": "box", "c3": "box"}
     assert found.fleet.assigned == names
     recipe = recipe_of(folder, **given)
-    work = {one.client: work_of(one) for one in found.roll.hosted}
+    work = {client.name: work_of(client) for client in found.registry.clients}
     plans = found.planning(recipe, recipe.model.load_bare(), work).plans(Importance())
     assert {name: max(one.ranks.values()) for name, one in plans.items()} == {
         "box": 4,
         "box, c1": 2,
     }
     only = {**given, "fleet": {"distribution": {"box": 1.0}, "force": "weakest"}}
-    forced = enrolled(folder, small, {"c1": ClientPolicy(largest_rank=2)}, **only)
+    forced = admitted(folder, small, {"c1": ClientPolicy(largest_rank=2)}, **only)
     plans = forced.planning(recipe_of(folder, **only), recipe.model.load_bare(), work)
     assert max(plans.planned(Importance()).plans["box"].ranks.values()) == 2
 

@@ -5,14 +5,17 @@ from dataclasses import replace
 import pytest
 
 from federations import QUIET, SITES, one_block, opened
-from letters import After, Clock, Letters, Lost
+from memory_channel import After, Clock, MemoryChannel, NoReply
 from models import tiny_loaded
 from polyrank.aggregation import FLoRA, Update
 from polyrank.algebra import Adapter
 from polyrank.codecs import codec
 from polyrank.errors import RoundFailedError, SplitServerError
 from polyrank.planning import CutPoint, Fleet, LoRAType
-from polyrank.protocol import ClientPolicy, SizeLimits, read_answer, read_order, write_answer
+from polyrank.protocol.client_info import ClientPolicy
+from polyrank.protocol.size_limits import SizeLimits
+from polyrank.protocol.train_request import read_train_request
+from polyrank.protocol.train_result import read_train_result, write_train_result
 from polyrank.remote import client, engine
 from polyrank.rounds.messages import Failure
 from polyrank.rounds.settings import Faults
@@ -22,40 +25,48 @@ from polyrank.split_server.interface import ServerPartResult
 from polyrank.training.split import SplitSettings
 from polyrank.transport import FrameLimits
 from polyrank.transport.remote import Credentials, new_identity
-from remotes import Reached, ask, away, machine, machines, orders, post
+from remote_federations import (
+    Reachable,
+    ask,
+    channel_to_each,
+    machine,
+    machines,
+    remote_federation,
+    train_requests,
+)
 
 DEADLINE = 30.0
 CONDUCT = RunSettings(evaluation=QUIET, cohort=1, faults=Faults(deadline=DEADLINE))
 
 
 def only(client, what):
-    """Return trouble with the orders of one client; the others' answers arrive as they are."""
+    """Return trouble with the replies to one client; those of others arrive as they are."""
 
-    def trouble(letter, payload):
-        if letter.kind != "train":
+    def trouble(message, payload):
+        if message.kind != "train":
             return payload
-        order = read_order(letter.payload)
-        return what(order, payload) if order.task.client == client else payload
+        request = read_train_request(message.payload)
+        return what(request, payload) if request.task.client == client else payload
 
     return trouble
 
 
-def changed(order, payload, **fields):
+def changed(request, payload, **fields):
     """Return an answer with other fields."""
-    dealt = order.task.assignment
-    answer = read_answer(payload, SizeLimits.of(dealt, 10), dealt)
-    return write_answer(replace(answer, **fields), dealt)
+    sent = request.task.assignment
+    answer = read_train_result(payload, SizeLimits.of(sent, 10), sent)
+    return write_train_result(replace(answer, **fields), sent)
 
 
-def rounds(between, count=1, settings=CONDUCT, **rest):
-    with away(between, settings=settings, **rest) as made:
+def rounds(channel, count=1, settings=CONDUCT, **rest):
+    with remote_federation(channel, settings=settings, **rest) as made:
         return list(made.rounds(count))
 
 
 @pytest.mark.parametrize(
     ("what", "kind", "reason"),
     [
-        (lambda *_: Lost("error 5: Node Unavailable"), "lost", "Node Unavailable"),
+        (lambda *_: NoReply("error 5: Node Unavailable"), "lost", "Node Unavailable"),
         (lambda _, payload: After(payload, None), "late", "no answer within 30 s"),
         (lambda _, payload: payload[: len(payload) // 2], "invalid", "packet"),
         (lambda *_: b"", "invalid", "packet"),
@@ -68,21 +79,21 @@ def rounds(between, count=1, settings=CONDUCT, **rest):
     ],
 )
 def test_an_answer_that_cannot_be_used_costs_its_client_alone(what, kind, reason):
-    between = post()
-    between.trouble = only("c1", what)
-    (record,) = rounds(between)
+    channel = channel_to_each()
+    channel.trouble = only("c1", what)
+    (record,) = rounds(channel)
     assert list(record.rejected) == ["c1"]
     assert reason in record.rejected["c1"]
     assert [(one["client"], one["kind"]) for one in record.turned_away] == [("c1", kind)]
-    undisturbed = post()
-    undisturbed.trouble = only("c1", lambda *_: Lost("gone"))
+    undisturbed = channel_to_each()
+    undisturbed.trouble = only("c1", lambda *_: NoReply("gone"))
     assert rounds(undisturbed)[0].energy == record.energy, "the others' updates alone"
 
 
 def test_a_machine_that_cannot_be_reached_is_lost_and_told_of():
-    between, told = post(), []
-    with away(between, settings=CONDUCT, tell=told.append) as made:
-        between.unreachable.add(2)
+    channel, told = channel_to_each(), []
+    with remote_federation(channel, settings=CONDUCT, tell=told.append) as made:
+        channel.unreachable.add(2)
         (record,) = made.rounds(1)
     assert record.rejected == {"c1": "its machine cannot be reached"}
     assert [one["kind"] for one in record.turned_away] == ["lost"]
@@ -90,10 +101,10 @@ def test_a_machine_that_cannot_be_reached_is_lost_and_told_of():
 
 
 def test_a_late_answer_is_counted_as_stale_in_the_next_round_and_not_aggregated():
-    between = post()
-    between.trouble = only("c1", lambda o, p: After(p, DEADLINE + 1) if o.task.round == 1 else p)
+    channel = channel_to_each()
+    channel.trouble = only("c1", lambda o, p: After(p, DEADLINE + 1) if o.task.round == 1 else p)
     told = []
-    first, second, third = rounds(between, 3, tell=told.append)
+    first, second, third = rounds(channel, 3, tell=told.append)
     assert first.rejected == {"c1": "no answer within 30 s"}
     assert [one["kind"] for one in first.turned_away] == ["late"]
     late = next(line for line in told if "too late" in line)
@@ -102,30 +113,30 @@ def test_a_late_answer_is_counted_as_stale_in_the_next_round_and_not_aggregated(
     assert [(one["client"], one["kind"]) for one in stale] == [("c1", "stale")]
     assert second.rejected == third.rejected == {}
     assert second.traffic["c1"]["up"] == 2 * third.traffic["c1"]["up"], "it travelled all the same"
-    never = post()
-    never.trouble = only("c1", lambda o, p: Lost("gone") if o.task.round == 1 else p)
+    never = channel_to_each()
+    never.trouble = only("c1", lambda o, p: NoReply("gone") if o.task.round == 1 else p)
     assert rounds(never, 2)[1].energy == second.energy
 
 
 def test_what_had_come_by_the_deadline_is_taken_however_long_it_took_to_ask():
-    between = post()
+    channel = channel_to_each()
 
-    def slow(letter, payload):
-        between.clock.now += DEADLINE
+    def slow(message, payload):
+        channel.clock.now += DEADLINE
         return payload
 
-    between.trouble = slow
-    (record,) = rounds(between)
+    channel.trouble = slow
+    (record,) = rounds(channel)
     assert record.rejected == {}
 
 
 def test_who_was_late_long_ago_is_not_waited_for_for_ever():
-    between = post()
-    between.trouble = only("c1", lambda _, payload: After(payload, None))
+    channel = channel_to_each()
+    channel.trouble = only("c1", lambda _, payload: After(payload, None))
     seen = []
-    receive = between.receive
-    between.receive = lambda tickets: (seen.append(len(tickets)), receive(tickets))[1]
-    with away(between, settings=CONDUCT) as made:
+    receive = channel.receive
+    channel.receive = lambda message_ids: (seen.append(len(message_ids)), receive(message_ids))[1]
+    with remote_federation(channel, settings=CONDUCT) as made:
         list(made.rounds(12))
         late = made.engine._late
     assert max(seen) <= 4 + 3, "four that are asked and the late ones of three deadlines"
@@ -133,9 +144,9 @@ def test_who_was_late_long_ago_is_not_waited_for_for_ever():
 
 
 def test_a_late_one_does_not_hold_what_was_merged_into_the_base():
-    between = post()
-    between.trouble = only("c1", lambda _, payload: After(payload, None))
-    with away(between, settings=CONDUCT, rule=FLoRA()) as made:
+    channel = channel_to_each()
+    channel.trouble = only("c1", lambda _, payload: After(payload, None))
+    with remote_federation(channel, settings=CONDUCT, rule=FLoRA()) as made:
         list(made.rounds(3))
         late = made.engine._late
     assert late
@@ -144,33 +155,33 @@ def test_a_late_one_does_not_hold_what_was_merged_into_the_base():
         assert not one.own.merged
 
 
-def test_an_order_is_made_when_it_is_sent(monkeypatch):
-    """Orders are as large as assignments: those of a round are never all in memory."""
-    between, had, real = post(), [], engine.write_order
+def test_a_request_is_made_when_it_is_sent(monkeypatch):
+    """Requests are as large as assignments: those of a round are never all in memory."""
+    channel, had, real = channel_to_each(), [], engine.write_train_request
 
-    def write(order):
-        had.append(len(orders(between)))
-        return real(order)
+    def write(request):
+        had.append(len(train_requests(channel)))
+        return real(request)
 
-    monkeypatch.setattr(engine, "write_order", write)
-    rounds(between)
+    monkeypatch.setattr(engine, "write_train_request", write)
+    rounds(channel)
     assert had == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("terms", "reason"),
+    ("policy", "reason"),
     [
-        (ClientPolicy(largest_rank=2), "limits.largest_rank = 2, and it was dealt rank 3"),
+        (ClientPolicy(largest_rank=2), "limits.largest_rank = 2, and it was sent rank 3"),
         (
             ClientPolicy(smallest_count=7),
             "limits.smallest_count = 7, and it has fewer training examples",
         ),
     ],
 )
-def test_a_client_that_refuses_is_in_the_record_with_its_reason(terms, reason):
-    between = post()
-    with away(between, settings=CONDUCT) as made:
-        between.machines[2] = machine(["c1"], terms=terms)
+def test_a_client_that_refuses_is_in_the_record_with_its_reason(policy, reason):
+    channel = channel_to_each()
+    with remote_federation(channel, settings=CONDUCT) as made:
+        channel.machines[2] = machine(["c1"], policy=policy)
         (record,) = made.rounds(1)
         summary = made.finish()
     assert reason in record.rejected["c1"]
@@ -188,9 +199,9 @@ def test_the_text_of_a_foreign_error_does_not_travel(monkeypatch):
         return real(model, jobs, on_step)
 
     monkeypatch.setattr(engines, "train_cohort", train)
-    between, seen = post(), []
-    between.trouble = lambda _, payload: (seen.append(payload), payload)[1]
-    (record,) = rounds(between)
+    channel, seen = channel_to_each(), []
+    channel.trouble = lambda _, payload: (seen.append(payload), payload)[1]
+    (record,) = rounds(channel)
     assert record.rejected["c1"] == "ValueError on the client's machine; see its own log"
     assert not any(b"SECRET" in payload for payload in seen)
 
@@ -198,9 +209,9 @@ def test_the_text_of_a_foreign_error_does_not_travel(monkeypatch):
 def test_a_client_ends_its_training_itself_at_the_deadline(monkeypatch):
     passed = iter([0.0, 0.0, DEADLINE, DEADLINE + 1])
     monkeypatch.setattr(client.time, "monotonic", lambda: next(passed, 1000.0))
-    side = machine(["c0"])
-    reached = Reached.by(Letters({1: side}, clock=Clock()))
-    engine = reached.engine(one_block(), deadline=DEADLINE)
+    node = machine(["c0"])
+    reachable = Reachable.by(MemoryChannel({1: node}, clock=Clock()))
+    engine = reachable.engine(one_block(), deadline=DEADLINE)
     (answer,) = ask(engine, ["c0"])
     assert isinstance(answer, Failure)
     assert (answer.kind, answer.reason) == ("late", "its deadline passed while it was training")
@@ -211,26 +222,26 @@ def test_a_client_ends_its_training_itself_at_the_deadline(monkeypatch):
 
 def test_below_quorum_the_state_stays_and_other_clients_are_tried():
     run_settings = replace(CONDUCT, faults=replace(CONDUCT.faults, quorum=1.0))
-    between = post()
-    between.trouble = only(
-        "c1", lambda o, p: Lost("gone for a moment") if o.task.attempt == 0 else p
+    channel = channel_to_each()
+    channel.trouble = only(
+        "c1", lambda o, p: NoReply("gone for a moment") if o.task.attempt == 0 else p
     )
-    (record,) = rounds(between, settings=run_settings)
+    (record,) = rounds(channel, settings=run_settings)
     assert record.attempt == 1
     assert record.abandoned == [{"c1": "gone for a moment"}]
     assert record.rejected == {}
 
 
 def test_a_round_that_fails_names_every_reason_and_leaves_the_state(tmp_path):
-    between = post()
-    between.trouble = lambda letter, p: Lost("cable cut") if letter.kind == "train" else p
-    with away(between, tmp_path / "run", settings=CONDUCT) as made:
+    channel = channel_to_each()
+    channel.trouble = lambda message, p: NoReply("cable cut") if message.kind == "train" else p
+    with remote_federation(channel, tmp_path / "run", settings=CONDUCT) as made:
         before = made.adapter.factors.hash()
         with pytest.raises(RoundFailedError, match=r"(?s)round 1: fewer than 50%.*c0: cable cut"):
             list(made.rounds(1))
         assert made.adapter.factors.hash() == before
         assert made.round == 0
-    assert len(orders(between)) == 3 * 4, "three attempts"
+    assert len(train_requests(channel)) == 3 * 4, "three attempts"
 
 
 class Killed(BaseException):
@@ -239,16 +250,16 @@ class Killed(BaseException):
 
 def killed_after_two_answers(folder):
     """Carry a round out until two of its four answers are saved."""
-    between, looks = Letters(machines(), clock=Clock(), singly=True), []
+    channel, looks = MemoryChannel(machines(), clock=Clock(), singly=True), []
 
     def stop():
-        if len(orders(between)) == 4:
+        if len(train_requests(channel)) == 4:
             looks.append(1)
         if len(looks) == 3:  # One look finds one answer.
             raise Killed
         return False
 
-    with away(between, folder, settings=CONDUCT, stop=stop) as made:
+    with remote_federation(channel, folder, settings=CONDUCT, stop=stop) as made:
         list(made.rounds(1))
 
 
@@ -259,19 +270,22 @@ def test_after_a_kill_only_the_missing_clients_are_asked(tmp_path):
         expected = undisturbed.adapter.factors.hash()
     with pytest.raises(Killed):
         killed_after_two_answers(tmp_path / "run")
-    again = post()
-    with away(again, tmp_path / "run", settings=CONDUCT, resume=True) as made:
+    again = channel_to_each()
+    with remote_federation(again, tmp_path / "run", settings=CONDUCT, resume=True) as made:
         (record,) = made.rounds(1)
         assert made.adapter.factors.hash() == expected
-    assert [read_order(letter.payload).task.client for letter in orders(again)] == ["c2", "c3"]
+    assert [request.task.client for request in train_requests(again)] == [
+        "c2",
+        "c3",
+    ]
     assert record.rejected == {}
 
 
 # --- split clients ---
 
 
-class Counter:
-    """A desk without a server: what was asked of it; `lose` says whose tail is lost."""
+class RecordingSplitServer:
+    """A split server that trains nothing: what was asked of it; `lose` are lost at it."""
 
     def __init__(self, access="it is not there", lose=()):
         self.access, self.lose = access, lose
@@ -320,24 +334,26 @@ def two_blocks():
     return tiny_loaded("llama", num_hidden_layers=2, sites=SITES)
 
 
-def split_rounds(desk, trained=lambda *_: None, settings=SPLIT, unreachable=(), **rest):
+def split_rounds(server, trained=lambda *_: None, settings=SPLIT, unreachable=(), **rest):
     """Return the first round's record; a cut client's own half trains without a server."""
-    model, between = two_blocks(), post(model=two_blocks())
-    for side in between.machines.values():
-        side._split = lambda order: trained(order) or half(order)
-    with away(between, model=model, settings=settings, desk=desk, fleet=CUT, **rest) as made:
-        between.unreachable |= set(unreachable)
+    model, channel = two_blocks(), channel_to_each(model=two_blocks())
+    for node in channel.machines.values():
+        node._train_client_part = lambda request: trained(request) or half(request)
+    with remote_federation(
+        channel, model=model, settings=settings, split_server=server, fleet=CUT, **rest
+    ) as made:
+        channel.unreachable |= set(unreachable)
         return next(made.rounds(1))
 
 
-def half(order):
+def half(request):
     """Return an update of a cut client's own sites, as they were dealt."""
-    task = order.task
+    task = request.task
     return Update(
         client=task.client,
         round=task.round,
         attempt=task.attempt,
-        assignment=order.assignment,
+        assignment=request.assignment,
         examples=5,
         adapter=task.assignment.start,
         metrics={"loss": 1.0, "tokens": 5.0, "target_tokens": 5.0},
@@ -356,61 +372,61 @@ ACCESS = Credentials(
 
 @pytest.mark.parametrize("adapters", ["own", "shared"])
 def test_a_split_client_whose_tail_is_lost_is_lost_and_the_others_go_on(adapters):
-    desk = Counter(ACCESS, lose=("c0", "c1"))
+    server = RecordingSplitServer(ACCESS, lose=("c0", "c1"))
     run_settings = replace(SPLIT, split=SplitSettings(wire="float32", adapters=adapters))
-    record = split_rounds(desk, settings=run_settings)
+    record = split_rounds(server, settings=run_settings)
     assert set(record.rejected) == {"c0", "c1"}
     assert record.rejected["c0"] == "client 'c0': the split server has died"
     assert [one["kind"] for one in record.turned_away] == ["lost", "lost"]
-    assert sorted(desk.of("leave")) == ["c0", "c1"]
-    assert desk.asked[-2:] == [("close", None), ("stop", None)]
+    assert sorted(server.of("leave")) == ["c0", "c1"]
+    assert server.asked[-2:] == [("close", None), ("stop", None)]
 
 
 def test_what_one_adapter_for_all_learned_is_collected_when_nobody_is_at_work():
-    desk = Counter(ACCESS)
+    server = RecordingSplitServer(ACCESS)
     run_settings = replace(SPLIT, split=SplitSettings(wire="float32", adapters="shared"))
 
-    def trained(order):
-        if order.task.client == "c1":
-            return Failure("c1", order.task.round, order.task.attempt, "it has diverged")
+    def trained(request):
+        if request.task.client == "c1":
+            return Failure("c1", request.task.round, request.task.attempt, "it has diverged")
         return None
 
-    split_rounds(desk, trained, run_settings)
-    told = [what for what, client in desk.asked if client in ("c0", "c1")]
+    split_rounds(server, trained, run_settings)
+    told = [what for what, client in server.asked if client in ("c0", "c1")]
     assert told == ["leave", "collect"], "first the one that will not come, then the one that did"
 
 
 @pytest.mark.parametrize(
     ("trained", "unreachable", "reason"),
     [
-        (lambda order: Failure("c0", 1, 0, "no memory"), (), "no memory"),
-        (lambda order: replace(half(order), round=9), (), "answers round 9"),
-        (lambda order: None, (1,), "its machine cannot be reached"),
+        (lambda request: Failure("c0", 1, 0, "no memory"), (), "no memory"),
+        (lambda request: replace(half(request), round=9), (), "answers round 9"),
+        (lambda request: None, (1,), "its machine cannot be reached"),
     ],
 )
 def test_the_tail_of_a_client_without_a_usable_answer_is_left(trained, unreachable, reason):
     """Others that train beside it may wait for its frames."""
-    desk = Counter(ACCESS)
+    server = RecordingSplitServer(ACCESS)
     record = split_rounds(
-        desk, lambda o: trained(o) if o.task.client == "c0" else None, SPLIT, unreachable
+        server, lambda o: trained(o) if o.task.client == "c0" else None, SPLIT, unreachable
     )
     assert reason in record.rejected["c0"]
-    assert "c0" in desk.of("leave")
-    assert "c0" not in desk.of("collect")
+    assert "c0" in server.of("leave")
+    assert "c0" not in server.of("collect")
 
 
 def test_a_split_server_that_gives_no_way_in_is_the_reason_of_its_clients():
-    desk = Counter("no tail was made: no memory")
-    record = split_rounds(desk)
+    server = RecordingSplitServer("no tail was made: no memory")
+    record = split_rounds(server)
     assert record.rejected == dict.fromkeys(("c0", "c1"), "no tail was made: no memory")
     assert record.traffic["c0"]["up"] == 0
 
 
 def test_a_split_server_that_cannot_start_ends_the_run():
-    desk = Counter(None)
+    server = RecordingSplitServer(None)
     with pytest.raises(SplitServerError, match="no such model"):
-        split_rounds(desk)
-    assert desk.asked[-2:] == [("close", None), ("stop", None)]
+        split_rounds(server)
+    assert server.asked[-2:] == [("close", None), ("stop", None)]
 
 
 def test_without_a_split_server_nobody_can_be_cut():
@@ -418,9 +434,9 @@ def test_without_a_split_server_nobody_can_be_cut():
         split_rounds(None)
 
 
-def test_an_order_of_a_split_client_has_its_own_sites_and_the_hash_of_all():
-    desk, seen = Counter(ACCESS), {}
-    split_rounds(desk, lambda order: seen.update({order.task.client: order}))
+def test_a_request_to_a_split_client_has_its_own_sites_and_the_hash_of_all():
+    server, seen = RecordingSplitServer(ACCESS), {}
+    split_rounds(server, lambda request: seen.update({request.task.client: request}))
     own = seen["c0"].task.assignment
     assert own.start
     assert all("layers.0." in site for site in own.start)
@@ -428,7 +444,7 @@ def test_an_order_of_a_split_client_has_its_own_sites_and_the_hash_of_all():
 
 
 @pytest.mark.parametrize(
-    ("terms", "cut", "reason"),
+    ("policy", "cut", "reason"),
     [
         (
             ClientPolicy(lowest_cut=2),
@@ -443,10 +459,12 @@ def test_an_order_of_a_split_client_has_its_own_sites_and_the_hash_of_all():
         ),
     ],
 )
-def test_a_split_client_refuses_a_cut_beyond_its_terms(terms, cut, reason):
+def test_a_split_client_refuses_a_cut_beyond_its_policy(policy, cut, reason):
     model = tiny_loaded("llama", num_hidden_layers=3, sites=SITES)
-    reached = Reached.by(Letters({1: machine(["c0"], model=model, terms=terms)}, clock=Clock()))
-    engine = reached.engine(model, desk=Withheld(None))
+    reachable = Reachable.by(
+        MemoryChannel({1: machine(["c0"], model=model, policy=policy)}, clock=Clock())
+    )
+    engine = reachable.engine(model, split_server=WithoutCredentials(None))
     (answer,) = ask(engine, ["c0"], cuts={"one": cut})
     assert isinstance(answer, Failure)
     assert reason in answer.reason
@@ -464,16 +482,18 @@ def test_a_split_client_refuses_a_cut_beyond_its_terms(terms, cut, reason):
 def test_a_split_client_opens_no_stream_for_larger_frames_than_its_own_work_makes(limits):
     model = tiny_loaded("llama", num_hidden_layers=3, sites=SITES)
     assert model.spec.hidden == 16
-    reached = Reached.by(Letters({1: machine(["c0"], model=model)}, clock=Clock()))
-    engine = reached.engine(model, desk=Counter(replace(ACCESS, limits=limits)))
+    reachable = Reachable.by(MemoryChannel({1: machine(["c0"], model=model)}, clock=Clock()))
+    engine = reachable.engine(
+        model, split_server=RecordingSplitServer(replace(ACCESS, limits=limits))
+    )
     (answer,) = ask(engine, ["c0"], cuts={"one": CutPoint(1)})
     assert isinstance(answer, Failure)
     assert "expected frames of 16 numbers a token in float32" in answer.reason
     assert "server and client read other recipes" in answer.reason
 
 
-class Withheld(Counter):
-    """A desk whose clients are told no way, and are asked all the same."""
+class WithoutCredentials(RecordingSplitServer):
+    """A split server that gives no credentials; its clients are asked all the same."""
 
     def open(self, *_):
         return {}

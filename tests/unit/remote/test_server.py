@@ -6,9 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
-from letters import Letters, Lost
+from memory_channel import MemoryChannel, NoReply
 from polyrank.aggregation import State
-from polyrank.config.flower import APP_KEYS, app_settings, from_run_config, to_run_config
+from polyrank.config.app import APP_KEYS, app_settings
+from polyrank.config.flower import from_run_config, to_run_config
 from polyrank.config.reading import checked
 from polyrank.errors import (
     FolderExistsError,
@@ -17,14 +18,14 @@ from polyrank.errors import (
     RoundFailedError,
     RunError,
 )
-from polyrank.remote.hosting import side_of
+from polyrank.remote.hosting import client_node
 from polyrank.remote.server import check, folder_of, recipe_to_resume, serve, wait_for
 from polyrank.report.progress import RunProgress
 from polyrank.run import Checkpoint, RunFolder
 from polyrank.run.folder import RUN
 from polyrank.runner.parts import Invocation
 from polyrank.runner.runner import start
-from remotes import orders
+from remote_federations import train_requests
 
 CONTENT = {
     "name": "tiny",
@@ -47,9 +48,9 @@ def run_config(out, **changes):
 
 
 def served(config, trouble=None):
-    parts = {n: side_of(config, {"partition-id": n, "num-partitions": 3}) for n in range(3)}
-    between = Letters(parts, trouble)
-    return between, lambda: serve(from_run_config(config), app_settings(config), between, "run")
+    parts = {n: client_node(config, {"partition-id": n, "num-partitions": 3}) for n in range(3)}
+    channel = MemoryChannel(parts, trouble)
+    return channel, lambda: serve(from_run_config(config), app_settings(config), channel, "run")
 
 
 def here(folder):
@@ -67,12 +68,12 @@ def test_a_run_over_letters_is_the_run_of_one_process_and_goes_on_after_a_failur
     expected = adapter(here(tmp_path / "here"))
     config = run_config(tmp_path / "away")
 
-    def second(letter, payload):
-        if letter.kind == "train" and len(orders(between)) > 3:
-            return Lost("\x1b[31mcable cut\nhere")
+    def second(message, payload):
+        if message.kind == "train" and len(train_requests(channel)) > 3:
+            return NoReply("\x1b[31mcable cut\nhere")
         return payload
 
-    between, run = served(config, second)
+    channel, run = served(config, second)
     with pytest.raises(RoundFailedError, match="round 2: fewer than 50%"):
         run()
     told = capsys.readouterr().err
@@ -84,8 +85,14 @@ def test_a_run_over_letters_is_the_run_of_one_process_and_goes_on_after_a_failur
     outcome = run()
     assert outcome.folder == tmp_path / "away"
     assert adapter(outcome.folder) == expected
-    assert len(orders(again)) == 3, "of the second round alone"
+    assert len(train_requests(again)) == 3, "of the second round alone"
     assert len((outcome.folder / "rounds.jsonl").read_text().splitlines()) == 2
+
+    recipe = outcome.folder / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("rounds = 2", "rounds = 3"))
+    longer, run = served(run_config(outcome.folder, rounds=3) | RESUMED)
+    assert run().run.summary["rounds"] == 3, "a finished run is made longer"
+    assert len(train_requests(longer)) == 3
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +101,12 @@ def finished(tmp_path_factory):
     return here(tmp_path_factory.mktemp("finished") / "run")
 
 
-def test_a_finished_run_that_is_resumed_is_shown_as_one_of_before(finished):
+def test_a_finished_run_that_is_resumed_is_shown_as_one_of_before(finished, capsys):
     channel, run = served(run_config(finished) | RESUMED)
     outcome = run()
     assert outcome.run.summary == json.loads((finished / "summary.json").read_text())
+    assert outcome.run.finished_before
+    assert "finished before, nothing was trained" in capsys.readouterr().out.replace("\n", " ")
     assert outcome.run.finished_before
     assert channel.sent == [], "nobody is asked for what is finished"
 

@@ -1,9 +1,4 @@
-"""Flower's processes for tests: a deployment with TLS and keys, and a simulation.
-
-with Site(tmp_path / "site") as site:            # see examples/deploy/machines.py, which it is
-    site.start_node("a", client_toml)
-    run = site.run(app, {"rounds": 1})
-    assert site.wait(run, 120).completed, site.logs()
+"""An app on Flower's simulation, in processes of its own.
 
 status, log = simulate(tmp_path / "sim", app, nodes=2, config={"rounds": 1})
 """
@@ -16,21 +11,8 @@ from pathlib import Path
 
 import tomli_w
 
-from daemons import MARK, Daemon, Daemons
-from machines import BIN, FLOWER, KINDS, Site, Status, free_port
-
-__all__ = [
-    "BIN",
-    "FLOWER",
-    "KINDS",
-    "MARK",
-    "Daemon",
-    "Daemons",
-    "Site",
-    "Status",
-    "free_port",
-    "simulate",
-]
+from daemons import Daemons
+from machines import BIN, FLOWER, Status, free_port
 
 Config = Mapping[str, bool | int | float | str]
 ONE_CORE_EACH = "client-resources-num-cpus=1 init-args-num-cpus=2"

@@ -1,23 +1,23 @@
-"""Federations whose clients are reached by letters, and the engine beneath them."""
+"""Federations whose clients are on machines behind a message channel, and their engine."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from federations import LOCAL, MEASURED, clients, fleet, one_block, run_of
-from letters import Clock, Letters
+from memory_channel import Clock, MemoryChannel
 from polyrank.aggregation import FlexLoRA, Update
 from polyrank.data import Skipped
 from polyrank.data.types import ClientData
 from polyrank.evaluation.settings import Evaluation
 from polyrank.model import LoadedModel, Span, load_model
 from polyrank.planning import CutPoint, Fleet, LoRAType
-from polyrank.protocol import ClientPolicy, read_profile
-from polyrank.remote.client import ClientSide, Models
+from polyrank.protocol.client_info import ClientInfo, ClientPolicy, read_node_info
+from polyrank.protocol.train_request import TrainRequest, read_train_request
+from polyrank.remote.client import ClientNode, ModelLoader
 from polyrank.remote.engine import RemoteEngine
 from polyrank.remote.evaluator import RemoteEvaluator
-from polyrank.remote.message_channel import Message
 from polyrank.remote.registration import clients_of, work_of
 from polyrank.rounds.messages import Failure
 from polyrank.rounds.round import Round
@@ -32,18 +32,18 @@ WIRE = SplitSettings(wire="float32")
 
 
 @dataclass
-class Held:
-    """A model that is there already, for `ClientSide`."""
+class LoadedAlready:
+    """A model that is in memory, for `ClientNode`."""
 
     model: LoadedModel
 
     def bare(self) -> LoadedModel:
         return self.model
 
-    def whole(self) -> LoadedModel:
+    def full(self) -> LoadedModel:
         return self.model
 
-    def head(self, cut: CutPoint) -> LoadedModel:
+    def client_part(self, cut: CutPoint) -> LoadedModel:
         return self.model
 
 
@@ -55,12 +55,12 @@ class OnDisk:
     sites: list[str]
 
     def bare(self) -> LoadedModel:
-        return self.whole()
+        return self.full()
 
-    def whole(self) -> LoadedModel:
+    def full(self) -> LoadedModel:
         return load_model(str(self.folder), device="cpu", sites=self.sites)
 
-    def head(self, cut: CutPoint) -> LoadedModel:
+    def client_part(self, cut: CutPoint) -> LoadedModel:
         own = [Span(0, cut.lower)] + ([] if cut.upper is None else [Span(cut.upper)])
         return load_model(str(self.folder), device="cpu", sites=self.sites, spans=own)
 
@@ -68,27 +68,27 @@ class OnDisk:
 def machine(
     names: list[str],
     data: Mapping[str, ClientData] | None = None,
-    model: LoadedModel | Models | None = None,
+    model: LoadedModel | ModelLoader | None = None,
     *,
     local: LocalTraining = LOCAL,
     evaluation: Evaluation = MEASURED,
     split: SplitSettings = WIRE,
-    terms: ClientPolicy | None = None,
-) -> ClientSide:
+    policy: ClientPolicy | None = None,
+) -> ClientNode:
     """Return the machine of some clients of a federation's data."""
     everyone = clients() if data is None else data
 
     def work(model: LoadedModel) -> Mapping[str, ClientWork]:
-        made, _ = prepare(everyone, model, Encoding())
-        return {id: one for id, one in made.items() if id in names}
+        prepared, _ = prepare(everyone, model, Encoding())
+        return {id: client for id, client in prepared.items() if id in names}
 
-    models = model if isinstance(model, OnDisk) else Held(model or one_block())
-    return ClientSide(models, work, local, split, evaluation, terms or ClientPolicy())
+    models = model if isinstance(model, OnDisk) else LoadedAlready(model or one_block())
+    return ClientNode(models, work, local, split, evaluation, policy or ClientPolicy())
 
 
 def machines(
     data: Mapping[str, ClientData] | None = None, each: int = 1, **rest: Any
-) -> dict[int, ClientSide]:
+) -> dict[int, ClientNode]:
     """Return machines of `each` clients, in the order of their names, numbered from 1."""
     data = clients() if data is None else data
     names = sorted(data)
@@ -97,24 +97,26 @@ def machines(
 
 
 @dataclass
-class Reached:
-    """Whom a post reaches, and an engine and an examiner that ask them."""
+class Reachable:
+    """The clients behind a channel, and an engine and an evaluator that ask them."""
 
-    post: Letters
-    homes: Mapping[str, int]
-    work: Mapping[str, ClientWork]
+    channel: MemoryChannel
+    clients: Sequence[ClientInfo]
+    node_of: Mapping[str, int]
 
     @staticmethod
-    def by(post: Letters) -> "Reached":
-        """Let the machines of a post say who they are."""
-        homes, found = {}, []
-        for node in post.nodes():
-            payload = post.machines[node].answer("hello", b"")
-            for one in read_profile(payload).hosted:
-                homes[one.client] = node
-                found.append(one)
-        found.sort(key=lambda one: one.client)
-        return Reached(post, homes, {one.client: work_of(one) for one in found})
+    def by(channel: MemoryChannel) -> "Reachable":
+        """Ask the machines of a channel which clients they have."""
+        infos, node_of = [], {}
+        for node in channel.nodes():
+            for client in read_node_info(channel.machines[node].answer("hello", b"")).clients:
+                node_of[client.name] = node
+                infos.append(client)
+        return Reachable(channel, sorted(infos, key=lambda client: client.name), node_of)
+
+    @property
+    def work(self) -> Mapping[str, ClientWork]:
+        return {client.name: work_of(client) for client in self.clients}
 
     def engine(
         self,
@@ -123,51 +125,58 @@ class Reached:
         local: LocalTraining = LOCAL,
         split: SplitSettings = WIRE,
         deadline: float | None = None,
-        desk: SplitServerHandle | None = None,
+        split_server: SplitServerHandle | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> RemoteEngine:
-        clock = {} if self.post.clock is None else {"clock": self.post.clock}
         return RemoteEngine(
-            self.post, self.homes, model, self.work, local, split, deadline, desk, tell, **clock
+            self.channel,
+            self.node_of,
+            model,
+            self.work,
+            local,
+            split,
+            deadline,
+            split_server,
+            tell,
+            **self._clock(),
         )
 
-    def examiner(
+    def evaluator(
         self,
         tell: Callable[[str], None] = lambda _: None,
         seconds: float = 5.0,
     ) -> RemoteEvaluator:
-        clock = {} if self.post.clock is None else {"clock": self.post.clock}
-        return RemoteEvaluator(self.post, self.homes, seconds, tell, lambda: None, **clock)
+        return RemoteEvaluator(
+            self.channel, self.node_of, seconds, tell, lambda: None, **self._clock()
+        )
+
+    def _clock(self) -> dict[str, Any]:
+        return {} if self.channel.clock is None else {"clock": self.channel.clock}
 
 
-def away(
-    post: Letters,
+def remote_federation(
+    channel: MemoryChannel,
     out: Path | None = None,
     *,
     model: LoadedModel | None = None,
     settings: RunSettings | None = None,
     local: LocalTraining = LOCAL,
-    desk: SplitServerHandle | None = None,
+    split_server: SplitServerHandle | None = None,
     tell: Callable[[str], None] = lambda _: None,
     **rest: Any,
 ) -> Run:
-    """Return a run whose clients are on the machines of a post."""
-    reached = Reached.by(post)
+    """Return a run whose clients are on the machines behind a channel."""
+    reachable = Reachable.by(channel)
     model, settings = model or one_block(), settings or RunSettings(evaluation=MEASURED, cohort=1)
-    engine = reached.engine(
+    engine = reachable.engine(
         model,
         local=local,
         split=settings.split,
         deadline=settings.faults.deadline,
-        desk=desk,
+        split_server=split_server,
         tell=tell,
     )
-    hosted = [
-        one
-        for node in post.nodes()
-        for one in read_profile(post.machines[node].answer("hello", b"")).hosted
-    ]
-    who = clients_of(hosted)
+    who = clients_of(reachable.clients)
     rest.setdefault("fleet", fleet(who))
     return run_of(
         out,
@@ -175,25 +184,26 @@ def away(
         who,
         local=local,
         settings=settings,
-        prepared=(reached.work, Skipped()),
+        prepared=(reachable.work, Skipped()),
         engine=engine,
-        evaluator=reached.examiner(tell),
+        evaluator=reachable.evaluator(tell),
         **rest,
     )
 
 
-def post(**rest: Any) -> Letters:
-    """Return a post between a machine for every client; see `machines`."""
-    return Letters(machines(**rest), clock=Clock())
+def channel_to_each(**rest: Any) -> MemoryChannel:
+    """Return a channel to a machine for every client; see `machines`."""
+    return MemoryChannel(machines(**rest), clock=Clock())
 
 
-def orders(post: Letters) -> list[Message]:
-    """Return the orders that were sent."""
-    return [letter for letter in post.sent if letter.kind == "train"]
+def train_requests(channel: MemoryChannel) -> list[TrainRequest]:
+    """Return the train requests that were sent."""
+    sent = (message for message in channel.sent if message.kind == "train")
+    return [read_train_request(message.payload) for message in sent]
 
 
 def ask(engine: RemoteEngine, names: list[str], **rest: Any) -> list[Update | Failure]:
-    """Return an engine's answers to a round's tasks."""
+    """Return an engine's results of a round's tasks."""
     kinds = Fleet.table(
         dict.fromkeys(engine._work, "one"), types={"one": LoRAType("one", {"all": 2})}, **rest
     )

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from deployment import Site
+from machines import Site
 from models import write_tiny
 from polyrank.aggregation import Update
 from polyrank.config import Recipe
