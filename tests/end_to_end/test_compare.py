@@ -310,7 +310,8 @@ def until(condition: Any) -> Iterator[None]:
 def test_a_wish_to_stop_is_heard_and_says_how_to_go_on(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     started = process(tmp_path, "compare", place / "tiny.toml", "rounds=50", *RULES, "--out", out)
-    for _ in until(lambda: (out / "compare.md").exists() or runs_of(out)):
+    begun = lambda: (out / "compare.md").exists() or runs_of(out)  # noqa: E731
+    for _ in until(lambda: begun() or started.poll() is not None):
         pass
     started.send_signal(signal.SIGTERM)
     _, err = started.communicate()
