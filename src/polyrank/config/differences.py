@@ -1,4 +1,4 @@
-"""Which keys of two recipes differ."""
+"""The keys in which two recipes differ."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from polyrank.protocol.json_fields import refusal
 from polyrank.protocol.packet import Packet
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""What an update may be kept in."""
+"""Number formats of an update."""
 _PLACES = (torch.int32, torch.int64)
 _MOST = 2**31
 

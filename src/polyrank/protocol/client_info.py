@@ -1,4 +1,4 @@
-"""What a node says of itself: its clients, its device, what its owner consents to; no texts."""
+"""A node's description of itself: its clients, their data's sizes, its device, its policy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ClientInfo:
 
 @dataclass(frozen=True)
 class ClientPolicy:
-    """What a node agrees to; None: whatever is asked.
+    """Limits that a node's owner sets; None: no limit.
 
     `largest_rank` at any site, `lowest_cut` as the fewest blocks that it runs itself, whether
     labels may leave it, and `smallest_count`: scores over fewer rows are not told.

@@ -1,4 +1,4 @@
-"""What clients are asked to score, and their scores."""
+"""The message that asks clients for scores, and its answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCORES = ("loss", "exact_match", "rouge_l")
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """What the clients of one node are asked to score."""
+    """Queries to the clients of one node."""
 
     queries: tuple[EvaluateQuery, ...]
 

@@ -1,4 +1,4 @@
-"""How large a packet may be, by what was asked for."""
+"""Size limits of packets, checked before anything in them is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client is told to train."""
+"""The message that asks a client to train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client answers a train request with: an update, or why there is none."""
+"""The answer to a train request: an update, or a failure with its reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from polyrank.rounds.messages import Failure, FailureKind
 REASON_BYTES = 4096
 """The longest reason of a failure, in UTF-8; a longer one is cut."""
 _KINDS: dict[str, FailureKind] = {"failed": "failed", "late": "late", "refused": "refused"}
-"""What a client can say of itself; the other kinds are the server's to find."""
+"""Kinds of failure that a client reports; the server finds the others."""
 _ODD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

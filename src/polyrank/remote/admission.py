@@ -1,4 +1,4 @@
-"""Which registered clients take part, and with which type: a recipe's, or a device's plan."""
+"""Admission: the registered clients that take part, and each one's LoRA type or device."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from polyrank.transport import FrameLimits
 
 
 class ModelLoader(Protocol):
-    """How a machine loads the model."""
+    """Loads the model, or a part of it, on a client's machine."""
 
     def bare(self) -> LoadedModel:
         """Return it without weights: its tokenizer and its sizes."""

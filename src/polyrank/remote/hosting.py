@@ -134,7 +134,7 @@ def _simulated(
 
 
 class _SharedInProcess:
-    """What the simulated machines of a process share: model, clients, and their work."""
+    """Model, clients and their work, which the simulated machines of a process share."""
 
     def __init__(self, recipe: Recipe):
         if recipe.engine.threads:  # Otherwise what the simulation's resources leave.

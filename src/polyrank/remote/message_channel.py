@@ -1,4 +1,4 @@
-"""How messages reach the clients' machines, over any network library."""
+"""The message channel to the clients' machines, over any network library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Kind = Literal["hello", "train", "evaluate"]
-"""What a message asks for; see `polyrank.protocol`."""
+"""The kinds of messages; see `polyrank.protocol`."""
 
 
 @dataclass(frozen=True)

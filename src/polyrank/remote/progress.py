@@ -1,4 +1,4 @@
-"""What a user is told of a round while its results are awaited."""
+"""Lines for the user while a round's results are awaited."""
 
 from __future__ import annotations
 

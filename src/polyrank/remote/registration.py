@@ -1,4 +1,4 @@
-"""Which clients take part: every machine is asked which clients it hosts."""
+"""Registration: every machine is asked which clients it hosts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTLED = 3.0
 
 @dataclass
 class ClientRegistry:
-    """What the machines have told of themselves, and which machine (`node_of`) hosts a client.
+    """The machines' descriptions of themselves; `node_of` is the machine that hosts a client.
 
     With `names`, no other clients train.
     """

@@ -1,4 +1,4 @@
-"""What is no packet is refused, with the place of the first thing that is wrong."""
+"""Malformed packets are refused, with the place of the first mistake."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What passes between server and clients comes out as it went in, bit by bit."""
+"""Messages between server and clients are read as they were written, bit by bit."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What is told of a round while its answers are awaited."""
+"""Lines for the user while a round's results are awaited."""
 
 from polyrank.remote.progress import EVERY, LEAST, AnswerProgress
 from polyrank.split_server.interface import ClientStatus

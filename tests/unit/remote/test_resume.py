@@ -1,4 +1,4 @@
-"""A run whose clients have the data is gone on with by Flower, not by `polyrank resume`."""
+"""`polyrank resume` names Flower for a run whose clients have the data."""
 
 import io
 import json
