@@ -56,7 +56,7 @@ def test_of_foreign_errors_only_the_kind_is_told(monkeypatch, answer):
     assert caught.value.__suppress_context__
 
 
-def test_an_order_that_cannot_be_read_is_an_error_that_says_so(monkeypatch):
+def test_a_request_that_cannot_be_read_is_an_error_that_says_so(monkeypatch):
     monkeypatch.setattr(client_app, "client_node", lambda *_: machine(["c0"]))
     with pytest.raises(PacketError):
         client_app.train(message(b"no packet"), context())

@@ -292,7 +292,7 @@ CASES = [
     ("lean", FAILURE, fields(kind="lost"), "answer packet, kind: expected one of failed, late, re"),
     ("lean", FAILURE, fields(kind=["failed"]), "answer packet, kind: expected one of failed"),
     ("lean", FAILURE, fields(reason=None), "answer packet, assignment: expected a value"),
-    # orders
+    # train requests
     ("order", TRAIN, fields(part=samples.HASH), "assignment: expected one with the hash 01234567"),
     ("order", TRAIN, fields(assignment=samples.HASH), "assignment: expected .*the whole model"),
     ("order", TRAIN, lambda d: d[:-1] + bytes([d[-1] ^ 1]), "expected one with the hash"),

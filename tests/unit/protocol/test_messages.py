@@ -33,7 +33,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def same(one, other):
-    """Whether two orders or answers are alike in everything, tensors bit by bit."""
+    """Whether two requests or results are alike in everything, tensors bit by bit."""
     if isinstance(one, TrainRequest):
         sent, came = one.task.assignment, other.task.assignment
         assert replace(one, task=None) == replace(other, task=None)
@@ -58,7 +58,7 @@ def travelled(data):
 
 @pytest.mark.parametrize("held", [None, {"block.0.q", "block.0.down"}, set()])
 @pytest.mark.parametrize("rule", EVERY, ids=named)
-def test_orders_and_answers_of_every_rule_are_exact_on_either_side_of_a_cut(rule, held):
+def test_requests_and_results_of_every_rule_are_exact_on_either_side_of_a_cut(rule, held):
     for round, client in samples.assignments(rule, equal=not rule.mixed_ranks):
         task, cut = round.task(client), None
         if held is not None:
@@ -164,7 +164,7 @@ def test_a_packet_is_a_safetensors_file():
     assert "frozen|block.0.q|b" not in tensors
 
 
-def test_an_order_of_a_split_client_tells_the_way_to_its_tail():
+def test_a_request_to_a_split_client_has_its_credentials():
     access = pytest.importorskip("polyrank.transport.remote").Credentials
     from polyrank.codecs import codec
     from polyrank.transport import FrameLimits
@@ -242,7 +242,7 @@ def test_an_update_may_be_of_a_wider_dtype_than_was_sent():
     same(update, read_train_result(write_train_result(update, sent), SizeLimits.of(sent), sent))
 
 
-def test_profiles_exams_and_marks_come_through():
+def test_node_infos_evaluate_requests_and_metrics_come_through():
     info = samples.node_info()
     assert read_node_info(write_node_info(info)) == info
     refusing = replace(info, clients=(), device=None, refusal="no data: ü")

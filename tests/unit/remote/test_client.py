@@ -92,7 +92,7 @@ def test_what_is_no_packet_is_an_error_that_says_so(kind):
         machine(["c0"]).answer(kind, b"no packet")
 
 
-def test_an_order_for_a_client_that_is_elsewhere_fails():
+def test_a_request_for_a_client_that_is_elsewhere_fails():
     channel = channel_to_each()
     engine = Reachable.by(channel).engine(one_block())
     channel.machines[2] = machine(["c3"])

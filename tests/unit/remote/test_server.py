@@ -63,7 +63,9 @@ def adapter(folder):
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_over_letters_is_the_run_of_one_process_and_goes_on_after_a_failure(tmp_path, capsys):
+def test_a_run_over_messages_is_the_run_of_one_process_and_goes_on_after_a_failure(
+    tmp_path, capsys
+):
     """Its second round fails, then a new server goes on in the same folder."""
     expected = adapter(here(tmp_path / "here"))
     config = run_config(tmp_path / "away")
