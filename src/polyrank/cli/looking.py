@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from polyrank.cli.arguments import AsJson, Overrides, RecipeArgument, RunArgument, print_json
+from polyrank.cli.interrupts import followed
 
 
 def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -20,9 +21,10 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson =
     from polyrank import config
 
     read = config.read(recipe, overrides or [])
-    from polyrank.runner.check import check as checked
+    with followed() as invocation:
+        from polyrank.runner.check import check as checked
 
-    result = checked(read)
+        result = checked(read, invocation)
     if as_json:
         print_json(result.to_json())
     else:

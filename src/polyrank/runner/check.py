@@ -7,25 +7,26 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from polyrank.config.recipe import UNLIMITED
 from polyrank.data import Skipped, sizes
 from polyrank.model import resolve_device
-from polyrank.planning import CostModel, CutPoint, Fleet, PlanSettings, planned_fleet
+from polyrank.planning import CostModel, CutPoint, Fleet, PlanSettings
 from polyrank.planning.cost import Memory
 from polyrank.planning.plan import in_units
-from polyrank.run import planner_of, preflight, setup
-from polyrank.run.population import Population, population
+from polyrank.run import planner_of
+from polyrank.run.engine import InProcessEngine
+from polyrank.run.population import Population
+from polyrank.run.setup import set_up
 from polyrank.runner.measure_device import free_memory, rate
-from polyrank.runner.plans import preview_of
-from polyrank.training import ClientWork, prepare
+from polyrank.runner.parts import Invocation, LocalParts, federation_of
+from polyrank.training.client_data import Part
 
 if TYPE_CHECKING:
     from polyrank.config import Recipe
-    from polyrank.model import LoadedModel
 
 Ranks = Mapping[str, int]
 
@@ -139,57 +140,59 @@ class RecipeCheck:
         }
 
 
-def check(recipe: Recipe) -> RecipeCheck:
+def check(recipe: Recipe, invocation: Invocation) -> RecipeCheck:
     """Return what a run of a recipe would do here.
 
     The data is read; of the model only configuration and tokenizer are. Raises what the run would
     raise before it trains, as far as that needs no weights.
     """
     recipe = recipe.resolved()
-    clients = recipe.clients()
-    fleet = recipe.fleet_of(clients)
-    model = recipe.model.load_bare()
-    work, skipped = prepare(clients, model, recipe.data.encoding())
-    benchmark = recipe.benchmark_of(model)
-    if benchmark is not None:
-        skipped += benchmark.skipped
-    conduct = recipe.run_settings()
-    setup.check_names(fleet, clients)
-    preflight.check_measures(conduct, model, work, benchmark)
-    fleet, problems = _ranked(recipe, model, fleet, work)
-    who = population(work, fleet, recipe.local.build(), conduct, model.spec)
-    if not problems:
-        _check_rule(recipe, model, who)
+    parts = LocalParts(recipe, invocation, recipe.model.load_bare)
+    federation = federation_of(recipe, parts, invocation)
+    model, settings, spec = federation.model, federation.settings, federation.model.spec
+    # An engine of its own keeps `set_up` from measuring a pass of the model, which has no weights.
+    engine = InProcessEngine(model, {}, federation.local, 1, settings.split)
+    setup = set_up(replace(federation, engine=engine))
+    who = setup.population
     cost = planner_of(
-        model, who.work, who.local, conduct, PlanSettings(cuts="none"), UNLIMITED
+        model,
+        who.work,
+        who.local,
+        settings,
+        PlanSettings(cuts="none"),
+        UNLIMITED,
+        scored=setup.plans.metric is not None,
     ).cost
-    ranks = who.fleet.ranks_by_type(model.spec)
+    ranks = who.fleet.ranks_by_type(spec)
     device = resolve_device(recipe.model.device)
-    needed = max((cost.memory(own, None).total for own in ranks.values()), default=0)
+    needed = max(cost.memory(own, None).total for own in ranks.values())
     free = free_memory(device)
+    problems = []
     if needed > free:
         problems.append(
             f"memory: a client takes {in_units(needed)} by estimate, and {in_units(free)} are free "
             f"on {device}; lower local.batch or data.max_length, or set model.checkpointing = true"
         )
-    summary = clients.summary()
-    seen = {id: [*sizes(client.rows["train"])] for id, client in work.items() if client.seen}
-    taking_part = conduct.sampling.count(len(who.clients))
+    seen = {id: [*sizes(client.rows["train"])] for id, client in setup.work.items() if client.seen}
+    taking_part = settings.sampling.count(len(who.clients))
     torch.set_num_threads(recipe.engine.threads)
     return RecipeCheck(
         name=recipe.name,
         model=model.source,
-        blocks=model.spec.blocks,
-        matrices=len(model.spec.sites),
+        blocks=spec.blocks,
+        matrices=len(spec.sites),
         rounds=recipe.rounds,
         training=len(seen),
-        held_out=summary.unseen,
+        held_out=len(setup.work) - len(seen),
         a_round=taking_part,
-        examples={part: _rows(work, part) for part in ("train", "validation", "test")},
+        examples={
+            part: sum(len(client.rows[part]) for client in setup.work.values())
+            for part in get_args(Part)
+        },
         tokens={id: sum(size.tokens for size in rows) for id, rows in seen.items()},
         targets=sum(size.targets for rows in seen.values() for size in rows),
         longest=max(size.tokens for rows in seen.values() for size in rows),
-        skipped=skipped,
+        skipped=setup.skipped,
         types=tuple(_types(who.fleet, ranks, cost)),
         device=str(device),
         needed=needed,
@@ -199,36 +202,6 @@ def check(recipe: Recipe) -> RecipeCheck:
         ),
         problems=tuple(problems),
     )
-
-
-def _ranked(
-    recipe: Recipe, model: LoadedModel, fleet: Fleet, work: Mapping[str, ClientWork]
-) -> tuple[Fleet, list[str]]:
-    """Return the fleet with ranks and cuts, and why devices cannot take part in a planned run."""
-    if recipe.plan is not None:
-        plans = preview_of(recipe, model, fleet, work).plans
-        refused = {name: plan for name, plan in plans.items() if not plan.feasible}
-        problems = [f"{name} cannot take part: {plan.reason}" for name, plan in refused.items()]
-        able = {id: name for id, name in fleet.assigned.items() if name not in refused}
-        feasible = {name: plan for name, plan in plans.items() if name not in refused}
-        return planned_fleet(replace(fleet, assigned=able), feasible), problems
-    if recipe.fleet.force:
-        fleet = fleet.forced(recipe.fleet.force, model.spec)
-    fleet.check_cuts(model.spec)
-    recipe.check_fleet(fleet)
-    return fleet, []
-
-
-def _check_rule(recipe: Recipe, model: LoadedModel, who: Population) -> None:
-    """Raise what the rule raises of this fleet before the first round."""
-    conduct, rule = recipe.run_settings(), recipe.rule()
-    preflight.check_cuts(model, who.fleet, rule, conduct.split)
-    settings = setup.round_settings(rule, who.fleet, model.spec, who.work, conduct)
-    rule.init(setup.fleet_spec(settings, who.fleet, model.spec, conduct.server_rank))
-
-
-def _rows(work: Mapping[str, ClientWork], part: Any) -> int:
-    return sum(len(client.rows[part]) for client in work.values())
 
 
 def _types(fleet: Fleet, ranks: Mapping[str, Ranks], cost: CostModel) -> list[TypeCheck]:
@@ -256,11 +229,11 @@ def _operations(who: Population, ranks: Mapping[str, Ranks], cost: CostModel) ->
 
     types = who.fleet.at(1)
     totals = []
-    for id in (id for id in who.clients if id in types):
+    for id in who.clients:
         rows = [*sizes(who.work[id].rows["train"])]
         length, targets = (
             round(statistics.fmean(counts))
             for counts in ((row.tokens for row in rows), (row.targets for row in rows))
         )
         totals.append(who.local.steps_for(len(rows)) * of_step(types[id], length, targets))
-    return statistics.fmean(totals) if totals else 0.0
+    return statistics.fmean(totals)

@@ -92,14 +92,8 @@ def preview(recipe: Recipe) -> PlanPreview:
 
     clients = recipe.clients()
     model = recipe.model.load_bare()
+    fleet = recipe.fleet_of(clients)
     work, _ = prepare(clients, model, recipe.data.encoding())
-    return preview_of(recipe, model, recipe.fleet_of(clients), work)
-
-
-def preview_of(
-    recipe: Recipe, model: LoadedModel, fleet: Fleet, work: Mapping[str, ClientWork]
-) -> PlanPreview:
-    """Return the first plans of a recipe whose data and model were read."""
     planning = planning_of(recipe, model, fleet, work)
     return PlanPreview(
         planning.plans(Importance()),
