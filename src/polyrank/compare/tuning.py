@@ -40,10 +40,10 @@ def best(trials: Sequence[Trial]) -> Trial | None:
 
 
 def edge(trials: Sequence[Trial]) -> Edge | None:
-    """Return at which edge of the tried rates the best lies; None if it lies between others.
+    """Return ``low`` or ``high`` if the best rate is the smallest or the largest tried, else None.
 
-    Where no rate has a loss, the best is looked for below: ``low``. A single rate that has one is
-    no grid: None.
+    If no rate gave a loss, return ``low``: smaller rates are worth a try. A single rate with a loss
+    has no edges, so None.
     """
     rates = sorted(trial.rate for trial in trials)
     chosen = best(trials)
