@@ -1,13 +1,20 @@
 """Run folders whose rule is not one of polyrank's: what can be read, and what to do instead."""
 
+import io
+import json
 from dataclasses import dataclass, replace
 
 import pytest
+from rich.console import Console
 
 import federations
-from polyrank.aggregation import FlexLoRA
-from polyrank.errors import InexactResumeError, RunError
+from polyrank.aggregation import FlexLoRA, code_allowed
+from polyrank.config.reading import checked
+from polyrank.errors import InexactResumeError, PolyrankError, RunError
+from polyrank.report.progress import Terminal
 from polyrank.runner.inspect import adapter_of, look
+from polyrank.runner.parts import Invocation
+from polyrank.runner.runner import resume, start
 from runs import polyrank
 
 
@@ -65,3 +72,49 @@ def test_commands_that_need_a_recipe_say_how_to_go_on_in_python(run, tmp_path, c
     assert f"federation.resume({str(run)!r})" in done.err
     with pytest.raises(RunError, match="made from Python"):
         adapter_of(run)
+
+
+# --- a rule that a recipe names as module:Class ---
+
+RULE = """
+from dataclasses import dataclass
+
+import polyrank as pr
+
+
+@dataclass(frozen=True)
+class Mine(pr.FlexLoRA):
+    @property
+    def name(self) -> str:
+        return "mine"
+"""
+RECIPE = {
+    "name": "own",
+    "rounds": 1,
+    "model": {"source": "sample"},
+    "data": {"source": "sample"},
+    "fleet": {"distribution": "uniform", "types": "scaled"},
+    "aggregation": {"rule": "rule_of_a_recipe:Mine"},
+    "local": {"steps": 1},
+    "sampling": {"number": 2},
+    "evaluation": {"every": 0, "examples": 1, "generate": 0},
+    "engine": {"threads": 1},
+}
+
+
+def test_a_recipes_own_rule_runs_resumes_and_exports_where_its_code_is_allowed(tmp_path):
+    code, run = tmp_path / "code", tmp_path / "run"
+    code.mkdir()
+    (code / "rule_of_a_recipe.py").write_text(RULE)
+    quiet = Invocation(Terminal(Console(file=io.StringIO())), lambda: False)
+    with code_allowed(str(code)):
+        outcome = start(checked(RECIPE, "recipe"), run, quiet)
+        assert outcome.run.summary["method"] == "mine"
+        longer = (run / "recipe.toml").read_text().replace("rounds = 1\n", "rounds = 2\n")
+        (run / "recipe.toml").write_text(longer)
+        assert resume(run, quiet).run.summary["rounds"] == 2
+        assert adapter_of(run).factors.norm() > 0
+    assert json.loads((run / "run.json").read_text())["rule_class"] == "rule_of_a_recipe:Mine"
+    for refused in (lambda: resume(run, quiet), lambda: adapter_of(run)):
+        with pytest.raises(PolyrankError, match="rule_of_a_recipe:Mine.*--allow-code"):
+            refused()
