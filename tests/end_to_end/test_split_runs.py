@@ -240,7 +240,9 @@ def test_the_recipe_of_a_split_run_runs_to_its_end(tmp_path: Path) -> None:
     assert summary["final"]["seen"]["loss"] < summary["base"]["seen"]["loss"]
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     again = polyrank("resume", tmp_path / "run")
-    assert (again.code, again.out) == (0, done.out)
+    first, _, rest = again.out.partition("\n")
+    assert first == f"{tmp_path / 'run'}: finished before, nothing was trained"
+    assert (again.code, rest) == (0, done.out)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,26 @@ AsJson = Annotated[
 ]
 
 
+def _allow_code(context: typer.Context, allowed: bool) -> bool:
+    """Allow it until the command has ended."""
+    if allowed:
+        from polyrank.aggregation import code_allowed
+
+        context.with_resource(code_allowed(str(Path.cwd())))
+    return allowed
+
+
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        callback=_allow_code,
+        help="Run the recipe's own rule, aggregation.rule = module:Class, from this folder or an "
+        "installed module. It runs with your rights: allow it for recipes that you trust.",
+    ),
+]
+
+
 def examples(*lines: str) -> str:
     """Return the end of a command's help: command lines to copy."""
     return "\n\n".join(["Examples:", *lines])

@@ -8,11 +8,23 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from polyrank.cli.arguments import AsJson, Overrides, RecipeArgument, RunArgument, print_json
+from polyrank.cli.arguments import (
+    AllowCode,
+    AsJson,
+    Overrides,
+    RecipeArgument,
+    RunArgument,
+    print_json,
+)
 from polyrank.cli.interrupts import followed
 
 
-def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    allow_code: AllowCode = False,  # noqa: ARG001
+    as_json: AsJson = False,
+) -> None:
     """Read a recipe's data and tell what a run would do; train nothing.
 
     Clients, tokens, the rows that are left out and why, ranks, memory and time. What would stop the
@@ -37,7 +49,12 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson =
         raise typer.Exit(1)
 
 
-def plan(recipe: RecipeArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    allow_code: AllowCode = False,  # noqa: ARG001
+    as_json: AsJson = False,
+) -> None:
     """Tell what each device would train, what that costs, and who cannot take part."""
     from polyrank import config
 
@@ -63,6 +80,7 @@ def inspect(
         bool,
         typer.Option("--sites", help="Also a line for each adapted matrix: rank, spectrum, loss."),
     ] = False,
+    allow_code: AllowCode = False,  # noqa: ARG001
     as_json: AsJson = False,
 ) -> None:
     """Show a run's ranks and rounds and where its update is; also while it goes on."""

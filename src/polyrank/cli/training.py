@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from polyrank.cli.arguments import AsJson, Overrides, RecipeArgument, RunArgument
+from polyrank.cli.arguments import AllowCode, AsJson, Overrides, RecipeArgument, RunArgument
 from polyrank.cli.interrupts import followed, followed_comparison
 
 
@@ -29,6 +29,7 @@ def run(
             metavar="TYPE",
         ),
     ] = None,
+    allow_code: AllowCode = False,  # noqa: ARG001
     as_json: AsJson = False,
 ) -> None:
     """Carry out a recipe: train, evaluate, and write a PEFT adapter."""
@@ -82,6 +83,7 @@ def compare(
         typer.Option(help="The comparison's folder. Default: runs/NAME-compare.", metavar="FOLDER"),
     ] = None,
     figures: Annotated[bool, typer.Option(help="Draw figures (needs matplotlib).")] = True,
+    allow_code: AllowCode = False,  # noqa: ARG001
     as_json: AsJson = False,
 ) -> None:
     """Run several methods on the same clients, data and seeds; the same command again goes on."""
@@ -112,6 +114,7 @@ def resume(
             help="Resume in another environment, of other versions or threads; bytes may differ.",
         ),
     ] = False,
+    allow_code: AllowCode = False,  # noqa: ARG001
     as_json: AsJson = False,
 ) -> None:
     """Go on with a run, or a comparison, that was stopped or killed, to the same bytes."""

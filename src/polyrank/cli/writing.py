@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from polyrank.cli.arguments import RecipeArgument, RunArgument
+from polyrank.cli.arguments import AllowCode, RecipeArgument, RunArgument
 from polyrank.errors import FolderExistsError
 
 
@@ -25,6 +25,7 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="Write base and adapter as one model.")
     ] = False,
+    allow_code: AllowCode = False,  # noqa: ARG001
 ) -> None:
     """Write a run's adapter at any rank, or merged into its base."""
     if merged and rank is not None:

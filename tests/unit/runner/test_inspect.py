@@ -1,20 +1,17 @@
 """Run folders whose rule is not one of polyrank's: what can be read, and what to do instead."""
 
-import io
 import json
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
-from rich.console import Console
+import tomli_w
 
 import federations
-from polyrank.aggregation import FlexLoRA, code_allowed
-from polyrank.config.reading import checked
-from polyrank.errors import InexactResumeError, PolyrankError, RunError
-from polyrank.report.progress import Terminal
+from polyrank.aggregation import FlexLoRA
+from polyrank.errors import InexactResumeError, RunError
 from polyrank.runner.inspect import adapter_of, look
-from polyrank.runner.parts import Invocation
-from polyrank.runner.runner import resume, start
 from runs import polyrank
 
 
@@ -55,9 +52,8 @@ def test_it_goes_on_in_python_with_the_same_rule_and_with_no_other(run):
 def test_inspect_shows_its_rounds_and_says_whose_code_the_adapter_needs(run):
     inspection = look(run)
     assert [record.round for record in inspection.records] == [1]
-    assert inspection.factors is None
-    (note,) = inspection.notes
-    assert f"its rule {Halved.__module__}:Halved is code outside polyrank" in note
+    with pytest.raises(RunError, match=f"its rule {Halved.__module__}:Halved is code outside"):
+        inspection.spectra()
     done = polyrank("inspect", run)
     assert done.code == 0, done.err
     assert "no round is finished" not in done.out
@@ -102,19 +98,31 @@ RECIPE = {
 }
 
 
-def test_a_recipes_own_rule_runs_resumes_and_exports_where_its_code_is_allowed(tmp_path):
-    code, run = tmp_path / "code", tmp_path / "run"
-    code.mkdir()
-    (code / "rule_of_a_recipe.py").write_text(RULE)
-    quiet = Invocation(Terminal(Console(file=io.StringIO())), lambda: False)
-    with code_allowed(str(code)):
-        outcome = start(checked(RECIPE, "recipe"), run, quiet)
-        assert outcome.run.summary["method"] == "mine"
-        longer = (run / "recipe.toml").read_text().replace("rounds = 1\n", "rounds = 2\n")
-        (run / "recipe.toml").write_text(longer)
-        assert resume(run, quiet).run.summary["rounds"] == 2
-        assert adapter_of(run).factors.norm() > 0
-    assert json.loads((run / "run.json").read_text())["rule_class"] == "rule_of_a_recipe:Mine"
-    for refused in (lambda: resume(run, quiet), lambda: adapter_of(run)):
-        with pytest.raises(PolyrankError, match="rule_of_a_recipe:Mine.*--allow-code"):
-            refused()
+def test_a_recipes_own_rule_runs_resumes_and_exports_where_its_code_is_allowed(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "rule_of_a_recipe.py").write_text(RULE)
+    (tmp_path / "own.toml").write_text(tomli_w.dumps(RECIPE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for command in (["check", "own.toml"], ["run", "own.toml", "--out", "run"]):
+        refused = polyrank(*command)
+        assert (refused.code, refused.out) == (1, "")
+        assert "rule_of_a_recipe:Mine" in refused.err
+        assert "--allow-code" in refused.err
+    assert "rule_of_a_recipe" not in sys.modules
+    done = polyrank("run", "own.toml", "--out", "run", "--allow-code", "--json")
+    assert json.loads(done.out)["method"] == "mine", done.err
+    assert json.loads(Path("run/run.json").read_text())["rule_class"] == "rule_of_a_recipe:Mine"
+
+    recipe = Path("run/recipe.toml")
+    recipe.write_text(recipe.read_text().replace("rounds = 1\n", "rounds = 2\n"))
+    for command in (["resume", "run"], ["export", "run", "out"]):
+        refused = polyrank(*command)
+        assert refused.code == 1
+        assert "--allow-code" in refused.err
+    done = polyrank("resume", "run", "--allow-code", "--json")
+    assert json.loads(done.out)["rounds"] == 2, done.err
+    assert polyrank("export", "run", "out", "--allow-code").code == 0
+    assert Path("out/adapter_model.safetensors").is_file()
+    assert polyrank("inspect", "run").code == 0
