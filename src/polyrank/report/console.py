@@ -58,8 +58,9 @@ def show(outcome: Outcome, as_json: bool) -> None:
     troubled = report.participation(summary.get("clients", {}))  # Runs of before did not tell.
     if troubled is not None:
         console.print(troubled)
-    answers = report.answers(summary.get("samples", []))  # Runs of before kept none.
-    if answers is not None:
-        console.print(answers)
     console.print(report.spent(summary))
     console.print(report.loading(outcome.folder / "adapter"), soft_wrap=True, markup=False)
+    answers = report.answers(summary.get("samples", []))  # Runs of version 0.1 kept none.
+    if answers is not None:
+        console.print(answers)
+    console.print(report.gain(summary, control, outcome.forced or ""))

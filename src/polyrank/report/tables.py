@@ -15,7 +15,11 @@ from polyrank.report.words import number
 from polyrank.run.spectra import Spectrum
 from polyrank.runner.inspect import SiteEnergy
 
-_SCORES = (("loss", "loss", 4), ("exact_match", "exact match", 3), ("rouge_l", "ROUGE-L", 3))
+_SCORES = (  # key, label, digits, sign of an improvement
+    ("loss", "loss", 4, -1),
+    ("exact_match", "exact match", 3, 1),
+    ("rouge_l", "ROUGE-L", 3, 1),
+)
 _GROUPS = ("seen", "unseen")
 _MOST_CLIENTS = 20
 _MOST_ANSWERS = 3
@@ -48,29 +52,38 @@ def scores(
 ) -> Table:
     """Return the scores on the test parts before and after, and beside the control's.
 
-    The last column is the run's score minus the control's, `forced` the type of the control.
+    The last column is the run's score minus the control's, and whether that is better or worse;
+    `forced` is the type of the control.
     """
-    made = table("scores on the test parts")
+    made = table("scores on the test parts; loss: lower is better, the others: higher")
     made.add_column("clients")
     made.add_column("score")
     columns = {"before": base, method: final}
     if control is not None:
         columns[f"all {forced}"] = control
     for name in columns:
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", overflow="fold")
     if control is not None:
         made.add_column("difference", justify="right")
     for who in _GROUPS:
-        for key, label, digits in _SCORES:
+        for key, label, digits, good in _SCORES:
             values = [column[who][key] for column in columns.values()]
             if all(value is None for value in values):
                 continue
             cells = [number(value, digits) for value in values]
             if control is not None:
-                known = None not in values[1:]
-                cells.append(number(values[1] - values[2] if known else None, digits, "+"))
+                cells.append(_difference(values[1], values[2], digits, good))
             made.add_row(f"{who} ({final[who]['clients']})", label, *cells)
     return made
+
+
+def _difference(ours: float | None, theirs: float | None, digits: int, good: int) -> str:
+    """Return ours minus theirs and what that means; an improvement has the sign `good`."""
+    if ours is None or theirs is None:
+        return "–"
+    sign = (ours - theirs) * good
+    word = "better" if sign > 0 else "worse" if sign < 0 else "equal"
+    return f"{ours - theirs:+.{digits}f} {word}"
 
 
 def benchmark(

@@ -128,9 +128,9 @@ def test_scores_beside_the_control_show_their_difference() -> None:
     control = {"seen": group(1.5, 0.5), "unseen": group(1.5, None)}
     text = shown(report.scores(base, "flexlora", final, control, "weakest"))
     cells = [line.split() for line in text.splitlines()]
-    assert ["seen", "(3)", "loss", "3.0000", "1.0000", "1.5000", "-0.5000"] in cells
-    assert ["seen", "(3)", "exact", "match", "0.000", "0.750", "0.500", "+0.250"] in cells
-    assert ["unseen", "(3)", "loss", "3.5000", "2.0000", "1.5000", "+0.5000"] in cells
+    assert ["seen", "(3)", "loss", "3.0000", "1.0000", "1.5000", "-0.5000", "better"] in cells
+    assert ["seen", "(3)", "exact", "match", "0.000", "0.750", "0.500", "+0.250", "better"] in cells
+    assert ["unseen", "(3)", "loss", "3.5000", "2.0000", "1.5000", "+0.5000", "worse"] in cells
     assert ["unseen", "(3)", "exact", "match", "0.000", "0.500", "–", "–"] in cells
     assert "all weakest" in text
 
