@@ -49,15 +49,37 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
         time.sleep(0.05)
 
 
-def test_the_quickstart_teaches_seen_and_unseen_clients(tmp_path: Path) -> None:
+def test_the_quickstart_teaches_training_and_held_out_clients(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = ("rounds=5", "control=", "evaluation.every=0", "evaluation.generate=4")
+    settings = ("rounds=3", "control=", "evaluation.every=0", "evaluation.generate=1")
     done = polyrank("run", "quickstart", *settings, "--out", out)
     assert done.code == 0, done.err
     summary = json.loads((out / "summary.json").read_text())
     for who in ("seen", "unseen"):
-        before, after = summary["base"][who], summary["final"][who]
-        assert after["exact_match"] - before["exact_match"] >= 0.2
-        assert after["loss"] < before["loss"]
+        assert summary["final"][who]["loss"] < summary["base"][who]["loss"] - 3.0
     assert len(adapter_bytes(out)) > 0
     assert AutoPeftModelForCausalLM.from_pretrained(out / "adapter").peft_config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_quickstart_shows_that_unequal_ranks_beat_the_weakest_type(
+    seed: int, tmp_path: Path
+) -> None:
+    """As a newcomer sees it, and with the control at a rate that suits rank 1."""
+    out = tmp_path / "run"
+    done = polyrank("run", "quickstart", f"seed={seed}", "--out", out)
+    assert done.code == 0, done.err
+    own_rate = ("control=", "fleet.force=weakest", "local.lr=1e-2")
+    done_too = polyrank("run", "quickstart", f"seed={seed}", *own_rate, "--out", tmp_path / "own")
+    assert done_too.code == 0, done_too.err
+    summary = json.loads((out / "summary.json").read_text())
+    for control in (out / "control", tmp_path / "own"):
+        beside = json.loads((control / "summary.json").read_text())
+        for who in ("seen", "unseen"):
+            for score, better in (("exact_match", 1), ("rouge_l", 1), ("loss", -1)):
+                gained = summary["final"][who][score] - beside["final"][who][score]
+                assert better * gained > 0.05, (control, who, score)
+    assert "In short: answers that match exactly went from 0% to" in done.out
+    assert "with every client at the weakest type" in done.out
+    assert done.out.count("Name the") + done.out.count("Give only") == 3

@@ -1,4 +1,4 @@
-"""Make the miniature: ``python -m polyrank.sample.make --out DIR`` writes the model and the tasks.
+"""Make the miniature: ``python -m polyrank.sample.make --out DIR`` writes the model and its data.
 
 The base is pretrained on declarative text only. The tasks lend the tokenizer their words, so that
 the prompt template costs few tokens; the model never sees them here.
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from polyrank.sample import pretrain, tasks, text, tokenizer, world
+from polyrank.sample import codes, pretrain, tasks, text, tokenizer, world
 
 TEMPLATE = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 VOCABULARY = 2432
@@ -21,7 +21,7 @@ SEED = 0
 
 
 def make(out: Path, share: float = 1.0) -> float:
-    """Write ``model/`` and ``tasks.jsonl`` below ``out`` and return the last pretraining loss.
+    """Write the data and ``model/`` below ``out`` and return the last pretraining loss.
 
     ``share`` shortens every stage of the pretraining; each stage starts from rounded weights.
     """
@@ -29,8 +29,9 @@ def make(out: Path, share: float = 1.0) -> float:
     small_world = world.build(SEED)
     records = tasks.examples(small_world, SEED)
     out.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (out / "tasks.jsonl").write_text(lines, encoding="utf-8")
+    for name, made in {"tasks": records, "codes": codes.examples(SEED)}.items():
+        lines = "".join(json.dumps(record) + "\n" for record in made)
+        (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
     plain = itertools.islice(text.paragraphs(small_world, text.KNOWING, SEED + 1), 20_000)
     forms = [TEMPLATE.format(**record) for record in records]
