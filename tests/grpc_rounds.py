@@ -41,7 +41,7 @@ from polyrank.transport.remote import (
     new_identity,
 )
 from polyrank.transport.remote import split_pb2 as pb
-from polyrank.transport.remote.channel import new_channel
+from polyrank.transport.remote.client_session import new_channel
 from polyrank.transport.remote.wire import METHOD
 
 IDENTITY = new_identity(["127.0.0.1", "localhost"])

@@ -60,7 +60,7 @@ def _stream(stream: ModuleType) -> None:
     def replied(self: Any, *_: Any) -> None:
         if self not in seen:
             seen.add(self)
-            _note("WATCHED_SECRETS", self._secret.hex())
+            _note("WATCHED_SECRETS", self._session._secret.hex())
             _event("replied", self.credentials.client, self.credentials.round)
 
     _before(stream.ReconnectingStream, "_receive_part", replied)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 import time
@@ -17,10 +16,10 @@ from polyrank.errors import FrameError
 from polyrank.planning.traffic import WireBytes
 from polyrank.transport.layout import LONGEST_WAIT
 from polyrank.transport.remote import split_pb2 as pb
-from polyrank.transport.remote.channel import final_error, new_channel
+from polyrank.transport.remote.client_session import ClientSession, new_channel
 from polyrank.transport.remote.credentials import Credentials
-from polyrank.transport.remote.sessions import NONCE_BYTES, SECRET_BYTES, SessionId, proof
-from polyrank.transport.remote.wire import METHOD, FrameAssembler, frame_parts, new_hello
+from polyrank.transport.remote.sessions import NONCE_BYTES
+from polyrank.transport.remote.wire import METHOD, FrameAssembler, frame_parts
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 """Seconds until a broken stream is opened again; the pause doubles up to the longest."""
@@ -53,24 +52,16 @@ class ReconnectingStream:
 
     def __init__(self, credentials: Credentials) -> None:
         self.credentials = credentials
-        self._session = SessionId(
-            credentials.run, credentials.round, credentials.attempt, credentials.client
-        )
-        self._secret = os.urandom(SECRET_BYTES)
+        self._session = ClientSession(credentials)
         self._changed = threading.Condition()
         self._unanswered: deque[bytes] = deque()
         self._replies: deque[bytes] = deque()
         self._credit = 1
         self._stream = self._new_stream(resumes=False)
-        self._hellos = 0
-        """How often the token was sent."""
-        self._welcomed = False
-        """Whether the server has welcomed this client."""
-        self._last_chance = False
         self._closing = False
         self._stopped = False
         self._failure: str | None = None
-        self._state = "it could not be holds yet"
+        self._state = "it could not be reached yet"
         self._progress = time.monotonic()
         self._disconnected: float | None = None
         """When a welcomed client lost its stream; None while it has one."""
@@ -190,20 +181,20 @@ class ReconnectingStream:
         finally:
             with self._changed:
                 stream.over = True
-                if self._welcomed and self._disconnected is None:
+                if self._session.welcomed and self._disconnected is None:
                     self._disconnected = time.monotonic()
                 self._changed.notify_all()
             channel.close()
         with self._changed:
             if self._stopped:
                 return error is None
-            resumes = self._resumes(stream, error)
+            resumes = self._next_resumes(stream, error)
             if not self._stopped:
                 self._stream = self._new_stream(resumes)
             self._changed.notify_all()
         return error is None
 
-    def _resumes(self, stream: _Stream, error: grpc.RpcError | None) -> bool:
+    def _next_resumes(self, stream: _Stream, error: grpc.RpcError | None) -> bool:
         """Return whether the next stream resumes the session, after this one has ended."""
         code = None if error is None else error.code()
         details = "" if error is None else error.details() or ""
@@ -212,19 +203,10 @@ class ReconnectingStream:
             if code
             else ("the last stream was closed by the server")
         )
-        if code is grpc.StatusCode.NOT_FOUND:
-            if self._welcomed or self._last_chance:
-                self._fail(details)
-            return False
-        if code is grpc.StatusCode.UNAUTHENTICATED:
-            # A token that was sent before may have been accepted.
-            if stream.resumes or self._hellos < 2 or self._last_chance:
-                self._fail(details)
-            self._last_chance = True
-            return True
-        if (reason := final_error(code, details)) is not None:
-            self._fail(reason)
-        return self._hellos > 0
+        resumes, final = self._session.resumes_after(stream.resumes, code, details)
+        if final is not None:
+            self._fail(final)
+        return resumes
 
     def _receive(self, stream: _Stream, message: bytes) -> None:
         """Handle a message of the server."""
@@ -240,7 +222,7 @@ class ReconnectingStream:
                 return
         elif what == "welcome" and not stream.credit:
             if down.welcome.credit > 0 and _LEAST_SILENCE <= down.welcome.silence <= LONGEST_WAIT:
-                self._welcomed = True
+                self._session.welcomed = True
                 self._state = "it is connected, and has not answered"
                 self._silence = stream.silence = down.welcome.silence
                 self._disconnected = None
@@ -273,19 +255,14 @@ class ReconnectingStream:
 
     def _messages(self, stream: _Stream) -> Iterator[bytes]:
         """Yield what is to be sent on a stream, when it is due."""
-        session = self._session
-        hello = new_hello(session.run, session.round, session.attempt, session.client)
         if stream.resumes:
-            hello.resume.SetInParent()
-            yield pb.Up(hello=hello).SerializeToString()
+            yield pb.Up(hello=self._session.resuming_hello()).SerializeToString()
             if not self._wait_until(stream, lambda: stream.nonce is not None):
                 return
-            hmac = proof(self._secret, stream.nonce or b"", self._session)
-            yield pb.Up(proof=pb.Proof(hmac=hmac)).SerializeToString()
+            yield pb.Up(proof=self._session.proof(stream.nonce or b"")).SerializeToString()
         else:
             with self._changed:
-                self._hellos += 1
-            hello.first.token, hello.first.secret = self.credentials.token, self._secret
+                hello = self._session.first_hello()
             yield pb.Up(hello=hello).SerializeToString()
         if not self._wait_until(stream, lambda: stream.credit > 0):
             return

@@ -204,7 +204,7 @@ def test_no_secret_is_in_what_a_link_shows_or_raises(place):
     shown = f"{link!r} {caught.value!r} {access!r} {link._stream._stream!r}"
     link.close()
     assert "x07" not in shown
-    assert repr(link._stream._secret) not in shown
+    assert repr(link._stream._session._secret) not in shown
 
 
 def test_more_requests_than_credit_are_cut_off():
