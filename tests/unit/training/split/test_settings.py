@@ -16,7 +16,7 @@ from polyrank.training.split import SplitSettings
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"wire": "float16"}, r"split\.wire: expected one of float32, bf16, int8.*got 'float16'"),
+        ({"wire": "fp4"}, r"split\.wire: expected one of float32, bf16, int8.*got 'fp4'"),
         ({"adapters": "each"}, r"split\.adapters: expected one of own, shared, got 'each'"),
         ({"in_flight": 0}, r"split\.in_flight: expected at least 1 microbatch, got 0"),
         ({"clip": 0.0}, r"split\.clip: .*above 0, or none, got 0\.0"),
