@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart deploy-demo test test-all check format docs reference bench clean
+.PHONY: quickstart deploy-demo test test-all check format docs reference picture readme bench clean
 
 quickstart: $(READY)  ## an unequal fleet learns together, in about two minutes
 	$(BIN)/polyrank run quickstart
@@ -34,6 +34,12 @@ reference: $(READY)  ## the pages of docs/reference that are made from the code
 	$(BIN)/python -m polyrank.config.reference > docs/reference/recipes.md
 	$(BIN)/python -m polyrank.config.reference client > docs/reference/client.md
 	$(BIN)/typer polyrank.cli utils docs --name polyrank --title "The command line" > docs/reference/command-line.md
+
+picture: $(READY)  ## the picture of a run in README.md, from a real run
+	$(BIN)/python examples/picture.py > docs/assets/quickstart.svg
+
+readme: $(READY)  ## every block of README.md, as it stands; five minutes
+	$(BIN)/python -m pytest tests/end_to_end/test_readme.py
 
 bench: $(READY)  ## the benchmarks at a size that fits a coffee break; docs/explanation/benchmarks.md has the full ones
 	$(BIN)/python benchmarks/server_step.py --quick

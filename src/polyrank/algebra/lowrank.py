@@ -54,7 +54,7 @@ class LowRank:
 
     @staticmethod
     def stack(terms: Iterable[LowRank]) -> LowRank:
-        """Return the exact sum Σ B_i A_i = [B_1 … B_k][A_1; …; A_k]; its rank is Σ r_i.
+        """Return the exact sum ``Σ B_i A_i = [B_1 … B_k][A_1; …; A_k]``; its rank is Σ r_i.
 
         Raises FactorError if there is no term or the shapes differ.
         """
