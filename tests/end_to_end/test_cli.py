@@ -224,6 +224,16 @@ def test_an_export_at_a_smaller_rank_is_a_smaller_adapter_of_the_same_base(
     assert not torch.equal(logits(small), logits(full))
 
 
+def test_an_export_of_a_run_that_is_not_finished_says_so(finished: Path, tmp_path: Path) -> None:
+    assert "not finished" not in polyrank("export", finished, tmp_path / "whole").out
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    done = polyrank("export", tmp_path / "run", tmp_path / "part")
+    assert done.code == 0, done.err
+    told = f"{tmp_path / 'run'} is not finished: this is its adapter after round 2"
+    assert done.out.startswith(told)
+
+
 def test_an_export_at_a_larger_rank_than_stored_keeps_everything(
     finished: Path, tmp_path: Path
 ) -> None:

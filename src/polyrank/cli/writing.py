@@ -33,9 +33,12 @@ def export(
     if target.exists():
         raise FolderExistsError(f"{target}: exists already; choose another folder")
     from polyrank import report
-    from polyrank.runner.inspect import adapter_of
+    from polyrank.runner.inspect import adapter_of, look
 
     adapter = adapter_of(folder)
+    run = look(folder)
+    if not run.finished:
+        typer.echo(f"{folder} is not finished: this is its adapter after round {run.result_round}")
     if merged:
         lost = adapter.save_merged(target)
         typer.echo(f"{target}: base and adapter as one model")
