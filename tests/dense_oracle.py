@@ -39,7 +39,7 @@ def train_densely(model: LoadedModel, one: Job) -> tuple[Adapter, float]:
             }
         trained += [leaf for leaf in leaves[site].values() if leaf.requires_grad]
     begun = [leaf.detach().clone() for leaf in trained]
-    if local.optimizer == "adamw":
+    if local.resolved.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             trained, local.lr, local.betas, local.eps, weight_decay=local.weight_decay
         )
@@ -61,9 +61,10 @@ def train_densely(model: LoadedModel, one: Job) -> tuple[Adapter, float]:
             summed += loss.item()
         seen += targets
         (
-            _penalty(one.assignment.penalty, leaves) + _proximal(local.proximal, trained, begun)
+            _penalty(one.assignment.penalty, leaves)
+            + _proximal(local.resolved.proximal, trained, begun)
         ).backward()
-        if local.clip is not None:
+        if local.clip:
             nn.utils.clip_grad_norm_(trained, local.clip)
         for settings in optimizer.param_groups:
             settings["lr"] = local.rate(step, steps)

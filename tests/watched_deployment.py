@@ -303,8 +303,8 @@ class RecordedParts:
 
     def executors(self, fleet: Fleet) -> tuple[Engine, Evaluator]:
         recipe, work = self._recipe, self.prepared[0]
-        inner = InProcessEngine(self.model, work, recipe.local.build(), 1, recipe.split.build())
-        evaluator = LocalEvaluator(self.model, work, recipe.evaluation.build())
+        inner = InProcessEngine(self.model, work, recipe.local, 1, recipe.split)
+        evaluator = LocalEvaluator(self.model, work, recipe.evaluation)
         return Recorded(inner, self.lost), evaluator
 
 

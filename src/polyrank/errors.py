@@ -30,7 +30,7 @@ class PolyrankError(Exception):
     """The root of the tree: catch this to catch all that polyrank raises on purpose."""
 
 
-class RecipeError(PolyrankError):
+class RecipeError(PolyrankError, ValueError):
     """A recipe holds an unknown key, a wrong type or an impossible value."""
 
 

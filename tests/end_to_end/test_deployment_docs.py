@@ -201,5 +201,5 @@ def test_recipe_and_client_files_of_the_page_are_valid(tmp_path: Path) -> None:
     for client in CLIENTS:
         settings = read_client(written[client, "client.toml"])
         assert settings.name == client
-        largest = settings.terms().largest_rank
+        largest = settings.limits.largest_rank
         assert largest is None or largest >= 16

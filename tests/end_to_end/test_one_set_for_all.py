@@ -59,7 +59,7 @@ def test_an_adapter_that_one_client_a_round_shares_with_nobody_is_its_own(rule: 
     whatever the weights are in, so that the two orders differ: by 4e-7 here, with SGD; AdamW makes
     more of it where gradients are next to nothing.
     """
-    local = replace(LOCAL, clip=None, optimizer="sgd", momentum=0.9, lr=0.2)
+    local = replace(LOCAL, clip=0, optimizer="sgd", momentum=0.9, lr=0.2)
     cuts = {**CUTS["split"], "c": CutPoint(1, 3)}
     alone = {"ranks": EQUAL, "local": local, "number": 1}
     shared = carried_out(RULES[rule], cuts, split=SHARED, **alone)

@@ -7,9 +7,10 @@ from polyrank.aggregation.flexlora import FlexLoRA
 from polyrank.aggregation.flora import FLoRA
 from polyrank.aggregation.full import Full
 from polyrank.aggregation.hetlora import HetLoRA
-from polyrank.aggregation.registry import DEFAULT, OPTIONS, RULES, rule
+from polyrank.aggregation.registry import RULES, rule
 from polyrank.aggregation.rule import Rule, assign
 from polyrank.aggregation.segment import Segment
+from polyrank.aggregation.settings import DEFAULT, OPTIONS, RuleSettings
 from polyrank.aggregation.slora import SLoRA
 from polyrank.aggregation.types import (
     TRAINED,
@@ -44,6 +45,7 @@ __all__ = [
     "Json",
     "Penalty",
     "Rule",
+    "RuleSettings",
     "SLoRA",
     "Segment",
     "SiteAssignment",

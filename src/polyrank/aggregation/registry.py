@@ -16,6 +16,7 @@ from polyrank.aggregation.hetlora import HetLoRA
 from polyrank.aggregation.raflora import RaFLoRA
 from polyrank.aggregation.rule import Rule
 from polyrank.aggregation.segment import Segment
+from polyrank.aggregation.settings import OPTIONS
 from polyrank.errors import RuleError
 
 RULES: Mapping[str, Rule] = {
@@ -36,15 +37,8 @@ RULES: Mapping[str, Rule] = {
     )
 }
 
-DEFAULT = "flexlora:delta"
-"""The rule where none is named: of those that send no more than FlexLoRA's own, the one that ended
-lowest in docs/explanation/results.md."""
-
 ALIASES: Mapping[str, str] = {"noise-free": "flora"}
 """Other names of rules: HSplitLoRA's noise-free aggregation is FLoRA's."""
-
-OPTIONS = ("split", "factorisation", "gamma", "penalty", "reinitialise")
-"""What may be set of a rule that has it; everything else is told by the rule's name."""
 
 
 def rule(name: str, options: Mapping[str, str | float | None] | None = None) -> Rule:

@@ -52,6 +52,12 @@ _COMMANDS = (
         "polyrank run quickstart --control weakest",
     ),
     (
+        "init",
+        writing.init,
+        "polyrank init my.toml --model Qwen/Qwen3-0.6B --data notes.jsonl --clients 6",
+        "polyrank init my.toml --data notes.csv --by hospital",
+    ),
+    (
         "check",
         looking.check,
         "polyrank check quickstart",

@@ -1,4 +1,4 @@
-"""Commands that write something to take away: export, app."""
+"""Commands that write files: init, export, app."""
 
 from __future__ import annotations
 
@@ -9,6 +9,50 @@ import typer
 
 from polyrank.cli.arguments import AllowCode, RecipeArgument, RunArgument
 from polyrank.errors import FolderExistsError
+
+
+def init(
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="The file to write, which must not exist.", metavar="RECIPE", show_default=False
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="A folder or a hub id; sample: the embedded miniature.")
+    ] = "sample",
+    data: Annotated[
+        str, typer.Option(help="JSON lines, CSV, another source, or sample: the embedded tasks.")
+    ] = "sample",
+    clients: Annotated[
+        int | None, typer.Option(min=1, help="How many clients get equal shares of the rows.")
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option(help="The column whose values are the clients, instead.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The column of prompts. Default: told by its name.")
+    ] = None,
+    completion: Annotated[
+        str | None, typer.Option(help="The column of answers. Default: told by its name.")
+    ] = None,
+) -> None:
+    """Write a commented recipe for a model, data and a number of clients, which runs as it is."""
+    from polyrank.runner.new_recipe import write_recipe
+
+    made = write_recipe(
+        recipe,
+        model=model,
+        data=data,
+        clients=clients,
+        by=by,
+        prompt=prompt,
+        completion=completion,
+    )
+    for note in made.notes:
+        typer.echo(note)
+    typer.echo(f"{made.path}: look it through with polyrank check {made.path}, then run it:")
+    typer.echo(f"polyrank run {made.path}")
 
 
 def export(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from polyrank import config
@@ -86,7 +86,7 @@ class Method:
         try:
             if self.local is not None:
                 changes |= _local(local_method(self.local), base)
-            changed = config.parse(_changed(base.model_dump(), changes))
+            changed = config.parse(_changed(asdict(base), changes))
             changed.check()
         except PolyrankError as error:
             raise RecipeError(f"compare, method {self.label!r}: {error}") from error
@@ -100,7 +100,7 @@ def _local(method: LocalMethod, base: Recipe) -> dict[str, Any]:
         changes["local.proximal"] = None
     if not method.sparse_rounds:
         changes["local.sparse_rounds"] = None
-    if base.local.optimizer not in method.optimizers:
+    if base.local.resolved.optimizer not in method.optimizers:
         changes["local.optimizer"] = None
     return changes
 

@@ -12,7 +12,6 @@ from typing import Any
 import tomli_w
 
 from polyrank import config
-from polyrank.aggregation import OPTIONS
 from polyrank.compare.method import Method, methods
 from polyrank.compare.tuning import default_grid
 from polyrank.config import Recipe
@@ -87,7 +86,7 @@ class Request:
             tune,
             tuple(sorted(set(grid))),
         )
-        given = recipe.aggregation.model_dump(include={*OPTIONS}, exclude_none=True)
+        given = recipe.aggregation.options
         unused = sorted(given.keys() - {key for method in asked.methods for key in method.options})
         if unused:
             raise RecipeError(
@@ -175,6 +174,6 @@ class Request:
 
 def _differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """The keys in which two recipes differ, with both values, as far as a comparison uses them."""
-    old, new = flat(before.model_dump()), flat(now.model_dump())
+    old, new = flat(dataclasses.asdict(before)), flat(dataclasses.asdict(now))
     keys = [key for key in {**old, **new} if key not in _FREE]
     return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}

@@ -6,7 +6,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,7 +110,7 @@ class Comparison:
                     self._seed(seed, first=place == 0, after_run=after_run)
 
     def _seed(self, seed: int, *, first: bool, after_run: Callable[[], object]) -> None:
-        recipe = self.request.recipe.model_copy(update={"seed": seed})
+        recipe = replace(self.request.recipe, seed=seed)
         parts = self._root if first else self._root.of(recipe)
         for method_runs in self.methods:
             if first:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, ValidationError
+from annotated_types import Ge, Gt
 
+from polyrank.config.keys import all_keys
 from polyrank.config.reading import listed, toml_value
-from polyrank.config.section import Section
-from polyrank.config.validation_errors import keys, mistakes
+from polyrank.config.validation_errors import STRICT, validated
 from polyrank.errors import RecipeError
 
 Scalar = bool | int | float | str
@@ -22,23 +24,25 @@ EVERYWHERE = ("0.0.0.0", "[::]")
 """Hosts to listen on that are no address for clients."""
 
 
-class SplitServer(Section):
+@dataclass(frozen=True)
+class SplitServer:
     """How split clients reach the server, and how long it waits for them."""
 
     listen: str = "127.0.0.1:0"
     """Address on which the split server listens; port 0: a free one."""
     address: str = ""
     """Host, or host:port, under which clients reach it; left out, where it listens."""
-    gather: float = Field(default=0.02, ge=0)
+    gather: Annotated[float, Ge(0)] = 0.02
     """Seconds to wait, after one client's activations came, for those of others, to serve all in
     one pass."""
-    silence: float = 60.0
+    silence: Annotated[float, Gt(0)] = 60.0
     """Seconds after which a client that is not heard of has left."""
-    patience: float = 60.0
+    patience: Annotated[float, Gt(0)] = 60.0
     """Seconds that a client waits for an answer, reconnecting included."""
 
 
-class AppSettings(Section):
+@dataclass(frozen=True)
+class AppSettings:
     """Settings of a Flower app's server beside the recipe."""
 
     out: str = ""
@@ -47,9 +51,9 @@ class AppSettings(Section):
     resume: bool = False
     """Go on with the run in `app.out`, which was begun with the same settings. Otherwise `app.out`
     must not exist."""
-    clients: int = Field(default=0, ge=0)
+    clients: Annotated[int, Ge(0)] = 0
     """How many clients to wait for; 0: those that the fleet names, or all that answer."""
-    wait: float = Field(default=300.0, ge=0)
+    wait: Annotated[float, Ge(0)] = 300.0
     """Seconds to wait for them."""
     client_files: str = ""
     """In a simulation where every client brings its own data: the client.toml files of the
@@ -60,14 +64,17 @@ class AppSettings(Section):
     split: SplitServer = SplitServer()
 
 
-class _Config(Section):
+@dataclass(frozen=True)
+class _Config:
     """The table in which the keys stand."""
+
+    __pydantic_config__ = STRICT
 
     app: AppSettings = AppSettings()
 
 
 APP_KEYS: Mapping[str, Scalar] = {
-    key.replace("_", "-"): field.default for key, field in keys(AppSettings, OWN)
+    name.replace("_", "-"): key.default for name, key in all_keys(AppSettings, OWN)
 }
 """The app's own keys in a run config, with their defaults."""
 
@@ -98,14 +105,12 @@ def app_settings(flat: Mapping[str, Scalar]) -> AppSettings:
             for name in sections:
                 inside = inside.setdefault(name, {})  # type: ignore[assignment]
             inside[last] = value
-    try:
-        settings = _Config.model_validate(content).app
-    except ValidationError as error:
-        raise RecipeError(_listed(mistakes(_Config, content, error, "the app"))) from error
-    problems = [*_impossible(settings)]
-    if problems:
+    config, problems = validated(_Config, content, "the app")
+    if config is not None:
+        problems = [*_impossible(config.app)]
+    if config is None or problems:
         raise RecipeError(_listed(problems))
-    return settings
+    return config.app
 
 
 def _listed(problems: Iterable[str]) -> str:
@@ -123,9 +128,6 @@ def _impossible(app: AppSettings) -> Iterator[str]:
     if app.resume and not app.out:
         yield "app.resume: give app.out too, the folder of the run to go on with"
     split = app.split
-    for key, value in (("silence", split.silence), ("patience", split.patience)):
-        if value <= 0:
-            yield f"app.split.{key}: expected seconds above 0, got {value}"
     host, _, port = split.listen.rpartition(":")
     if not host or not _is_port(port):
         yield f"app.split.listen: expected host:port, e.g. 127.0.0.1:9099, got {split.listen!r}"

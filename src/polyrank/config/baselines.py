@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-Name = Literal[
-    "splitlora",
-    "cenlora",
-    "ft",
-    "hetlora",
-    "fedlora",
-    "hsplitlora",
-    "hsplitlora:no-importance",
-    "hsplitlora:no-adaptation",
-    "hsplitlora:no-exact-sum",
-]
+from typing import Any
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,28 @@
-"""What the owner of a client's machine says of it: client.toml, which never leaves the machine.
-
-The text below a key is its entry in docs/reference/client.md, which is made from here.
-"""
+"""What the owner of a client's machine says of it: client.toml, which never leaves the machine."""
 
 from __future__ import annotations
 
 import difflib
 import tomllib
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from annotated_types import Ge
 
-from polyrank.config.model_and_data import SAMPLE, DataSection, ModelSection
 from polyrank.config.reading import listed
 from polyrank.config.recipe import Recipe, cores
-from polyrank.config.section import Expected, Section
-from polyrank.config.validation_errors import mistakes
+from polyrank.config.validation_errors import STRICT, validated
 from polyrank.data import Clients, single
+from polyrank.data.settings import ReadingSettings
 from polyrank.errors import PolyrankError, RecipeError
+from polyrank.model.settings import ModelSettings
 from polyrank.planning import DEVICES, DeviceProfile, device
 from polyrank.protocol.client_info import ClientPolicy
+from polyrank.sample import SAMPLE
 from polyrank.seeds import derive
+from polyrank.settings import Expected
 
 LONGEST_NAME = 200
 
@@ -36,33 +36,19 @@ Link = Annotated[
 Seconds = Annotated[int | float | str | None, Expected('seconds, or a text such as "20 ms"')]
 
 
-class OwnData(Section):
+@dataclass(frozen=True, kw_only=True)
+class OwnData(ReadingSettings):
     """The client's examples; they are read here, and no text of them is sent."""
 
     source: str
     """A file or a folder, seen from the folder of client.toml; or a data set of the hub."""
-    split: str | None = None
-    """Which split, where the source has several."""
-    subset: str | None = None
-    """A hub data set's configuration."""
-    revision: str | None = None
-    """A hub data set's branch, tag or commit."""
-    format: str = "auto"
-    """`json`, `csv`, `tsv`, `text`, `parquet`, `folder` or `hub`, where the name does not tell."""
-    prompt: str | None = None
-    """Column or format string of the prompt; left out, `instruction`."""
-    input: str | None = None
-    """Column or format string of the input below the prompt; left out, `input`."""
-    completion: str = "output"
-    """Column or format string of the answer; a list of references is allowed."""
-    separator: str | None = None
-    """For text files: what divides a line into input and output."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: Annotated[int, Ge(1)] | None = None
     """Use at most so many examples, chosen by the run's seed; the recipe's `data.limit` holds
     too."""
 
 
-class OwnModel(Section):
+@dataclass(frozen=True)
+class OwnModel:
     """Where the base model lies and runs on this machine; left out, as the recipe says."""
 
     source: str | None = None
@@ -70,12 +56,13 @@ class OwnModel(Section):
     that differs is found out, weights that differ are not."""
     device: str = "auto"
     """`auto` (cuda, else mps, else cpu) or a torch device such as `cuda:1`."""
-    threads: int = Field(default=0, ge=0)
+    threads: Annotated[int, Ge(0)] = 0
     """Threads of torch; 0: as the recipe says. With `deterministic` the bytes of an update may
     depend on it."""
 
 
-class OwnDevice(Section):
+@dataclass(frozen=True)
+class OwnDevice:
     """What the machine offers, where the recipe plans ranks and cuts; the server is told."""
 
     profile: str | None = None
@@ -93,38 +80,26 @@ class OwnDevice(Section):
 
     def build(self, name: str, dtype: str = "float32") -> DeviceProfile:
         """Return the device, for training in that dtype; RecipeError for figures that cannot be."""
-        given = self.model_dump(exclude={"profile"}, exclude_none=True)
+        given = {key: item for key, item in asdict(self).items() if item is not None}
+        given.pop("profile", None)
         named = {} if self.profile is None else device(self.profile, dtype=dtype).written
         return DeviceProfile.of(name, **{"memory": None, **named, **given})
 
 
-class Limits(Section):
-    """What the client consents to; what goes beyond is refused here, and the server told why."""
-
-    largest_rank: int | None = Field(default=None, ge=1)
-    """The largest LoRA rank that it trains; left out, any."""
-    lowest_cut: int | None = Field(default=None, ge=1)
-    """In split training, the fewest blocks that it runs itself: the deeper the cut, the less the
-    activations that it sends tell; left out, any."""
-    labels_may_leave: bool = True
-    """Whether a split client's labels may go to the server; false: only a U-shaped cut, which keeps
-    them here."""
-    smallest_count: int = Field(default=1, ge=0)
-    """The smallest number of examples that a count or a score may stand on. What stands on fewer is
-    not told, and with fewer training examples the client takes no part."""
-
-
-class ClientSettings(Section):
+@dataclass(frozen=True, kw_only=True)
+class ClientSettings:
     """A client's machine. Its TOML sections are the fields here."""
+
+    __pydantic_config__ = STRICT
 
     name: str
     """The client's name in the run: its split of the data and its place in the fleet go by it."""
     category: str | None = None
     """What reports group it by; left out, the column `category`, where all examples agree."""
     data: OwnData
-    model: OwnModel = OwnModel()
-    device: OwnDevice = OwnDevice()
-    limits: Limits = Limits()
+    model: OwnModel = field(default_factory=OwnModel)
+    device: OwnDevice = field(default_factory=OwnDevice)
+    limits: ClientPolicy = field(default_factory=ClientPolicy)
 
     def clients(self, recipe: Recipe) -> Clients:
         """Load the examples; return the one client, split as in a run where all data is together.
@@ -132,9 +107,8 @@ class ClientSettings(Section):
         Raises DataError for a source that cannot be read.
         """
         limits = (self.data.limit, recipe.data.limit)
-        reading = DataSection(**self.data.model_dump(exclude={"limit"}))
         return single(
-            reading.tasks(self.data.source, self.data.split),
+            self.data.tasks(),
             self.name,
             category=self.category,
             fractions=recipe.data.fractions,
@@ -142,12 +116,12 @@ class ClientSettings(Section):
             seed=derive(recipe.seed, "data"),
         )
 
-    def model_of(self, recipe: Recipe) -> ModelSection:
+    def model_of(self, recipe: Recipe) -> ModelSettings:
         """Return the recipe's model as it is loaded on this machine."""
         changed: dict[str, Any] = {"device": self.model.device}
         if self.model.source is not None:
             changed |= {"source": self.model.source, "revision": None}
-        return recipe.model.model_copy(update=changed)
+        return replace(recipe.model, **changed)
 
     def threads(self, recipe: Recipe) -> int:
         """Return the threads to compute with."""
@@ -158,10 +132,6 @@ class ClientSettings(Section):
         if self.device == OwnDevice():
             return None
         return self.device.build(self.name, dtype)
-
-    def terms(self) -> ClientPolicy:
-        """Return the limits as they are told to the server."""
-        return ClientPolicy(**self.limits.model_dump())
 
 
 def read_client(path: str | Path) -> ClientSettings:
@@ -180,13 +150,10 @@ def read_client(path: str | Path) -> ClientSettings:
         raise RecipeError(f"{place}: not valid TOML: {error}") from error
     for name in ("data", "model"):
         _resolve(content.get(name), file.parent)
-    try:
-        settings = ClientSettings.model_validate(content)
-    except ValidationError as error:
-        found = mistakes(ClientSettings, content, error, "a client.toml")
-        raise RecipeError(listed(place, found)) from error
-    found = [*_impossible(settings)]
-    if found:
+    settings, found = validated(ClientSettings, content, "a client.toml")
+    if settings is not None:
+        found = [*_impossible(settings)]
+    if settings is None or found:
         raise RecipeError(listed(place, found))
     return settings
 

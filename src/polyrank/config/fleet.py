@@ -1,19 +1,17 @@
-"""The section of a recipe that says which client is what: types, ranks, cuts, and their changes.
-
-The text below a key is its entry in docs/reference/recipes.md, which is made from here.
-"""
+"""The section of a recipe that says which client is what: types, ranks, cuts, and their changes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated
 
-from pydantic import Field
+from annotated_types import Ge
 
-from polyrank.config.section import Expected, Section
 from polyrank.config.trace import read_trace
 from polyrank.errors import ModelError, RecipeError
 from polyrank.planning import CutPoint, Fleet, LoRAType, Redraw, Schedule, Trace, shares_of
+from polyrank.settings import Expected, check
 
 Types = Annotated[
     str | dict[str, int | dict[str, int]],
@@ -33,7 +31,8 @@ Changes = Annotated[
 ]
 
 
-class FleetSection(Section):
+@dataclass(frozen=True)
+class FleetSection:
     """Which LoRA ranks every client has: give `distribution` or `clients`.
 
     Neither where ranks are planned for clients that bring their own data and devices.
@@ -44,13 +43,14 @@ class FleetSection(Section):
     `feed-forward`) or site. `paper`: T1 8, T2 30, T3 30 in attention and 200 in feed-forward,
     T4 200. `scaled`, for narrow models: T1 1, T2 4, T3 4 and 24, T4 24."""
     distribution: Distribution = None
-    """How many clients have which type: `uniform`, `heavy-tail-light` (85% T1),
-    `heavy-tail-strong` (85% T4), `normal` (T2 and T3), or shares that sum to 1."""
+    """How many clients have which type: `uniform`, `heavy-tail-light` (85% the weakest type),
+    `heavy-tail-strong` (85% the strongest), `normal` (88% the ones between), each for any types and
+    any number of clients; or shares that sum to 1."""
     clients: dict[str, str] | None = None
     """The type of every seen client, by name."""
     force: str | None = None
     """Give every client this type, or the `weakest` of the fleet: the homogeneous control."""
-    redraw: int | None = Field(default=None, ge=1)
+    redraw: Annotated[int, Ge(1)] | None = None
     """Deal the same types to the clients anew, at random, every so many rounds."""
     trace: str | None = None
     """A CSV or JSON-lines file with columns `round`, `client` and `type`: from that round on (they
@@ -58,19 +58,20 @@ class FleetSection(Section):
     in the run folder's recipe as `schedule`."""
     schedule: Changes = None
     """The same in the recipe: `{5 = {alice = "T1"}, 9 = {"*" = "T4"}}`."""
-
     cuts: Cuts = None
     """Split training: how many blocks clients of a type run themselves, from the first on, while
     the server runs the rest; `[2, 6]`: the first 2, and those from block 6 on (counted from 0) with
     labels and loss, a U-shape. Types that are not named run the whole model."""
+
+    def __post_init__(self) -> None:
+        check(self, "fleet")
 
     def of_devices(self) -> FleetSection:
         """Return the same section with devices as types, their ranks not yet planned.
 
         Raises RecipeError if it gives types or cuts of its own, or a name in the place of shares.
         """
-        given = [key for key in ("types", "cuts") if key in self.model_fields_set]
-        given = [key for key in given if getattr(self, key) not in (None, "paper")]
+        given = [key for key in ("types", "cuts") if getattr(self, key) not in (None, "paper")]
         if given:
             raise RecipeError(
                 f"fleet.{given[0]}: with [plan], ranks and cuts are planned; leave it out"
@@ -80,7 +81,7 @@ class FleetSection(Section):
                 "fleet.distribution: with [plan], expected a table of shares per device, e.g. "
                 f"{{phone = 0.8, laptop = 0.2}}, got {self.distribution!r}"
             )
-        return self.model_copy(update={"types": dict.fromkeys(self.device_names, 1)})
+        return replace(self, types=dict.fromkeys(self.device_names, 1))
 
     @property
     def names_none(self) -> bool:
@@ -125,7 +126,7 @@ class FleetSection(Section):
         if self.trace is None:
             return self
         changes = {str(round): named for round, named in read_trace(self.trace).items()}
-        return self.model_copy(update={"trace": None, "schedule": changes})
+        return replace(self, trace=None, schedule=changes)
 
     def check(self, force: Iterable[str | None]) -> None:
         """Raise RecipeError or RankError for mistakes that show without clients and model."""

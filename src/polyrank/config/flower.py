@@ -13,15 +13,13 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
-
-from pydantic.fields import FieldInfo
+from typing import Any
 
 from polyrank.config.app import OWN, PLACE, Scalar
 from polyrank.config.baselines import BASELINES
+from polyrank.config.keys import Key, all_keys, keys_of
 from polyrank.config.reading import PAIRS, checked, listed, resolve_sources
 from polyrank.config.recipe import Recipe
-from polyrank.config.validation_errors import keys, subsection
 from polyrank.errors import RecipeError
 
 RunConfig = Mapping[str, Scalar]
@@ -33,7 +31,7 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
 }
 """Of each section that a recipe may lack, the keys with one of which it is there."""
 
-_FIELDS: Mapping[str, FieldInfo] = dict(keys(Recipe))
+_KEYS: Mapping[str, Key] = dict(all_keys(Recipe))
 _BY_BASELINES = {key for one in BASELINES.values() for key in (*one.fixed, *one.default)}
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -46,8 +44,8 @@ def to_run_config(recipe: Recipe) -> dict[str, Scalar]:
     """
     given = {key: value for key, value in _values(recipe) if not _by_baseline(recipe, key, value)}
     return {
-        key: "" if given.get(key) is None else _written(field, given[key])
-        for key, field in _FIELDS.items()
+        name: "" if given.get(name) is None else _written(key, given[name])
+        for name, key in _KEYS.items()
     }
 
 
@@ -59,14 +57,12 @@ def from_run_config(flat: RunConfig) -> Recipe:
     one: which of them is the newer does not show.
     """
     found = [
-        f"{key}: unknown key{_nearest(key, _FIELDS)}"
+        f"{key}: unknown key{_nearest(key, _KEYS)}"
         for key in flat
-        if key not in _FIELDS and not key.startswith(OWN)
+        if key not in _KEYS and not key.startswith(OWN)
     ]
     given = {
-        key: read_value(field, flat[key])
-        for key, field in _FIELDS.items()
-        if flat.get(key, "") != ""
+        name: read_value(key, flat[name]) for name, key in _KEYS.items() if flat.get(name, "") != ""
     }
     found += _both(given)
     for section, switches in SWITCHES.items():
@@ -92,8 +88,8 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def read_value(field: FieldInfo, written: Scalar) -> Any:
-    """Return what a value of a run config stands for, at a key that takes what `field` says.
+def read_value(key: Key, written: Scalar) -> Any:
+    """Return what a value of a run config stands for, at this key.
 
     A text in quotes is what is in them, and one in brackets or braces is the list or table where
     the key takes one; everything else stands for itself.
@@ -105,18 +101,18 @@ def read_value(field: FieldInfo, written: Scalar) -> Any:
     except tomllib.TOMLDecodeError:
         return written
     value = content["value"] if len(content) == 1 else written
-    return value if isinstance(value, str) or _takes_many(field.annotation) else written
+    return value if isinstance(value, str) or key.takes_many else written
 
 
 def _values(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     """Every key with its value; without those of sections that the recipe lacks."""
-    for name, field in Recipe.model_fields.items():
+    for name, key in keys_of(Recipe).items():
         value = getattr(recipe, name)
-        if subsection(field) is None:
+        if key.section is None:
             yield name, value
         elif value is not None:
-            for key in type(value).model_fields:
-                yield f"{name}.{key}", getattr(value, key)
+            for inner in keys_of(key.section):
+                yield f"{name}.{inner}", getattr(value, inner)
 
 
 def _by_baseline(recipe: Recipe, key: str, value: Any) -> bool:
@@ -126,16 +122,15 @@ def _by_baseline(recipe: Recipe, key: str, value: Any) -> bool:
     own = BASELINES.get(recipe.baseline or "")
     if own is not None and key in (said := {**own.default, **own.fixed}):
         return bool(said[key] == value)
-    section, _, last = key.partition(".")
-    return last not in getattr(recipe, section).model_fields_set
+    return bool(value == _KEYS[key].default)
 
 
-def _written(field: FieldInfo, value: Any) -> Scalar:
+def _written(key: Key, value: Any) -> Scalar:
     """Write a value so that `read_value` returns it."""
     if isinstance(value, str):
-        plain = value != "" and read_value(field, value) == value
+        plain = value != "" and read_value(key, value) == value
         return value if plain else _toml(value)
-    return _toml(value) if isinstance(value, list | dict) else value
+    return _toml(value) if isinstance(value, list | tuple | dict) else value
 
 
 def _toml(value: Any) -> str:
@@ -143,7 +138,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, dict):
         inside = (f"{_key(name)} = {_toml(item)}" for name, item in value.items())
         return "{" + ", ".join(inside) + "}"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, str):  # JSON's texts are TOML's, but for DEL, which TOML wants escaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -152,11 +147,6 @@ def _toml(value: Any) -> str:
 
 def _key(name: str) -> str:
     return name if _BARE.fullmatch(name) else _toml(name)
-
-
-def _takes_many(annotation: Any) -> bool:
-    """Whether a key takes a list or a table."""
-    return get_origin(annotation) in (list, dict) or any(map(_takes_many, get_args(annotation)))
 
 
 def _both(given: Mapping[str, Any]) -> list[str]:
@@ -178,7 +168,7 @@ def _switched_off(given: dict[str, Any], section: str, switches: tuple[str, ...]
         f"{key} = {given[key]!r}: [{section}] is switched off for want of {' or '.join(names)}; "
         f"give it, or take this key back: -c '{key}=\"\"'"
         for key in inside
-        if given[key] != _FIELDS[key].default
+        if given[key] != _KEYS[key].default
     ]
     for key in inside:
         del given[key]

@@ -1,24 +1,22 @@
-"""What a recipe says of devices, and of what is planned for them.
-
-The text below a key is its entry in docs/reference/recipes.md, which is made from here.
-"""
+"""What a recipe says of devices, and of what is planned for them."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from annotated_types import Ge
 
 from polyrank.config.fleet import FleetSection
-from polyrank.config.section import Expected, Section
 from polyrank.errors import RecipeError
 from polyrank.planning import DeviceProfile, PlanSettings
+from polyrank.planning.importance import METRICS
+from polyrank.settings import Expected, OneOf
 
 Profiles = dict[str, DeviceProfile]
-Every = Annotated[Literal["auto"] | int, Expected("'auto' or a whole number")]
-
+Every = Annotated[Literal["auto"] | Annotated[int, Ge(1)], Expected("'auto' or a whole number")]
 
 Devices = Annotated[
     dict[str, dict[str, int | float | str]] | None,
@@ -56,7 +54,8 @@ def check_unchanged(fleet: FleetSection) -> None:
             )
 
 
-class PlanSection(Section):
+@dataclass(frozen=True, kw_only=True)
+class PlanSection(PlanSettings):
     """Plan ranks and cuts from devices: with this section, the fleet's types are devices.
 
     `fleet.distribution` or `fleet.clients` then names devices in the place of LoRA types, and
@@ -64,22 +63,10 @@ class PlanSection(Section):
     too: then every client has the device of its [client.toml](client.md).
     """
 
-    levels: list[int] | None = None
-    """The ranks to choose from, rising; left out, powers of two up to what the richest device
-    affords."""
-    cuts: Literal["best", "needed", "none"] = "best"
-    """`best`: a device is cut where that lets it train more; `needed`: only if it cannot train the
-    whole model; `none`: never."""
-    lowest_cut: int = 1
-    """The fewest blocks that a split client runs itself."""
-    u_shape: bool = False
-    """Split clients also run the last block, and keep labels and loss."""
     server: str | None = None
     """The device that trains the tails: a name of `[devices]` or of [this list](devices.md); left
     out, a server without limits."""
-    seconds: float | None = None
-    """The longest that a round may take a client, by the cost model; left out, any time."""
-    importance: Literal["channel", "paper", "none"] = "channel"
+    importance: Annotated[str, OneOf([*METRICS, "none"])] = "channel"
     """How important weights are scored while training; `none`: ranks are spread evenly."""
     allocation: Literal["importance", "spectrum"] = "importance"
     """What new plans share ranks out by: importance, or the spectra of what has been learnt so far,
@@ -87,23 +74,19 @@ class PlanSection(Section):
     every: Every = "auto"
     """Score every so many optimizer steps of a client, from its first; `auto`: so rarely that it
     costs less than 5%."""
-    threshold: float = Field(default=0.1, ge=0)
+    threshold: Annotated[float, Ge(0)] = 0.1
     """Plan anew after a round once so large a share of all importance lies at other sites than when
     the present plan was made."""
 
-    def build(self) -> PlanSettings:
-        """Return what may be planned."""
-        if self.every != "auto" and self.every < 1:
-            raise RecipeError(f"plan.every: expected auto or at least 1, got {self.every}")
+    def __post_init__(self) -> None:
+        PlanSettings.__post_init__(self)
         if self.allocation == "spectrum" and self.importance == "none":
             raise RecipeError(
                 "plan.allocation = 'spectrum' and plan.importance = 'none' exclude each other: "
                 "plans are made anew when importance has moved; score it, by 'channel' or 'paper'"
             )
-        return PlanSettings(
-            levels=None if self.levels is None else tuple(self.levels),
-            cuts=self.cuts,
-            lowest_cut=self.lowest_cut,
-            u_shape=self.u_shape,
-            seconds=self.seconds,
-        )
+
+    @property
+    def metric(self) -> str | None:
+        """How importance is scored, None if it is not."""
+        return None if self.importance == "none" else self.importance

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from polyrank.config.baselines import with_baseline
-from polyrank.config.model_and_data import CLIENT, SAMPLE
+from polyrank.config.data import CLIENT
 from polyrank.config.recipe import Recipe
-from polyrank.config.validation_errors import mistakes
+from polyrank.config.validation_errors import validated
 from polyrank.errors import PolyrankError, RecipeError
+from polyrank.sample import SAMPLE
 
 PAIRS = (
     ("local.epochs", "local.steps"),
@@ -103,14 +102,9 @@ def parse(content: Mapping[str, Any], place: str = "recipe") -> Recipe:
         if _find(content, a) is not None and _find(content, b) is not None
     ]
     content, contradictions = with_baseline(content)
-    found += contradictions
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        found = mistakes(Recipe, content, error) + found
-        raise RecipeError(listed(place, found)) from error
-    if found:
-        raise RecipeError(listed(place, found))
+    recipe, mistakes = validated(Recipe, content)
+    if recipe is None or found or contradictions:
+        raise RecipeError(listed(place, [*dict.fromkeys([*mistakes, *found, *contradictions])]))
     return recipe
 
 

@@ -5,92 +5,89 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tomli_w
-from pydantic import Field
+from annotated_types import Ge
 
-from polyrank.aggregation import Rule, SLoRA
-from polyrank.config.baselines import BASELINES, Name
-from polyrank.config.benchmark import BenchmarkSection
+from polyrank.config.baselines import BASELINES
+from polyrank.config.data import DataSection
 from polyrank.config.fleet import FleetSection
-from polyrank.config.model_and_data import DataSection, ModelSection, check_own
 from polyrank.config.plan import Devices, PlanSection, check_unchanged, own_devices
-from polyrank.config.section import Section
-from polyrank.config.sections import (
-    AggregationSection,
-    EngineSection,
-    EvaluationSection,
-    FaultsSection,
-    LocalSection,
-    LoRASection,
-    SamplingSection,
-    SplitSection,
-    StoppingSection,
-)
-from polyrank.data import Clients
+from polyrank.config.sections import AggregationSection, BenchmarkSection
+from polyrank.config.validation_errors import STRICT
 from polyrank.errors import RecipeError
-from polyrank.evaluation import Benchmark
-from polyrank.model import LoadedModel
-from polyrank.planning import DeviceProfile, Fleet, device
-from polyrank.run import RunSettings
+from polyrank.evaluation.settings import BenchmarkSettings, Evaluation
+from polyrank.model.settings import ModelSettings
+from polyrank.planning import DeviceProfile, Fleet, Scaling, device
+from polyrank.rounds.settings import Faults, Sampling, Weighting
+from polyrank.run.settings import EarlyStopping, EngineSettings, RunSettings
 from polyrank.seeds import derive
+from polyrank.settings import OneOf, check, part
+from polyrank.training.settings import LocalTraining
+from polyrank.training.split.settings import SplitSettings
+
+if TYPE_CHECKING:
+    from polyrank.aggregation import Rule
+    from polyrank.data import Clients
+    from polyrank.evaluation import Benchmark
+    from polyrank.model import LoadedModel
 
 SERVER = "server"
 UNLIMITED = DeviceProfile(SERVER, 2**62)
 """A server that no plan has to consider."""
 
 
-class Recipe(Section):
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
     """Everything about a run. Its TOML sections are the fields here."""
+
+    __pydantic_config__ = STRICT
 
     name: str = "run"
     """Names the run's folder where no `--out` is given: `runs/NAME`."""
     seed: int = 0
     """From it every random choice derives."""
-    rounds: int = Field(default=10, ge=1)
+    rounds: Annotated[int, Ge(1)] = 10
     """How many rounds."""
     control: str | None = None
     """Also run the homogeneous control, all clients of one type: `weakest`, or a type."""
-    baseline: Name | None = None
+    baseline: Annotated[str, OneOf(BASELINES)] | None = None
     """A method by the name under which papers compare with it, which sets some keys below:
     `splitlora`, `cenlora`, `ft`, `hetlora`, `fedlora`, and with `[plan]` `hsplitlora` and its
     ablations; see [methods](../explanation/methods.md#baselines)."""
     target_loss: float | None = None
     """A validation loss; the summary tells the rounds, bytes and seconds until it was reached."""
-    target_perplexity: float | None = None
+    target_perplexity: Annotated[float, Ge(1)] | None = None
     """The same for a perplexity on `benchmark.validation`."""
     devices: Devices = None
     """What kinds of devices offer, beside those of [devices](devices.md): `memory` that training
     may use, and `flops`, `up`, `down`, `latency` where a plan is to consider them."""
-    model: ModelSection
+    model: ModelSettings
     data: DataSection
-    fleet: FleetSection = FleetSection()
+    fleet: FleetSection = field(default_factory=FleetSection)
     plan: PlanSection | None = None
-    lora: LoRASection = LoRASection()
-    aggregation: AggregationSection = AggregationSection()
-    local: LocalSection = LocalSection()
-    split: SplitSection = SplitSection()
-    sampling: SamplingSection = SamplingSection()
-    evaluation: EvaluationSection = EvaluationSection()
+    lora: Scaling = field(default_factory=Scaling)
+    aggregation: AggregationSection = field(default_factory=AggregationSection)
+    local: LocalTraining = field(default_factory=LocalTraining)
+    split: SplitSettings = field(default_factory=SplitSettings)
+    sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     benchmark: BenchmarkSection | None = None
-    early_stopping: StoppingSection | None = None
-    faults: FaultsSection = FaultsSection()
-    engine: EngineSection = EngineSection()
+    early_stopping: EarlyStopping | None = None
+    faults: Faults = field(default_factory=Faults)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+
+    def __post_init__(self) -> None:
+        check(self, "recipe")
 
     def rule(self) -> Rule:
         """Return the aggregation rule, within SLoRA where the local method begins sparsely.
 
         Raises RecipeError if rule and local method exclude each other.
         """
-        rule, settings = self.aggregation.build(), self.local.settings()
-        for method in settings.methods:
-            if method in rule.excludes:
-                raise RecipeError(
-                    f"aggregation.rule = {rule.name!r} and the local method {method!r} exclude "
-                    f"each other: {rule.excludes[method]}; change one of them"
-                )
-        return SLoRA(rule, settings.sparse_rounds) if settings.sparse_rounds else rule
+        return self.local.resolved.with_rule(self.aggregation.build())
 
     def clients(self) -> Clients:
         """Load the tasks and deal them to clients."""
@@ -128,13 +125,14 @@ class Recipe(Section):
         named = self.benchmark
         if named is None:
             return None
-        read, validation, test = self.data.tasks, named.validation, named.test
+        from polyrank.evaluation import Benchmark
+
         return Benchmark.of(
             model,
-            named.build(),
+            part(BenchmarkSettings, named),
             self.data.encoding(),
-            validation=None if validation is None else read(validation, named.validation_split),
-            test=None if test is None else read(test, named.test_split),
+            validation=self.data.tasks_of(named.validation, named.validation_split),
+            test=self.data.tasks_of(named.test, named.test_split),
             seed=derive(self.seed, "benchmark"),
         )
 
@@ -142,34 +140,30 @@ class Recipe(Section):
         """Return how the run is conducted."""
         return RunSettings(
             seed=self.seed,
-            sampling=self.sampling.build(),
-            weights=self.aggregation.weighting(),
-            scaling=self.lora.build(),
-            evaluation=self.evaluation.build(),
-            stopping=self.early_stopping.build() if self.early_stopping else None,
+            sampling=self.sampling,
+            weights=part(Weighting, self.aggregation),
+            scaling=self.lora,
+            evaluation=self.evaluation,
+            stopping=self.early_stopping,
             encoding=self.data.encoding(),
-            faults=self.faults.build(),
+            faults=self.faults,
             server_rank=self.aggregation.server_rank,
-            cohort=self.engine.clients_in_one_pass(),
+            cohort=self.engine.clients_in_one_pass,
             target_loss=self.target_loss,
             target_perplexity=self.target_perplexity,
-            split=self.split.build(),
+            split=self.split,
             pooled=self.data.pooled,
         )
 
     def check(self) -> None:
         """Build every part that needs neither model nor data, so that mistakes show at once."""
-        self.rule()
-        sparse = self.local.settings().sparse_rounds
+        sparse = self.local.resolved.sparse_rounds
         if sparse >= self.rounds:
             raise RecipeError(
                 f"local.sparse_rounds: {sparse} of {self.rounds} rounds would be sparse, which "
                 "leaves none for LoRA; raise rounds, or lower local.sparse_rounds"
             )
-        self.run_settings()
-        check_own(self.data, benchmark=self.benchmark is not None)
-        if self.benchmark is not None:
-            self.benchmark.build()
+        self.data.check_own(benchmark=self.benchmark is not None)
         if self.target_perplexity is not None and (
             self.benchmark is None or not self.benchmark.validation or not self.benchmark.every
         ):
@@ -177,22 +171,28 @@ class Recipe(Section):
                 "target_perplexity: needs the perplexity between the rounds; give "
                 "benchmark.validation, and benchmark.every above 0"
             )
-        self.local.build()
         if self.devices_of_clients:
             check_unchanged(self._fleet())
         else:
             self._fleet().check((self.fleet.force, self.control))
         own_devices(self.devices)
         if self.plan is not None:
-            self.plan.build()
             self.profiles()
+        else:
+            self._check_baseline()
+        self.rule()  # Last: rules compute, and importing what they compute with takes a while.
+
+    def _check_baseline(self) -> None:
+        """Raise RecipeError if the baseline needs what a recipe without a plan does not give."""
+        if self.baseline is None:
             return
-        if self.baseline is not None and BASELINES[self.baseline].plan:
+        known = BASELINES[self.baseline]
+        if known.plan:
             raise RecipeError(
                 f"baseline = {self.baseline!r} plans ranks and cuts from devices; describe them: "
                 "a section [plan], and devices in fleet.distribution or fleet.clients"
             )
-        if self.baseline is not None and BASELINES[self.baseline].cut and not self.fleet.cuts:
+        if known.cut and not self.fleet.cuts:
             raise RecipeError(
                 f"baseline = {self.baseline!r} cuts every client's model at the same block; give "
                 "the type that all have in [fleet.cuts], e.g. T1 = 2"
@@ -213,21 +213,17 @@ class Recipe(Section):
     def resolved(self) -> Recipe:
         """Return the recipe with what depends on this machine chosen, and its trace read in."""
         threads = self.engine.threads or cores()
-        return self.model_copy(
-            update={
-                "engine": self.engine.model_copy(update={"threads": threads}),
-                "fleet": self.fleet.resolved(),
-            }
+        return replace(
+            self, engine=replace(self.engine, threads=threads), fleet=self.fleet.resolved()
         )
 
     def forced(self, force: str) -> Recipe:
         """Return the homogeneous control: the same, with every client of one type."""
-        fleet = self.fleet.model_copy(update={"force": force})
-        return self.model_copy(update={"fleet": fleet, "control": None})
+        return replace(self, fleet=replace(self.fleet, force=force), control=None)
 
     def to_toml(self) -> str:
         """Return the recipe as TOML, defaults written out; keys without a value are left out."""
-        return tomli_w.dumps(_without_none(self.model_dump()))
+        return tomli_w.dumps(_without_none(asdict(self)))
 
 
 def cores() -> int:

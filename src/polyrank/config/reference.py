@@ -7,13 +7,10 @@ import re
 import sys
 from collections.abc import Iterator
 
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
-
 from polyrank.config.client import ClientSettings
+from polyrank.config.keys import Key, keys_of
 from polyrank.config.recipe import Recipe
-from polyrank.config.section import Section
-from polyrank.config.validation_errors import subsection, words
+from polyrank.settings import bounds
 
 HEAD = """\
 # Recipes: every key
@@ -95,41 +92,34 @@ def client_page() -> str:
     return _page(CLIENT_HEAD, ClientSettings)
 
 
-def _page(head: str, root: type[Section]) -> str:
-    sections = [
-        (name, inner)
-        for name, field in root.model_fields.items()
-        if (inner := subsection(field)) is not None
-    ]
+def _page(head: str, root: type) -> str:
     parts = [head, "## At the top\n", *_table(root)]
-    for name, section in sections:
-        parts += [
-            f"\n## [{name}]\n",
-            f"{inspect.cleandoc(section.__doc__ or '')}\n",
-            *_table(section),
-        ]
+    for name, key in keys_of(root).items():
+        if key.section is not None:
+            text = inspect.cleandoc(key.section.__doc__ or "").replace("``", "`")
+            parts += [f"\n## [{name}]\n", f"{text}\n", *_table(key.section)]
     return "\n".join(parts) + "\n"
 
 
-def _table(section: type[Section]) -> Iterator[str]:
+def _table(section: type) -> Iterator[str]:
     yield "| key | takes | default | |"
     yield "|---|---|---|---|"
-    for name, field in section.model_fields.items():
-        if subsection(field) is None:
-            meaning = " ".join((field.description or "").split())
-            takes = _QUOTED.sub(r"`\1`", words(field)).replace("|", "\\|")
-            yield f"| `{name}` | {takes} | {_default(field)} | {meaning} |"
+    for name, key in keys_of(section).items():
+        if key.section is None:
+            takes = _QUOTED.sub(r"`\1`", key.words).replace("|", "\\|")
+            limits = f", {limits}" if (limits := bounds(key.annotation)) else ""
+            yield f"| `{name}` | {takes}{limits} | {_default(key)} | {key.meaning} |"
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
+def _default(key: Key) -> str:
+    if key.required:
         return "**must be given**"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    if value is None or value is PydanticUndefined:
+    value = key.default
+    if value is None or value == "":
         return "–"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    return f"`{value}`" if value != "" else "–"
+    return f"`{[*value]}`" if isinstance(value, tuple) else f"`{value}`"
 
 
 if __name__ == "__main__":

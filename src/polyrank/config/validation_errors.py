@@ -1,132 +1,99 @@
-"""What is wrong with a recipe, in words: the key, what was expected, what came."""
+"""From a TOML file's content to settings, or to a line for each key that is wrong."""
 
 from __future__ import annotations
 
 import difflib
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from polyrank.config.section import Expected, Section
+from polyrank.config.keys import Key, all_keys, keys_of
+from polyrank.settings import bounds, parts_of
 
-_WORDS: Mapping[Any, tuple[str, str]] = {
-    str: ("a string", "strings"),
-    int: ("a whole number", "whole numbers"),
-    float: ("a number", "numbers"),
-    bool: ("true or false", "true or false"),
-}
+T = TypeVar("T")
 
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""How files are validated: strict types, no unknown keys, no infinities. The class of a whole file
+has it as ``__pydantic_config__``, which holds for its sections too."""
 
-def mistakes(
-    recipe: type[Section],
-    content: Mapping[str, Any],
-    error: ValidationError,
-    noun: str = "a recipe",
-) -> list[str]:
-    """Return one line for each key that is wrong; `noun` is what has the keys."""
-    lines: dict[str, str] = {}
-    for item in error.errors():
-        where, field = locate(recipe, item["loc"])
-        lines.setdefault(where, f"{where}: {_explain(recipe, content, item, where, field, noun)}")
-    return list(lines.values())
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
-def locate(recipe: type[Section], location: Sequence[str | int]) -> tuple[str, FieldInfo | None]:
-    """Return the dotted key of a location, and its field if there is such a key."""
-    section: type[Section] | None = recipe
-    keys: list[str] = []
-    field: FieldInfo | None = None
+def validated(
+    kind: type[T], content: Mapping[str, Any], noun: str = "a recipe"
+) -> tuple[T | None, list[str]]:
+    """Return the settings, or None and one line for each mistake; `noun` is what has the keys."""
+    # As JSON, in which a list may stand for a tuple. What TOML alone has, such as a date, no key
+    # takes: a list with nothing in it stands for it.
+    text = json.dumps(content, default=lambda _: [None])
+    try:
+        return _adapter(kind).validate_json(text), []  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines: dict[str, str] = {}
+        for item in error.errors():
+            where, key = _locate(kind, item["loc"])
+            told = _explain(kind, content, item, where, key, noun)
+            by_itself = item["type"] in ("value_error", "json_invalid")
+            lines.setdefault(where, told if by_itself else f"{where}: {told}")
+        return None, list(lines.values())
+
+
+@lru_cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _locate(kind: type, location: Sequence[str | int]) -> tuple[str, Key | None]:
+    """Return the dotted key of a location, and the key itself if it is known."""
+    section: type | None = kind
+    names: list[str] = []
+    key: Key | None = None
     for part in location:
         if section is None:
             break
-        keys.append(str(part))
-        field = section.model_fields.get(str(part))
-        section = subsection(field) if field else None
-    return ".".join(keys), field
-
-
-def subsection(field: FieldInfo) -> type[Section] | None:
-    """Return the section that a field holds, or None if it holds a value."""
-    options = (field.annotation, *get_args(field.annotation))
-    return next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
-
-
-def keys(section: type[Section], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every dotted key with its field, sections left out."""
-    for name, field in section.model_fields.items():
-        inner = subsection(field)
-        if inner is None:
-            yield before + name, field
-        else:
-            yield from keys(inner, f"{before}{name}.")
-
-
-def words(field: FieldInfo) -> str:
-    """Return what a key takes, in words."""
-    told = [item.words for item in field.metadata if isinstance(item, Expected)]
-    if told:
-        return told[0]
-    section = subsection(field)
-    return "a section" if section else _type(field.annotation)
-
-
-def _type(annotation: Any) -> str:
-    if annotation in _WORDS:
-        return _WORDS[annotation][0]
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in arguments)
-    if origin in (list, dict):
-        kind = "list" if origin is list else "table"
-        return f"a {kind} of {_plural(arguments[-1])}"
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type(a) for a in arguments if a is not types.NoneType)
-    raise TypeError(f"no words for {annotation}; give the key an Expected")
-
-
-def _plural(annotation: Any) -> str:
-    if annotation in _WORDS:
-        return _WORDS[annotation][1]
-    return f"lists of {_plural(get_args(annotation)[0])}"
+        names.append(str(part))
+        key = keys_of(section).get(str(part))
+        section = key.section if key else None
+    return ".".join(names), key
 
 
 def _explain(
-    recipe: type[Section],
-    content: Mapping[str, Any],
-    item: Any,
-    where: str,
-    field: FieldInfo | None,
-    noun: str,
+    kind: type, content: Mapping[str, Any], item: Any, where: str, key: Key | None, noun: str
 ) -> str:
-    if field is None:
-        return f"unknown key; {_suggestion(recipe, where, noun)}"
-    if item["type"] == "missing":
-        what = f"section [{where}]" if subsection(field) else f"key {where}"
+    if item["type"] == "value_error":  # The settings themselves say it, and name the key.
+        return str(item["ctx"]["error"])
+    if item["type"] == "json_invalid":
+        return f"not readable: {item['ctx']['error']}"
+    if key is None:
+        return f"unknown key; {_suggestion(kind, where, noun)}"
+    if item["type"] == "missing" and item["loc"][-1] == key.name:
+        what = f"section [{where}]" if key.section else f"key {where}"
         return f"missing; {noun} must have the {what}"
     value = _at(content, where)
-    if item["type"] == "greater_than_equal":
-        return f"expected at least {item['ctx']['ge']}, got {_shown(value)}"
+    if item["type"] in _BOUNDS:
+        return f"expected {bounds(key.annotation)}, got {_shown(value)}"
     if item["type"] == "finite_number":
         return f"expected a finite number, got {_shown(value)}"
-    return f"expected {words(field)}, got {_shown(value)}{_quotes(field, value)}"
+    return f"expected {key.words}, got {_shown(value)}{_quotes(key, value)}"
 
 
-def _suggestion(recipe: type[Section], where: str, noun: str) -> str:
+def _suggestion(kind: type, where: str, noun: str) -> str:
     """A key of that name elsewhere, or the nearest of the section, or all of the section."""
     *path, last = where.split(".")
-    section = recipe
+    section = kind
     for name in path:
-        section = subsection(section.model_fields[name]) or section
-    elsewhere = [key for key, _ in keys(recipe) if key.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(last, section.model_fields, 1, 0.6)
+        section = keys_of(section)[name].section or section
+    known = keys_of(section)
+    elsewhere = [key for key, _ in all_keys(kind) if key.rpartition(".")[2] == last]
+    near = difflib.get_close_matches(last, known, 1, 0.6)
     meant = elsewhere or [".".join([*path, name]) for name in near]
     if meant:
         return f"did you mean {' or '.join(meant)}?"
     here = f"[{'.'.join(path)}]" if path else noun
-    return f"{here} has {', '.join(section.model_fields)}"
+    return f"{here} has {', '.join(known)}"
 
 
 def _at(content: Any, where: str) -> Any:
@@ -148,10 +115,9 @@ def _shown(value: Any) -> str:
     return repr(value)
 
 
-def _quotes(field: FieldInfo, value: Any) -> str:
+def _quotes(key: Key, value: Any) -> str:
     """A hint where a number or a truth value was put into quotes."""
-    wanted = {field.annotation, *get_args(field.annotation)} & {int, float, bool}
-    if not wanted or not isinstance(value, str):
+    if not isinstance(value, str) or not {*parts_of(key.annotation)} & {int, float, bool}:
         return ""
     plain = value.strip().lower()
     bare = plain.lstrip("+-").replace(".", "", 1).replace("e-", "", 1).isdigit()

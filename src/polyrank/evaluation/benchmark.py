@@ -13,6 +13,7 @@ from polyrank.algebra import Adapter
 from polyrank.data import Encoded, Skipped, Tasks, TokenStore, encode_each
 from polyrank.errors import DataError, RecipeError
 from polyrank.evaluation.metrics import check_corpus_metrics, corpus_scores
+from polyrank.evaluation.settings import BenchmarkSettings
 from polyrank.model import LoadedModel, generate
 from polyrank.seeds import derive
 from polyrank.training import token_losses
@@ -25,34 +26,6 @@ Measured = dict[str, Any]
 NO_ROOM = "no room to generate"
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BenchmarkSettings:
-    """How often and on how much a benchmark is measured.
-
-    The loss is taken every `every` rounds (0: never in between) on `examples` rows of the
-    validation source, before the first and after the last round on `final_examples`; then also
-    `generate` texts are generated, each of up to `max_new_tokens`. 0 means all. What is left out is
-    drawn from the run's seed, once.
-    """
-
-    every: int = 1
-    examples: int = 0
-    final_examples: int = 0
-    generate: int = 100
-    max_new_tokens: int = 64
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("every", "examples", "final_examples", "generate"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"benchmark.{name}: expected 0 or more, got {asdict(self)[name]}")
-        for name in ("max_new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise RecipeError(
-                    f"benchmark.{name}: expected at least 1, got {asdict(self)[name]}"
-                )
 
 
 @dataclass(frozen=True)

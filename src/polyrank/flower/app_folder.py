@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -15,9 +15,9 @@ import tomli_w
 from polyrank.config import Recipe
 from polyrank.config.app import APP_KEYS, OWN, AppSettings, Scalar
 from polyrank.config.flower import nested, to_run_config
-from polyrank.config.model_and_data import SAMPLE
-from polyrank.config.validation_errors import keys
+from polyrank.config.keys import all_keys
 from polyrank.errors import FolderExistsError, RecipeError
+from polyrank.sample import SAMPLE
 
 LONGEST_NAME = 32
 """Characters of a name that Flower takes."""
@@ -201,7 +201,7 @@ def write_app(recipe: Recipe, folder: Path, *, own: Mapping[str, Scalar] = APP_K
     if recipe.data.source == SAMPLE or Path(recipe.data.source).exists():
         recipe.fleet_of(recipe.clients())  # What is wrong with them shows here, not on machines.
     fleet = recipe.fleet.resolved()
-    written = recipe.model_copy(update={"control": None, "fleet": fleet})
+    written = replace(recipe, control=None, fleet=fleet)
     files = {
         "pyproject.toml": _pyproject(written, folder, own),
         "README.md": _readme(written, folder, own),
@@ -248,9 +248,8 @@ def _readme(recipe: Recipe, folder: Path, own: Mapping[str, Scalar]) -> str:
 
 
 def _keys() -> Iterator[str]:
-    for key, field in keys(AppSettings, OWN):
-        told, default = " ".join((field.description or "").split()), json.dumps(field.default)
-        yield f"| `{key.replace('_', '-')}` | `{default}` | {told} |"
+    for name, key in all_keys(AppSettings, OWN):
+        yield f"| `{name.replace('_', '-')}` | `{json.dumps(key.default)}` | {key.meaning} |"
 
 
 def _simulation(recipe: Recipe, app: str | Path, own: Mapping[str, Scalar]) -> str:

@@ -10,8 +10,8 @@ gradients for the price of one elementwise product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from polyrank.errors import SiteError
 from polyrank.model.routing import Routing
-
-Metric = Literal["channel", "paper"]
-"""How the sums of a site's channels become its score; see `METRICS`."""
-
-METRICS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "channel": lambda sums: sums.abs().sum(),
-    "paper": lambda sums: sums.sum().abs(),
-}
-"""The score of a site from c_k = Σ_tokens y_k ∂L/∂y_k, k = 1 … m.
-
-``channel`` is Σ_k |c_k| [D]. ``paper`` is |Σ_k c_k| = |Σ_j w_j ∂L/∂w_j| (HSplitLoRA, arXiv
-2505.02795 [S]), before its division by cost; it vanishes wherever a norm follows, for the loss does
-not change then when the whole matrix grows.
-"""
+from polyrank.planning.importance import METRICS
 
 
 class Meter:

@@ -26,15 +26,12 @@ from transformers.utils.logging import disable_progress_bar
 from polyrank.errors import ModelError
 from polyrank.model.checkpointing import checkpoint_blocks
 from polyrank.model.describe import describe
+from polyrank.model.settings import DTYPE_NAMES
 from polyrank.model.sites import ALL_LINEAR, find_blocks
 from polyrank.model.span import Span, sites_within
 from polyrank.planning.spec import ModelSpec
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 """The number formats of a base; adapters are float32, or float64 on a float64 base."""
 
 UNREADABLE = (

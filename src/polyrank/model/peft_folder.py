@@ -150,9 +150,9 @@ def _config(
     ranks: Mapping[str, int], model: LoadedModel, scaling: Scaling, base: str | None
 ) -> dict[str, Any]:
     """Return adapter_config.json; the most common rank and α are the defaults of the patterns."""
-    alphas = {site: _number(float(scaling.alpha(rank))) for site, rank in ranks.items()}
+    alphas = {site: _number(float(scaling.lora_alpha(rank))) for site, rank in ranks.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = _number(float(scaling.alpha(rank)))
+    alpha = _number(float(scaling.lora_alpha(rank)))
     modules = model.module.get_submodule
     config = LoraConfig(
         task_type="CAUSAL_LM",

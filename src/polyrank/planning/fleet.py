@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -101,15 +101,21 @@ TYPES: Mapping[str, Mapping[str, LoRAType]] = {
 """Families of types by name. ``paper`` is FlexLoRA's (arXiv 2402.11505) [P]; ``scaled`` is ours,
 the same shape for models a few hundred wide [D]."""
 
-DISTRIBUTIONS: Mapping[str, Mapping[str, float]] = {
-    "uniform": {"T1": 0.25, "T2": 0.25, "T3": 0.25, "T4": 0.25},
-    "heavy-tail-light": {"T1": 0.85, "T2": 0.05, "T3": 0.05, "T4": 0.05},
-    "heavy-tail-strong": {"T1": 0.05, "T2": 0.05, "T3": 0.05, "T4": 0.85},
-    "normal": {"T1": 0.06, "T2": 0.44, "T3": 0.44, "T4": 0.06},
+DISTRIBUTIONS: Mapping[str, Callable[[int], list[float]]] = {
+    "uniform": lambda types: [1 / types] * types,
+    "heavy-tail-light": lambda types: [*_shared(0.85, 1), *_shared(0.15, types - 1)],
+    "heavy-tail-strong": lambda types: [*_shared(0.15, types - 1), *_shared(0.85, 1)],
+    "normal": lambda types: [0.06, *_shared(0.88, types - 2), 0.06] if types > 2 else [1.0] * types,
 }
-"""Shares of T1…T4 by name, FlexLoRA's resource distributions. [P] for the heavy share of each;
-[I] for how the rest is shared (the released code says 80 where its README says 85) and for which
-types dominate in ``normal``."""
+"""The shares of so many types, the weakest first, by name: FlexLoRA's resource distributions.
+[P] for four types and the heavy share of each; [I] for how the rest is shared (the released code
+says 80 where its README says 85), for which types dominate in ``normal``, and for other numbers of
+types. Shares that do not sum to 1, as with few types, are read in proportion."""
+
+
+def _shared(share: float, types: int) -> list[float]:
+    """Share it equally; rounded, so that 0.15 among three is 0.05 and not its neighbour."""
+    return [round(share / types, 12)] * types if types > 0 else []
 
 
 @dataclass(frozen=True)
@@ -155,13 +161,15 @@ class Fleet:
 
         `distribution` is a name of `DISTRIBUTIONS` or shares per type that sum to one. Counts are
         the shares rounded by largest remainder, so that they are met as nearly as whole clients
-        allow; only who gets which type is random. Raises RankError for shares that do not sum to
-        one, and for a share above zero that comes to no client at all.
+        allow; only who gets which type is random. With a name, a type may be left without a client
+        where there are few. Raises RankError for shares that do not sum to one, and for a share
+        that is given to a type and comes to no client at all.
         """
         family, shares = shares_of(distribution, types)
         ids = sorted(clients)
         counts = _counts(shares, len(ids))
-        _refuse_empty(shares, counts, len(ids))
+        if not isinstance(distribution, str):
+            _refuse_empty(shares, counts, len(ids))
         names = [name for name in sorted(counts) for _ in range(counts[name])]
         random.Random(seed).shuffle(names)
         return Fleet(family, dict(zip(ids, names, strict=True)), cuts=dict(cuts or {}))
@@ -240,11 +248,26 @@ def shares_of(
 ) -> tuple[Mapping[str, LoRAType], Mapping[str, float]]:
     """Return the types and the share of each; RankError if a name or the shares cannot be."""
     family = _named(TYPES, types, "a family of LoRA types")
-    shares = _named(DISTRIBUTIONS, distribution, "a resource distribution")
-    _known(shares, family)
-    if not (all(share >= 0 for share in shares.values()) and abs(sum(shares.values()) - 1) <= 1e-6):
-        raise RankError(f"Fleet: shares must be at least 0 and sum to 1, got {dict(shares)}")
-    return family, shares
+    if isinstance(distribution, str):
+        shares = _named(DISTRIBUTIONS, distribution, "a resource distribution")(len(family))
+        whole = sum(shares)
+        return family, dict(zip(_by_rank(family), (s / whole for s in shares), strict=False))
+    _known(distribution, family)
+    shares_given = distribution.values()
+    if not (all(share >= 0 for share in shares_given) and abs(sum(shares_given) - 1) <= 1e-6):
+        raise RankError(f"Fleet: shares must be at least 0 and sum to 1, got {dict(distribution)}")
+    return family, distribution
+
+
+def _by_rank(family: Mapping[str, LoRAType]) -> list[str]:
+    """The types, the weakest first: T1 to T4 as they are called, others by their ranks.
+
+    By the largest rank, then by the mean of those that are given; ties by name.
+    """
+    if set(family) == set(TYPES["paper"]):
+        return sorted(family)
+    ranks = {name: [*kind.ranks.values()] for name, kind in family.items()}
+    return sorted(family, key=lambda t: (max(ranks[t]), sum(ranks[t]) / len(ranks[t]), t))
 
 
 def _known(names: Iterable[str], types: Mapping[str, LoRAType], place: str = "") -> None:

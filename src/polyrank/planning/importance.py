@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from polyrank.errors import UpdateError
 
 Scores = Mapping[str, float]
 """Importance per site: not negative, finite."""
+
+METRICS: Mapping[str, Callable[[Any], Any]] = {
+    "channel": lambda sums: sums.abs().sum(),
+    "paper": lambda sums: sums.sum().abs(),
+}
+"""The score of a site from c_k = Σ_tokens y_k ∂L/∂y_k, k = 1 … m.
+
+``channel`` is Σ_k |c_k| [D]. ``paper`` is |Σ_k c_k| = |Σ_j w_j ∂L/∂w_j| (HSplitLoRA, arXiv
+2505.02795 [S]), before its division by cost; it vanishes wherever a norm follows, for the loss does
+not change then when the whole matrix grows.
+"""
 
 TIE = 1e-4
 """Scores that differ by less, relative to the larger, are taken as equal [D]."""

@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
+from typing import Annotated
+
+from annotated_types import Ge
 
 from polyrank.planning.cut import CutPoint
+from polyrank.settings import check
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of one device; the defaults are none.
+    """The limits of one device; the defaults are none."""
 
-    - `largest_rank`: of the sites that the device trains; those behind its cut are the server's.
-    - `lowest_cut`: the fewest blocks, from the first on, that it runs itself where it is cut.
-    - `labels_may_leave`: if not, it is cut in a U-shape or not at all.
-    """
-
-    largest_rank: int | None = None
-    lowest_cut: int | None = None
+    largest_rank: Annotated[int, Ge(1)] | None = None
+    """The largest LoRA rank that it trains; left out, any."""
+    lowest_cut: Annotated[int, Ge(1)] | None = None
+    """In split training, the fewest blocks that it runs itself: the deeper the cut, the less the
+    activations that it sends tell; left out, any."""
     labels_may_leave: bool = True
+    """Whether a split client's labels may go to the server; false: only a U-shaped cut, which keeps
+    them here."""
+
+    def __post_init__(self) -> None:
+        check(self, "limits")
 
     @staticmethod
     def of_all(limits: Sequence[Limits]) -> Limits:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
 
 from polyrank.errors import RecipeError
 from polyrank.planning.cost import Memory, Operations, Seconds, WireBytes
@@ -12,38 +14,30 @@ from polyrank.planning.cut import CutPoint
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.fleet import Fleet, LoRAType
 from polyrank.planning.levels import checked_levels
-
-Cuts = Literal["best", "needed", "none"]
+from polyrank.settings import check
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What may be planned.
-
-    `levels` are the ranks to choose from, Q (None: derived from the budgets). `cuts`: ``best``
-    takes the cut with the most weighted rank, ``needed`` cuts only devices that cannot train the
-    whole model at all, ``none`` cuts nobody. `lowest_cut` is the fewest blocks that a client runs,
-    `u_shape` gives the last block, head and labels to split clients. `seconds` bounds a round on
-    the modelled clock.
-
-    Raises RecipeError for values that cannot be.
-    """
+    """What may be planned."""
 
     levels: tuple[int, ...] | None = None
-    cuts: Cuts = "best"
-    lowest_cut: int = 1
+    """The ranks to choose from, rising; left out, powers of two up to what the richest device
+    affords."""
+    cuts: Literal["best", "needed", "none"] = "best"
+    """`best`: a device is cut where that lets it train more; `needed`: only if it cannot train the
+    whole model; `none`: never."""
+    lowest_cut: Annotated[int, Ge(1)] = 1
+    """The fewest blocks that a split client runs itself."""
     u_shape: bool = False
-    seconds: float | None = None
+    """Split clients also run the last block, and keep labels and loss."""
+    seconds: Annotated[float, Gt(0)] | None = None
+    """The longest that a round may take a client, by the cost model; left out, any time."""
 
     def __post_init__(self) -> None:
+        check(self, "plan")
         if self.levels is not None:
             checked_levels(self.levels)
-        if self.cuts not in get_args(Cuts):
-            raise RecipeError(f"plan.cuts: expected one of {get_args(Cuts)}, got {self.cuts!r}")
-        if self.lowest_cut < 1:
-            raise RecipeError(f"plan.lowest_cut: expected at least 1, got {self.lowest_cut}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise RecipeError(f"plan.seconds: expected more than 0, got {self.seconds}")
 
     def possible_cuts(self, blocks: int) -> list[CutPoint]:
         """Return the cuts of a model of so many blocks, the fewest at the client first."""

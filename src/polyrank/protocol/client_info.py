@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
+
+from annotated_types import Ge
 
 from polyrank.errors import RecipeError
-from polyrank.planning import DeviceProfile
+from polyrank.planning import DeviceProfile, Limits
 from polyrank.protocol import json_fields as reading
 from polyrank.protocol.json_fields import Fields, refusal
 from polyrank.protocol.packet import Packet, pack
@@ -43,17 +45,16 @@ class ClientInfo:
 
 
 @dataclass(frozen=True)
-class ClientPolicy:
-    """Limits that a node's owner sets; None: no limit.
+class ClientPolicy(Limits):
+    """What the client consents to; what goes beyond is refused here, and the server told why."""
 
-    `largest_rank` at any site, `lowest_cut` as the fewest blocks that it runs itself, whether
-    labels may leave it, and `smallest_count`: scores over fewer rows are not told.
-    """
+    smallest_count: Annotated[int, Ge(0)] = 1
+    """The smallest number of examples that a count or a score may stand on. What stands on fewer is
+    not told, and with fewer training examples the client takes no part."""
 
-    largest_rank: int | None = None
-    lowest_cut: int | None = None
-    labels_may_leave: bool = True
-    smallest_count: int = 0
+
+ANYTHING = ClientPolicy(smallest_count=0)
+"""The policy of a client that consents to whatever is asked."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class NodeInfo:
 
     clients: tuple[ClientInfo, ...]
     device: DeviceProfile | None = None
-    policy: ClientPolicy = field(default_factory=ClientPolicy)
+    policy: ClientPolicy = ANYTHING
     versions: Mapping[str, str] = field(default_factory=dict)
     refusal: str | None = None
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from polyrank.aggregation import TRAINED, Assignment, Penalty
 from polyrank.algebra import Adapter, Delta, Dense, LowRank
 from polyrank.errors import PacketError, PolyrankError
-from polyrank.model.importance import METRICS
 from polyrank.planning import CutPoint
+from polyrank.planning.importance import METRICS
 from polyrank.protocol import json_fields as reading
 from polyrank.protocol.adapters import negatives, read_adapter, write_adapter
 from polyrank.protocol.json_fields import Fields, refusal
 from polyrank.protocol.packet import Packet, pack
 from polyrank.protocol.size_limits import WITH_TENSORS, SizeLimits
 from polyrank.rounds.messages import TrainTask
-from polyrank.transport.layout import LONGEST_WAIT
+from polyrank.settings import LONGEST_WAIT
 
 if TYPE_CHECKING:
     from polyrank.transport.remote.credentials import Credentials

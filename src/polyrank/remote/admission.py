@@ -13,6 +13,7 @@ from polyrank.protocol.client_info import NodeInfo
 from polyrank.remote.registration import ClientRegistry, clients_of, work_of
 from polyrank.run import Planning
 from polyrank.runner.plans import planning_of
+from polyrank.settings import part
 from polyrank.training import ClientWork
 
 NO_DEVICE = (
@@ -127,8 +128,7 @@ def _with_limits(recipe: Recipe, admission: Admission, limits: Mapping[str, Limi
 
 
 def _limits(node: NodeInfo) -> Limits:
-    policy = node.policy
-    return Limits(policy.largest_rank, policy.lowest_cut, policy.labels_may_leave)
+    return part(Limits, node.policy)
 
 
 def _none_left(reasons: Mapping[str, str]) -> RecipeError:

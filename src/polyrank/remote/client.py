@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from polyrank.evaluation.settings import Evaluation
 from polyrank.model import LoadedModel
 from polyrank.planning import CutPoint, DeviceProfile
 from polyrank.protocol.client_info import (
+    ANYTHING,
     PARTS,
     ClientInfo,
     ClientPolicy,
@@ -79,7 +80,7 @@ class ClientNode:
     local: LocalTraining
     split: SplitSettings
     evaluation: Evaluation
-    policy: ClientPolicy = field(default_factory=ClientPolicy)
+    policy: ClientPolicy = ANYTHING
     device: DeviceProfile | None = None
 
     def answer(self, kind: Kind, payload: bytes) -> bytes:

@@ -13,10 +13,10 @@ from polyrank.config import Recipe
 from polyrank.config.app import AppSettings, Scalar, app_settings
 from polyrank.config.client import ClientSettings, read_client
 from polyrank.config.flower import from_run_config
-from polyrank.config.model_and_data import ModelSection
 from polyrank.data import Clients
 from polyrank.errors import RecipeError
 from polyrank.model import LoadedModel, Span
+from polyrank.model.settings import ModelSettings
 from polyrank.planning import CutPoint
 from polyrank.remote.client import ClientNode
 from polyrank.training import ClientWork, prepare
@@ -76,7 +76,7 @@ def client_files(settings: AppSettings, machines: int) -> list[Path]:
 class RecipeModel:
     """The model as a recipe's section says; with `full_only` all of it, also for split clients."""
 
-    def __init__(self, section: ModelSection, *, full_only: bool):
+    def __init__(self, section: ModelSettings, *, full_only: bool):
         self._section, self._full_only = section, full_only
         self.full = lru_cache(1)(self._section.load)
         self.bare = lru_cache(1)(self._section.load_bare)
@@ -112,10 +112,10 @@ def _deployed(recipe: Recipe, own: ClientSettings) -> ClientNode:
     return ClientNode(
         RecipeModel(own.model_of(recipe), full_only=False),
         PreparedClients(own.clients(recipe), recipe),
-        recipe.local.build(),
-        recipe.split.build(),
-        recipe.evaluation.build(),
-        own.terms(),
+        recipe.local,
+        recipe.split,
+        recipe.evaluation,
+        own.limits,
         own.profile(recipe.model.dtype),
     )
 
@@ -127,9 +127,9 @@ def _simulated(
     return ClientNode(
         shared.models,
         shared.prepared.only([*shared.clients][partition::partitions]),
-        recipe.local.build(),
-        recipe.split.build(),
-        recipe.evaluation.build(),
+        recipe.local,
+        recipe.split,
+        recipe.evaluation,
     )
 
 

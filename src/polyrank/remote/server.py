@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -111,7 +112,7 @@ def recipe_to_resume(recipe: Recipe, folder: Path) -> Recipe:
             f"{listed(place, differing)}\ngive the same settings, or begin a new run: leave "
             "app.resume out, and give another app.out"
         )
-    return begun.model_copy(update={"model": recipe.model})
+    return replace(begun, model=recipe.model)
 
 
 def _written(value: Any) -> str:
@@ -270,14 +271,14 @@ class RemoteParts:
     def executors(self, fleet: Fleet) -> tuple[Engine, Evaluator]:
         """Return an engine and an evaluator whose clients train and score on their own machines."""
         recipe, node_of = self._recipe, self.registry.node_of
-        deadline = recipe.faults.build().deadline
+        deadline = recipe.faults.deadline
         engine = RemoteEngine(
             self._channel,
             node_of,
             self.model,
             self.prepared[0],
-            recipe.local.build(),
-            recipe.split.build(),
+            recipe.local,
+            recipe.split,
             deadline,
             self._split_server(fleet),
             self.tell,
@@ -303,7 +304,7 @@ class RemoteParts:
         planned = recipe.plan is not None  # Plans may come to cut anywhere.
         lowest = recipe.plan.lowest_cut if recipe.plan else min(cut.lower for cut in cuts)
         upper = None if planned or None in uppers else max(u for u in uppers if u is not None)
-        engine = recipe.engine.clients_in_one_pass()
+        engine = recipe.engine.clients_in_one_pass
         return SplitServerProcess(
             SplitServerSettings(
                 HostedModel(
@@ -313,7 +314,7 @@ class RemoteParts:
                     **recipe.model.options(),
                 ),
                 self._run,
-                recipe.split.build(),
+                recipe.split,
                 listen=split.listen,
                 address=split.address or None,
                 cohort=1 if engine == "auto" else engine,

@@ -5,29 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Interval
 
 from polyrank.errors import RecipeError
-from polyrank.transport.layout import LONGEST_WAIT
+from polyrank.settings import LONGEST_WAIT, check
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many of the clients take part in a round: a `fraction` of them, or a `number`."""
+    """How many training clients take part in a round; all of them if neither key is given."""
 
-    fraction: float | None = None
-    number: int | None = None
+    fraction: Annotated[float, Interval(gt=0, le=1)] | None = None
+    """A fraction of them, rounded down, at least one."""
+    number: Annotated[int, Ge(1)] | None = None
+    """A number of them, instead of `fraction`."""
 
     def __post_init__(self) -> None:
+        check(self, "sampling")
         if self.fraction is not None and self.number is not None:
             raise RecipeError("sampling: give fraction or number, not both")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise RecipeError(f"sampling.fraction: expected more than 0, up to 1: {self.fraction}")
-        if self.number is not None and self.number < 1:
-            raise RecipeError(f"sampling.number: expected at least 1, got {self.number}")
 
     def count(self, clients: int) -> int:
-        """Return how many of `clients` take part; all of them if neither was given.
+        """Return how many of `clients` take part.
 
         A fraction is rounded down, and is at least one client: FlexLoRA's 0.05 of 1,613 is 80 [C].
         """
@@ -38,61 +39,62 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Weighting:
-    """The weight of a client's update: ``examples``, ``equal``, or ``capped`` at `cap` examples.
+    """How much each client's update counts in a round."""
 
-    No client has more than the share `most` of a round's weights
-    (`polyrank.aggregation.weights.capped`); None: any.
-    """
-
-    by: Literal["examples", "equal", "capped"] = "examples"
-    cap: int | None = None
-    most: float | None = field(default=None, metadata={"later": True})
+    weights: Literal["examples", "equal", "capped"] = field(
+        default="examples", metadata={"stored": "by"}
+    )
+    """A client's weight: its training examples, 1, or its examples up to `cap`."""
+    cap: Annotated[int, Ge(1)] | None = None
+    """The most examples that count, with `capped`."""
+    max_share: Annotated[float, Interval(gt=0, le=1)] | None = field(
+        default=None, metadata={"stored": "most", "later": True}
+    )
+    """No client's weight in a round is more than this share of all weights; what is taken off is
+    shared among the others in proportion. Clients too few for it weigh equally. It holds for each
+    matrix among the clients that train it; left out, any share."""
 
     def __post_init__(self) -> None:
-        if (self.by == "capped") != (self.cap is not None) or (
-            self.cap is not None and self.cap < 1
-        ):
-            raise RecipeError("weights: by = 'capped' needs cap, at least 1; the others take none")
-        if self.most is not None and not 0 < self.most <= 1:
+        check(self, "aggregation")
+        if (self.weights == "capped") != (self.cap is not None):
             raise RecipeError(
-                f"aggregation.max_share: expected more than 0, up to 1, got {self.most}"
+                "aggregation.weights = 'capped' needs aggregation.cap, and the others take none; "
+                f"got {self.weights!r} and {self.cap}"
             )
 
-    def weights(self, examples: Mapping[str, int]) -> dict[str, float]:
+    def of(self, examples: Mapping[str, int]) -> dict[str, float]:
         """Return the weights, not yet normalised, from training examples per client."""
         table = {
             "examples": lambda n: n,
             "equal": lambda _: 1,
             "capped": lambda n: min(n, self.cap or n),
         }
-        return {client: float(table[self.by](n)) for client, n in examples.items()}
+        return {client: float(table[self.weights](n)) for client, n in examples.items()}
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What a round tolerates: `quorum`, the share of its clients whose updates must be accepted.
+    """What a round tolerates.
 
-    Below it the state does not change, and the round is tried with other clients, `attempts` times
-    in all. `deadline` is how many seconds a round's clients have to answer; None: as long as it
-    takes. An update whose increment ‖ΔW − start‖_F over all sites is above
-    `clip_increment` counts shortened to it; one above `max_increment`, as it came, is refused.
+    Below the quorum the state does not change, and the round is tried with other clients. An
+    update's increment is ‖ΔW − what the client was sent‖, over all matrices together, in the
+    Frobenius norm.
     """
 
-    quorum: float = 0.5
-    attempts: int = 3
-    max_increment: float | None = None
-    deadline: float | None = field(default=None, metadata={"later": True})
-    clip_increment: float | None = field(default=None, metadata={"later": True})
+    quorum: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    """Share of a round's clients whose updates must be usable."""
+    attempts: Annotated[int, Ge(1)] = 3
+    """How often a round is tried, with other clients, before the run ends."""
+    max_increment: Annotated[float, Gt(0)] | None = None
+    """Refuse updates whose increment is larger; left out, any is accepted."""
+    deadline: Annotated[float, Interval(gt=0, le=LONGEST_WAIT)] | None = field(
+        default=None, metadata={"later": True}
+    )
+    """Seconds that the clients of a round have to answer, at most 31 days. Later answers are not
+    aggregated, and their clients count as missing. Left out, as long as it takes."""
+    clip_increment: Annotated[float, Gt(0)] | None = field(default=None, metadata={"later": True})
+    """Shorten larger increments to this, in the same norm, instead of refusing the update;
+    `max_increment` is checked before. Left out, none."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.quorum <= 1 or self.attempts < 1:
-            raise RecipeError("faults: expected 0 < quorum <= 1 and at least one attempt")
-        for name in ("max_increment", "deadline", "clip_increment"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise RecipeError(f"faults.{name}: expected a number above 0, got {value}")
-        if self.deadline is not None and self.deadline > LONGEST_WAIT:
-            raise RecipeError(
-                f"faults.deadline: expected at most {LONGEST_WAIT:.0f} seconds (31 days), got "
-                f"{self.deadline}"
-            )
+        check(self, "faults")

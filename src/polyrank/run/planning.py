@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from polyrank.run.settings import RunSettings
     from polyrank.training import ClientWork, LocalTraining
 
-Metric = Literal["channel", "paper"]
 Allocation = Literal["importance", "spectrum"]
 
 
@@ -95,7 +94,7 @@ class Planning:
     devices: Mapping[str, DeviceProfile]
     fleet: Fleet
     rounds: int
-    metric: Metric | None = "channel"
+    metric: str | None = "channel"
     every: int | Literal["auto"] = "auto"
     threshold: float = 0.1
     force: str | None = None
@@ -237,7 +236,7 @@ def planner_of(
         targets=max(size.targets for size in rows),
         accumulation=local.accumulation,
         moments=local.moments,
-        proximal=local.proximal > 0,
+        proximal=local.resolved.proximal > 0,
         itemsize=model.dtype.itemsize,
         factor_itemsize=max(4, model.dtype.itemsize),
         wire=run.split.wire,

@@ -85,4 +85,4 @@ def _as_long_as(local: LocalTraining, taking_part: int, clients: int) -> LocalTr
     """Return the training of one client that sees as many examples as those taking part."""
     if local.steps is not None:
         return replace(local, steps=local.steps * taking_part)
-    return replace(local, epochs=(local.epochs or 0.0) * taking_part / clients)
+    return replace(local, epochs=(local.epochs or 1) * taking_part / clients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from polyrank.aggregation import State
 from polyrank.model import LoadedModel
 from polyrank.rounds.round import Round
-from polyrank.run.planning import Importance, Metric, Planned, Planning
+from polyrank.run.planning import Importance, Planned, Planning
 from polyrank.training.interval import scoring_interval
 
 
@@ -21,12 +21,12 @@ class Replanning:
         """The plans in force."""
 
     @property
-    def metric(self) -> Metric | None:
+    def metric(self) -> str | None:
         """The metric by which importance is scored; None where it is not."""
         return None if self._planning is None or self._pooled else self._planning.metric
 
     @property
-    def metric_name(self) -> Metric:
+    def metric_name(self) -> str:
         """The metric, or its default where nothing is scored."""
         return self.metric or "channel"
 

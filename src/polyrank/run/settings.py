@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge
 
 from polyrank.errors import RecipeError
 from polyrank.evaluation.settings import Evaluation
 from polyrank.planning import Scaling
 from polyrank.rounds.settings import Faults, Sampling, Weighting
+from polyrank.settings import Expected, check
 from polyrank.training.encoding import Encoding
-from polyrank.training.split import SplitSettings
+from polyrank.training.split.settings import SplitSettings
+
+Cohort = Annotated[Literal["auto"] | Annotated[int, Ge(1)], Expected("'auto' or a whole number")]
 
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """Stop after `patience` evaluations without a validation loss lower by `min_delta`.
+    """Stop early on the validation loss; left out, all rounds are run."""
 
-    The result is then the adapter of the best evaluation, unless `restore_best` is off.
-    """
-
-    patience: int
+    patience: Annotated[int, Ge(1)]
+    """Evaluations without a lower loss after which the run ends."""
     min_delta: float = 0.0
+    """A loss counts as lower if it is so by this much."""
     restore_best: bool = True
+    """The result is the adapter of the best evaluation, not of the last round."""
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise RecipeError(f"early_stopping.patience: expected at least 1, got {self.patience}")
+        check(self, "early_stopping")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the work is executed."""
+
+    threads: Annotated[int, Ge(0)] = 0
+    """Threads of torch; 0: one for each core. What was chosen is stored with the run."""
+    cohort: Cohort = "auto"
+    """Clients trained in one pass; `auto`: as memory allows, on a CPU up to 2,048 tokens a pass."""
+    deterministic: bool = False
+    """One client at a time, so that all engines give the same bytes."""
+
+    def __post_init__(self) -> None:
+        check(self, "engine")
+        if self.deterministic and self.cohort not in ("auto", 1):
+            raise RecipeError("engine: deterministic trains one client at a time; drop cohort")
+
+    @property
+    def clients_in_one_pass(self) -> int | Literal["auto"]:
+        """The cohort's size, or ``auto``."""
+        return 1 if self.deterministic else self.cohort
 
 
 @dataclass(frozen=True)
@@ -51,23 +76,14 @@ class RunSettings:
     stopping: EarlyStopping | None = None
     encoding: Encoding = field(default_factory=Encoding)
     faults: Faults = field(default_factory=Faults)
-    server_rank: int | None = None
-    cohort: int | Literal["auto"] = "auto"
+    server_rank: Annotated[int, Ge(1)] | None = None
+    cohort: Cohort = "auto"
     target_loss: float | None = None
     split: SplitSettings = field(default=SplitSettings(), metadata={"later": True})
     pooled: bool = field(default=False, metadata={"later": True})
-    target_perplexity: float | None = field(default=None, metadata={"later": True})
+    target_perplexity: Annotated[float, Ge(1)] | None = field(
+        default=None, metadata={"later": True}
+    )
 
     def __post_init__(self) -> None:
-        if self.server_rank is not None and self.server_rank < 1:
-            raise RecipeError(
-                f"aggregation.server_rank: expected at least 1, got {self.server_rank}"
-            )
-        if self.cohort != "auto" and self.cohort < 1:
-            raise RecipeError(f"engine.cohort: expected auto or at least 1, got {self.cohort}")
-        if self.target_loss is not None and not math.isfinite(self.target_loss):
-            raise RecipeError(f"target_loss: expected a finite number, got {self.target_loss}")
-        if self.target_perplexity is not None and not 1 <= self.target_perplexity < math.inf:
-            raise RecipeError(
-                f"target_perplexity: expected a number from 1 on, got {self.target_perplexity}"
-            )
+        check(self, "RunSettings")

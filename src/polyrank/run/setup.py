@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polyrank.aggregation import Assignment, FleetSpec, Rule, State
+from polyrank.aggregation import Assignment, FleetSpec, Rule, SLoRA, State
 from polyrank.algebra import Adapter, LowRank
 from polyrank.data import Skipped
-from polyrank.errors import RankError
+from polyrank.errors import RankError, RecipeError
 from polyrank.planning import CutPoint, Fleet, ModelSpec
 from polyrank.rounds.assignments import RoundSettings
 from polyrank.rounds.engine import Engine
@@ -27,6 +27,7 @@ from polyrank.run.engine import InProcessEngine
 from polyrank.run.population import Population, population
 from polyrank.run.replanning import Replanning
 from polyrank.run.settings import RunSettings
+from polyrank.settings import stored
 from polyrank.training import LocalTraining
 from polyrank.training.client_data import ClientWork, prepare
 
@@ -62,6 +63,12 @@ def set_up(parts: Federation) -> Setup:
     Raises RecipeError, DataError, RankError, RuleError or ResourceError if they do not fit.
     """
     model, rule, settings, planning = parts.model, parts.rule, parts.settings, parts.planning
+    sparse = parts.local.resolved.sparse_rounds
+    if sparse and not isinstance(rule, SLoRA):
+        raise RecipeError(
+            f"local.sparse_rounds = {sparse}: a rule of its own begins sparsely; give "
+            f"rule=SLoRA(rule, {sparse})"
+        )
     plans = Replanning(planning, pooled=settings.pooled)
     fleet = parts.fleet if plans.now is None else plans.now.fleet
     check_names(fleet, parts.clients)
@@ -136,12 +143,12 @@ def round_settings(
     return RoundSettings(
         rule=rule,
         ranks=ranks_in(1),
-        weights=settings.weights.weights(examples),
+        weights=settings.weights.of(examples),
         scaling=settings.scaling,
         seed=settings.seed,
         max_increment=settings.faults.max_increment,
         clip_increment=settings.faults.clip_increment,
-        max_share=settings.weights.most,
+        max_share=settings.weights.max_share,
         ranks_in=lru_cache(2)(ranks_in) if fleet.schedule else None,
         cut_of=_cut_of(fleet) if fleet.cuts else None,
         sites_by_cut={cut: _client_sites(cut, spec) & trained for cut in fleet.cuts.values()},
@@ -220,27 +227,9 @@ def described(
     return {
         "rule": rule.name,
         "cohort": cohort,
-        "options": _fields(rule),
-        "local": _fields(local),
-        "conduct": {key: item for key, item in _fields(settings).items() if key != "cohort"},
+        "options": stored(rule) if dataclasses.is_dataclass(rule) else {},
+        "local": local.described(),
+        "conduct": {key: item for key, item in stored(settings).items() if key != "cohort"},
         "fleet": hashlib.sha256(table.encode()).hexdigest(),
         **({"cuts": cuts} if cuts else {}),
     }
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """Return a dataclass as JSON.
-
-    A field that came with a later version (metadata ``later``) is in it only where it differs from
-    its default, so that folders of before can be resumed.
-    """
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return {}
-    content = dataclasses.asdict(value)
-    for field in dataclasses.fields(value):
-        item = getattr(value, field.name)
-        if field.metadata.get("later") and item == field.default:
-            del content[field.name]
-        elif dataclasses.is_dataclass(item):
-            content[field.name] = _fields(item)
-    return content

@@ -194,7 +194,7 @@ def adapter_of(folder: Path) -> GlobalAdapter:
         )
     factors = recipe.rule().adapter(saved.best or saved.state)
     ranks = _server_ranks(folder, factors, recipe.aggregation.server_rank)
-    return GlobalAdapter(factors, recipe.model.load(), recipe.lora.build(), ranks)
+    return GlobalAdapter(factors, recipe.model.load(), recipe.lora, ranks)
 
 
 def _server_ranks(folder: Path, factors: Adapter, wanted: int | None) -> dict[str, int]:

@@ -164,7 +164,7 @@ def federation_of(recipe: Recipe, parts: Parts, invocation: Invocation) -> Feder
         parts.clients,
         fleet,
         recipe.rule(),
-        recipe.local.build(),
+        recipe.local,
         recipe.run_settings(),
         prepared=parts.prepared,
         planning=planning,

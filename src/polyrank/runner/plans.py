@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from polyrank.config.recipe import SERVER
 from polyrank.errors import RecipeError
-from polyrank.planning import DeviceProfile, Fleet, Limits, ModelSpec, Plan
+from polyrank.planning import DeviceProfile, Fleet, Limits, ModelSpec, Plan, PlanSettings
 from polyrank.run import Planning, planner_of
 from polyrank.run.planning import Importance
+from polyrank.settings import part
 
 if TYPE_CHECKING:
     from polyrank.config import Recipe
@@ -62,18 +63,18 @@ def planning_of(
     planner = planner_of(
         model,
         work,
-        recipe.local.build(),
+        recipe.local,
         recipe.run_settings(),
-        section.build(),
+        part(PlanSettings, section),
         profiles[SERVER],
-        scored=section.importance != "none" and not recipe.data.pooled,
+        scored=section.metric is not None and not recipe.data.pooled,
     )
     return Planning(
         planner=planner,
         devices={name: {**profiles, **(devices or {})}[name] for name in fleet.possible},
         fleet=fleet,
         rounds=recipe.rounds,
-        metric=None if section.importance == "none" else section.importance,
+        metric=section.metric,
         every=section.every,
         threshold=section.threshold,
         force=recipe.fleet.force,

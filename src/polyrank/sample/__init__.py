@@ -11,8 +11,10 @@ True
 
 from pathlib import Path
 
-__all__ = ["CODES", "MODEL", "TASKS"]
+__all__ = ["CODES", "MODEL", "SAMPLE", "TASKS"]
 
 MODEL: Path = Path(__file__).parent / "model"
+SAMPLE = "sample"
+"""The name of both in a recipe, as `model.source` and `data.source`."""
 TASKS: Path = Path(__file__).parent / "tasks.jsonl"
 CODES: Path = Path(__file__).parent / "codes.jsonl"

@@ -82,7 +82,7 @@ def slot_bytes(
     of_factors = sum(rank * sum(model.spec.shapes[site]) for site, rank in ranks.items())
     entries = max([of_factors, *map(_dense_entries, dealt)])
     itemsize = max(4, model.dtype.itemsize)
-    factors = (_COPIES + local.moments + (local.proximal > 0)) * entries * itemsize
+    factors = (_COPIES + local.moments + (local.resolved.proximal > 0)) * entries * itemsize
     measured = {length: _kept(model, ranks, local, length, 1, scored) for length in _LENGTHS}
     per_target = _kept(model, ranks, local, _LENGTHS[0], 2, scored) - measured[_LENGTHS[0]]
     row = _extrapolate(measured, longest) + targets * per_target

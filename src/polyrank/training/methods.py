@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from polyrank.errors import RecipeError
-from polyrank.training.settings import LocalTraining, OptimizerName
+
+if TYPE_CHECKING:
+    from polyrank.aggregation import Rule
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,13 @@ class LocalMethod:
     """
 
     name: str
-    optimizers: tuple[OptimizerName, ...]
+    optimizers: tuple[str, ...]
     proximal: float = 0.0
     sparse_rounds: int = 0
 
     def settings(
         self,
-        optimizer: OptimizerName | None = None,
+        optimizer: str | None = None,
         proximal: float | None = None,
         sparse_rounds: int | None = None,
     ) -> LocalSettings:
@@ -60,7 +63,7 @@ class LocalMethod:
 class LocalSettings:
     """What local methods differ in."""
 
-    optimizer: OptimizerName = "adamw"
+    optimizer: str = "adamw"
     proximal: float = 0.0
     sparse_rounds: int = 0
 
@@ -72,9 +75,22 @@ class LocalSettings:
         found += ["slora"] if self.sparse_rounds else []
         return tuple(found)
 
-    def applied(self, local: LocalTraining) -> LocalTraining:
-        """Return the training with this optimizer and proximal term."""
-        return replace(local, optimizer=self.optimizer, proximal=self.proximal)
+    def with_rule(self, rule: Rule) -> Rule:
+        """Return the aggregation rule, within SLoRA where the first rounds are sparse.
+
+        Raises RecipeError if rule and local method exclude each other.
+        """
+        for method in self.methods:
+            if method in rule.excludes:
+                raise RecipeError(
+                    f"aggregation.rule = {rule.name!r} and the local method {method!r} exclude "
+                    f"each other: {rule.excludes[method]}; change one of them"
+                )
+        if not self.sparse_rounds:
+            return rule
+        from polyrank.aggregation import SLoRA
+
+        return SLoRA(rule, self.sparse_rounds)
 
 
 METHODS: Mapping[str, LocalMethod] = {

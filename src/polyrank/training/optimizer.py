@@ -19,7 +19,9 @@ class ClientOptimizer:
 
     def __init__(self, parameters: Sequence[nn.Parameter], local: LocalTraining, steps: int):
         self._parameters, self._local, self._steps = list(parameters), local, steps
-        self._start = [p.detach().clone() for p in self._parameters] if local.proximal else []
+        self._start = (
+            [p.detach().clone() for p in self._parameters] if local.resolved.proximal else []
+        )
         self._optimizer = local.make_optimizer(self._parameters)
 
     def pull_back(self) -> None:
@@ -28,7 +30,7 @@ class ClientOptimizer:
             return
         for parameter, start in zip(self._parameters, self._start, strict=True):
             if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - start, alpha=self._local.proximal)
+                parameter.grad.add_(parameter.detach() - start, alpha=self._local.resolved.proximal)
 
     def norm(self) -> Tensor:
         """Return the norm of the gradient, a scalar."""
@@ -36,7 +38,7 @@ class ClientOptimizer:
 
     def clip(self) -> Tensor:
         """Return the norm of the gradient, and scale the gradient down to the bound if above it."""
-        if self._local.clip is None:
+        if not self._local.clip:
             return self.norm()
         return clip_grad_norm_(self._parameters, self._local.clip)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from polyrank.errors import RecipeError
-from polyrank.model.importance import METRICS
+from polyrank.planning.importance import METRICS
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Scoring:
     """Which optimizer steps of a round are scored, and by which metric.
 
     Steps count from 0 in each round; every `every`-th is scored, so the first always, and with 0
-    none is. `metric` is ``channel`` or ``paper``: see `polyrank.model.importance.METRICS`.
+    none is. `metric` is ``channel`` or ``paper``: see `polyrank.planning.importance.METRICS`.
 
     Raises RecipeError for another metric, or `every` below 0.
     """

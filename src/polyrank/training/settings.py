@@ -1,114 +1,34 @@
-"""How a client trains: optimizer, length, batches, schedule."""
+"""How a client trains: method, optimizer, length, batches, schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
+from annotated_types import Ge, Gt, Interval
 
 from polyrank.errors import RecipeError
+from polyrank.lazy_torch import torch
+from polyrank.settings import Expected, OneOf, check, stored
+from polyrank.training.methods import METHODS, LocalSettings, local_method
 from polyrank.training.schedule import FACTORS
 
-OptimizerName = Literal["adamw", "sgd"]
-ScheduleName = Literal["constant", "linear", "cosine"]
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+Fraction = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
-class LocalTraining:
-    """The local training of one client in one round; made anew each round, moments included.
+class Kind:
+    """A kind of optimizer: `moments` values are kept per parameter, `make` makes one."""
 
-    Exactly one of `epochs` (also a fraction) and `steps` (optimizer steps) is given. An optimizer
-    step takes `accumulation` microbatches of `batch` examples and the mean loss per target token
-    over all of them. `clip` bounds the norm of the gradient (None: no bound), `warmup` is the
-    fraction of the steps with a rising rate, `dropout` acts on the inputs of LoRA. `betas` and
-    `eps` are AdamW's, `momentum` is SGD's.
-
-    `proximal` μ adds FedProx's term μ/2·‖θ − θ_start‖² to the loss, over all that is trained: the
-    factors as trained, with LoRA's scale divided out, or the values of a sparse update (arXiv
-    1812.06127 [P], eq. 2; on LoRA's factors [I]). Its gradient is added before clipping, and
-    reported losses are without it. Plain SGD needs lr·μ < 2, or it runs away from the start.
-
-    Raises RecipeError, naming the field, for a value that cannot be meant.
-    """
-
-    optimizer: OptimizerName = "adamw"
-    lr: float = 3e-4
-    epochs: float | None = 1
-    steps: int | None = None
-    batch: int = 8
-    accumulation: int = 1
-    clip: float | None = 1.0
-    warmup: float = 0.0
-    schedule: ScheduleName = "constant"
-    weight_decay: float = 0.0
-    dropout: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = 0.0
-    proximal: float = field(default=0.0, metadata={"later": True})
-
-    def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise RecipeError(
-                f"local: expected exactly one of epochs and steps, got epochs={self.epochs} and "
-                f"steps={self.steps}; set the other to None"
-            )
-        _member("optimizer", self.optimizer, _OPTIMIZERS)
-        _member("schedule", self.schedule, FACTORS)
-        _above_zero("lr", self.lr)
-        _above_zero("epochs", self.epochs)
-        _above_zero("clip", self.clip)
-        _above_zero("eps", self.eps)
-        _count("steps", self.steps)
-        _count("batch", self.batch)
-        _count("accumulation", self.accumulation)
-        for name, value in (("weight_decay", self.weight_decay), ("proximal", self.proximal)):
-            if not (math.isfinite(value) and value >= 0):
-                raise RecipeError(f"local.{name}: expected 0 or more, got {value}")
-        for name, value in (
-            ("warmup", self.warmup),
-            ("dropout", self.dropout),
-            ("momentum", self.momentum),
-            ("betas[0]", self.betas[0]),
-            ("betas[1]", self.betas[1]),
-        ):
-            if not 0.0 <= value < 1.0:
-                raise RecipeError(f"local.{name}: expected a number in [0, 1), got {value}")
-
-    def steps_for(self, examples: int) -> int:
-        """Return the optimizer steps that a client with so many examples takes.
-
-        An epoch ends with a shorter microbatch and a shorter group where they do not divide, and a
-        fraction of an epoch is rounded up to whole steps, as the Hugging Face Trainer does it.
-        """
-        if self.epochs is None:
-            return self.steps or 0
-        return math.ceil(self.epochs * self.steps_per_epoch(examples))
-
-    def steps_per_epoch(self, examples: int) -> int:
-        """Return the optimizer steps of one pass over so many examples."""
-        return math.ceil(math.ceil(examples / self.batch) / self.accumulation)
-
-    def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step (from 0) of so many."""
-        warm = int(self.warmup * steps)
-        if step < warm:
-            return self.lr * step / warm
-        return self.lr * FACTORS[self.schedule]((step - warm) / max(1, steps - warm))
-
-    @property
-    def moments(self) -> int:
-        """Return how many values the optimizer keeps per parameter."""
-        return _MOMENTS[self.optimizer](self)
-
-    def make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
-        """Return a fresh optimizer of these parameters."""
-        return _OPTIMIZERS[self.optimizer](self, parameters)
+    make: Callable[[LocalTraining, list[nn.Parameter]], Optimizer]
+    moments: Callable[[LocalTraining], int]
 
 
 def _adamw(local: LocalTraining, parameters: list[nn.Parameter]) -> Optimizer:
@@ -127,27 +47,122 @@ def _sgd(local: LocalTraining, parameters: list[nn.Parameter]) -> Optimizer:
     )
 
 
-_OPTIMIZERS: dict[str, Callable[[LocalTraining, list[nn.Parameter]], Optimizer]] = {
-    "adamw": _adamw,
-    "sgd": _sgd,
-}
-
-_MOMENTS: dict[str, Callable[[LocalTraining], int]] = {
-    "adamw": lambda _: 2,
-    "sgd": lambda local: int(local.momentum > 0),
+OPTIMIZERS: Mapping[str, Kind] = {
+    "adamw": Kind(_adamw, lambda _: 2),
+    "sgd": Kind(_sgd, lambda local: int(local.momentum > 0)),
 }
 
 
-def _member(name: str, value: str, known: dict[str, object] | dict[str, Callable]) -> None:
-    if value not in known:
-        raise RecipeError(f"local.{name}: expected one of {sorted(known)}, got {value!r}")
+@dataclass(frozen=True)
+class LocalTraining:
+    """A client's training in one round; its optimizer is made anew each time."""
 
+    method: Annotated[str, OneOf(METHODS)] | None = None
+    """A paper's name for a set of the next three keys: `fedavg` (SGD), `fedit` (AdamW), `fedprox`
+    (`proximal` 0.01), `slora` (`sparse_rounds` 5)."""
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] | None = None
+    """The optimizer; left out, the method's, or `adamw`."""
+    proximal: Annotated[float, Ge(0)] | None = None
+    """FedProx's μ: strength of the pull to where the round began; left out, the method's, or 0."""
+    sparse_rounds: Annotated[int, Ge(0)] | None = None
+    """SLoRA's first rounds, in which some entries of the matrices are trained instead of factors;
+    left out, the method's, or 0."""
+    lr: Annotated[float, Gt(0)] = 3e-4
+    """Learning rate."""
+    epochs: Annotated[float, Gt(0)] | None = None
+    """Passes over the client's data in a round, also a fraction; 1 if `steps` is not given."""
+    steps: Annotated[int, Ge(1)] | None = None
+    """Optimizer steps in a round, instead of `epochs`."""
+    batch: Annotated[int, Ge(1)] = 8
+    """Examples in a microbatch."""
+    accumulation: Annotated[int, Ge(1)] = 1
+    """Microbatches in an optimizer step. Its loss is the mean per target token over all of them."""
+    clip: Annotated[float, Ge(0)] = 1.0
+    """Bound on the norm of a client's gradient; 0: none."""
+    warmup: Fraction = 0.0
+    """Fraction of the steps with a rising rate."""
+    schedule: Annotated[str, OneOf(FACTORS)] = "constant"
+    """How the rate falls within a round."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Weight decay of the factors."""
+    dropout: Fraction = 0.0
+    """Dropout on the inputs of LoRA."""
+    betas: Annotated[tuple[Fraction, Fraction], Expected("a list of two numbers")] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: Annotated[float, Gt(0)] = 1e-8
+    """AdamW's term in the denominator."""
+    momentum: Fraction = 0.0
+    """Momentum of SGD."""
 
-def _above_zero(name: str, value: float | None) -> None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise RecipeError(f"local.{name}: expected a finite number above 0, got {value}")
+    def __post_init__(self) -> None:
+        check(self, "local")
+        if self.epochs is not None and self.steps is not None:
+            raise RecipeError("local: give epochs or steps, not both")
+        if self.steps is not None and self.steps != int(self.steps):
+            raise RecipeError(f"local.steps: expected a whole number, got {self.steps}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(f"local.betas: expected two numbers in [0, 1), got {self.betas}")
+        self.resolved  # noqa: B018  # Raises if the method and its keys contradict each other.
 
+    @cached_property
+    def resolved(self) -> LocalSettings:
+        """What the method, or its keys alone, come to.
 
-def _count(name: str, value: int | None) -> None:
-    if value is not None and (value != int(value) or value < 1):
-        raise RecipeError(f"local.{name}: expected a whole number of at least 1, got {value}")
+        FedProx adds μ/2·‖θ − θ_start‖² to the loss, over all that is trained: the factors as
+        trained, with LoRA's scale divided out, or the values of a sparse update (arXiv 1812.06127
+        [P], eq. 2; on LoRA's factors [I]). Its gradient is added before clipping, and reported
+        losses are without it. Plain SGD needs lr·μ < 2, or it runs away from the start.
+        """
+        keys = {
+            "optimizer": self.optimizer,
+            "proximal": self.proximal,
+            "sparse_rounds": self.sparse_rounds,
+        }
+        given: dict[str, Any] = {key: value for key, value in keys.items() if value is not None}
+        return (
+            local_method(self.method).settings(**given) if self.method else LocalSettings(**given)
+        )
+
+    @property
+    def passes(self) -> float | None:
+        """Passes over the client's data in a round; None if `steps` are given."""
+        return (self.epochs or 1) if self.steps is None else None
+
+    def steps_for(self, examples: int) -> int:
+        """Return the optimizer steps that a client with so many examples takes.
+
+        An epoch ends with a shorter microbatch and a shorter group where they do not divide, and a
+        fraction of an epoch is rounded up to whole steps, as the Hugging Face Trainer does it.
+        """
+        if self.steps is not None:
+            return self.steps
+        return math.ceil((self.epochs or 1) * self.steps_per_epoch(examples))
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Return the optimizer steps of one pass over so many examples."""
+        return math.ceil(math.ceil(examples / self.batch) / self.accumulation)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step (from 0) of so many."""
+        warm = int(self.warmup * steps)
+        if step < warm:
+            return self.lr * step / warm
+        return self.lr * FACTORS[self.schedule]((step - warm) / max(1, steps - warm))
+
+    @property
+    def moments(self) -> int:
+        """Return how many values the optimizer keeps per parameter."""
+        return OPTIMIZERS[self.resolved.optimizer].moments(self)
+
+    def make_optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        """Return a fresh optimizer of these parameters."""
+        return OPTIMIZERS[self.resolved.optimizer].make(self, parameters)
+
+    def described(self) -> dict[str, Any]:
+        """Return what a client's update depends on, as run folders have it."""
+        found = stored(self)
+        del found["method"], found["sparse_rounds"], found["proximal"]
+        if self.resolved.proximal:
+            found["proximal"] = self.resolved.proximal
+        changed = {"optimizer": self.resolved.optimizer, "epochs": self.passes}
+        return {**found, **changed, "clip": self.clip or None}

@@ -27,8 +27,6 @@ NAME_BYTES = 1024
 """The longest client name, in UTF-8."""
 REASON_BYTES = 4096
 """The longest reason of a refusal, in UTF-8; a longer one is cut."""
-LONGEST_WAIT = 31 * 24 * 3600.0
-"""The most seconds for which one machine may keep another waiting, or at work."""
 
 HEAD = struct.Struct("<4sBBBBIIIIddHHIII")
 CHECKSUM = struct.Struct("<I")

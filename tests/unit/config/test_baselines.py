@@ -50,7 +50,12 @@ def test_what_is_written_out_is_read_as_the_same_recipe(name):
 
 def test_a_forced_type_stays_forced_and_other_keys_stay_as_given():
     fleet = {**BASE["fleet"], "force": "T2"}
-    recipe = parsed("fedlora", fleet=fleet, local={"method": "fedprox"}, aggregation={"cap": 3})
+    recipe = parsed(
+        "fedlora",
+        fleet=fleet,
+        local={"method": "fedprox"},
+        aggregation={"weights": "capped", "cap": 3},
+    )
     assert (recipe.fleet.force, recipe.local.method) == ("T2", "fedprox")
     assert (recipe.aggregation.cap, recipe.aggregation.rule) == (3, "fedit")
 

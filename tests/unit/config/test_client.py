@@ -1,5 +1,6 @@
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import tomli_w
 from polyrank import config
 from polyrank.config import Recipe
 from polyrank.config.client import ClientSettings, OwnData, read_client
-from polyrank.config.model_and_data import DEALING, READING, DataSection
+from polyrank.config.data import DEALING, READING, DataSection
+from polyrank.config.keys import keys_of
 from polyrank.config.recipe import cores
 from polyrank.config.reference import client_page
 from polyrank.data import Clients
@@ -70,7 +72,7 @@ def test_a_client_has_the_rows_that_it_has_where_all_data_is_together(
 def test_the_split_goes_by_the_clients_name(tmp_path: Path) -> None:
     recipe = recipe_of()
     one, other = client_of(tmp_path, NAMES[0]), client_of(tmp_path, NAMES[0])
-    renamed = other.model_copy(update={"name": "another"})
+    renamed = replace(other, name="another")
     assert one.clients(recipe)[NAMES[0]].test != renamed.clients(recipe)["another"].test
 
 
@@ -79,7 +81,7 @@ def test_the_category_is_the_owners_or_the_columns(tmp_path: Path) -> None:
     recipe = recipe_of()
     client = client_of(tmp_path, NAMES[0])
     assert client.clients(recipe)[NAMES[0]].category == column
-    own = client.model_copy(update={"category": "mine"})
+    own = replace(client, category="mine")
     assert own.clients(recipe)[NAMES[0]].category == "mine"
 
 
@@ -129,7 +131,7 @@ def test_model_device_and_threads_are_the_machines_own(tmp_path: Path) -> None:
     base = {"source": "hub/model", "revision": "v1", "device": "cuda:1", "dtype": "bfloat16"}
     recipe = recipe_of(model=base, engine={"threads": 3})
     plain, own = client_of(tmp_path, "a"), {"source": "/base", "device": "cpu", "threads": 2}
-    assert plain.model_of(recipe) == recipe.model.model_copy(update={"device": "auto"})
+    assert plain.model_of(recipe) == replace(recipe.model, device="auto")
     assert plain.threads(recipe) == 3
     assert plain.threads(recipe_of()) == cores()
     changed = client_of(tmp_path, "a", model=own)
@@ -158,9 +160,9 @@ def test_the_limits_are_the_terms_that_the_server_is_told(tmp_path: Path) -> Non
         "labels_may_leave": False,
         "smallest_count": 5,
     }
-    terms = client_of(tmp_path, "a", limits=limits).terms()
+    terms = client_of(tmp_path, "a", limits=limits).limits
     assert {key: getattr(terms, key) for key in limits} == limits
-    default = client_of(tmp_path, "a").terms()
+    default = client_of(tmp_path, "a").limits
     assert (default.largest_rank, default.lowest_cut) == (None, None)
     assert default.labels_may_leave
     assert default.smallest_count == 1
@@ -218,8 +220,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, s
 def test_every_key_of_data_is_the_recipes_or_the_clients() -> None:
     shared = {"fractions", "template", "max_length", "loss_on", "too_long"}
     both = {"source", "limit"}
-    assert {*DEALING, *READING} | shared | both == {*DataSection.model_fields}
-    assert {*READING} | both == {*OwnData.model_fields}
+    assert {*DEALING, *READING} | shared | both == {*keys_of(DataSection)}
+    assert {*READING} | both == {*keys_of(OwnData)}
 
 
 def test_the_page_of_all_keys_is_up_to_date() -> None:

@@ -1,5 +1,6 @@
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_a_pooled_run_is_no_app(tmp_path: Path) -> None:
 
 def test_an_awkward_name_does_not_break_the_file(tmp_path: Path) -> None:
     name = 'a "quoted"\n{name} \\ [x]'
-    recipe = config.read(SPLIT).model_copy(update={"name": name})
+    recipe = replace(config.read(SPLIT), name=name)
     write_app(recipe, tmp_path / "app")
     assert tables(tmp_path / "app")["tool"]["flwr"]["app"]["config"]["name"] == name
     assert name in tables(tmp_path / "app")["project"]["description"]

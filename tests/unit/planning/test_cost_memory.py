@@ -163,7 +163,9 @@ def test_factors_gradients_and_moments_are_those_of_real_storages(local, moments
             p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in own
         }
     assert local.moments == moments
-    predicted = costs(model, moments=moments, proximal=local.proximal > 0).memory(ranks, None)
+    predicted = costs(model, moments=moments, proximal=local.resolved.proximal > 0).memory(
+        ranks, None
+    )
     assert predicted.adapters == sum(values.values())
     assert predicted.gradients == sum(grads.values())
     assert predicted.optimizer == optimizer

@@ -99,7 +99,52 @@ def test_the_scaled_types_fit_a_narrow_model_and_the_papers_are_told_to_be_too_w
 def test_the_papers_distributions_are_met(name, expected):
     fleet = Fleet.sample([f"c{i}" for i in range(20)], name)
     assert fleet.counts() == dict(zip(("T1", "T2", "T3", "T4"), expected, strict=True))
-    assert sum(DISTRIBUTIONS[name].values()) == pytest.approx(1)
+    assert sum(DISTRIBUTIONS[name](4)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("clients", [1, 2, 3, 6, 19])
+def test_a_name_does_for_any_number_of_clients(name, clients):
+    fleet = Fleet.sample([f"c{i}" for i in range(clients)], name)
+    assert sum(fleet.counts().values()) == clients
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("uniform", {"weak": 6, "middle": 7, "strong": 7}),
+        ("heavy-tail-light", {"weak": 17, "middle": 2, "strong": 1}),
+        ("heavy-tail-strong", {"weak": 1, "middle": 2, "strong": 17}),
+        ("normal", {"weak": 1, "middle": 18, "strong": 1}),
+    ],
+)
+def test_a_name_does_for_types_of_ones_own_in_the_order_of_their_ranks(name, expected):
+    ranks = {"strong": {"all": 9}, "weak": {"all": 4}, "middle": {"attention": 4, "q_proj": 8}}
+    types = {kind: LoRAType(kind, own) for kind, own in ranks.items()}
+    fleet = Fleet.sample([f"c{i}" for i in range(20)], name, types=types)
+    assert fleet.counts() == dict(sorted(expected.items()))
+    only = {"strong": types["strong"]}
+    assert Fleet.sample("abc", name, types=only).counts() == {"strong": 3}
+    two = Fleet.sample("abcd", name, types={**only, "weak": types["weak"]}).counts()
+    assert sum(two.values()) == 4
+
+
+def test_fleets_of_names_are_those_of_version_0_1():
+    """Runs that are resumed have them; of every type there are clients, as was asked then."""
+    ids = [f"c{i}" for i in range(12)]
+    found = "".join(Fleet.sample(ids, "uniform", seed=3).assigned[id][1] for id in ids)
+    assert found == "133422134241"
+    own = {f"T{i}": LoRAType(f"T{i}", {"all": 5 - i}) for i in range(1, 5)}
+    assert Fleet.sample(ids, "uniform", types=own, seed=3).assigned == dict(
+        zip(ids, map("T{}".format, found), strict=True)
+    )
+    heavy = Fleet.sample([f"c{i}" for i in range(20)], "heavy-tail-light", types=own)
+    assert heavy.counts()["T1"] == 17, "T1 to T4 are the weakest to the strongest by name"
+
+
+def test_shares_that_leave_a_type_without_a_client_are_refused():
+    with pytest.raises(RankError, match="leave no client for type T2"):
+        Fleet.sample("abc", {"T1": 0.9, "T2": 0.1})
 
 
 def test_who_gets_which_type_depends_on_the_seed_alone():

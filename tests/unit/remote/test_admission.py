@@ -252,9 +252,9 @@ def hosts(folder, devices, policies=None):
     made = machines(
         data,
         model=OnDisk(folder, [*SITES]),
-        local=recipe.local.build(),
-        evaluation=recipe.evaluation.build(),
-        split=recipe.split.build(),
+        local=recipe.local,
+        evaluation=recipe.evaluation,
+        split=recipe.split,
     )
     named = dict(enumerate(sorted(data), 1))
     return {
@@ -310,7 +310,7 @@ def test_a_run_with_the_clients_own_devices(folder, tmp_path, monkeypatch):
     recipe, told = recipe_of(folder), []
     channel = MemoryChannel(hosts(folder, devices, policies), together=4)
     hosted = HostedModel(str(folder), 1, device="cpu", sites=[*SITES])
-    settings = SplitServerSettings(hosted, "run", recipe.split.build(), threads=1)
+    settings = SplitServerSettings(hosted, "run", recipe.split, threads=1)
     monkeypatch.setattr(RemoteParts, "tell", lambda _, line: told.append(line))
     with ExitStack() as held:
         split_server = ServerPartHost(settings)

@@ -475,7 +475,9 @@ def test_a_bad_update_is_counted_and_the_round_is_that_of_the_others(model):
 
 
 def test_updates_that_are_shortened_are_told_of_and_a_killed_round_tells_the_same(tmp_path, model):
-    run_settings = replace(PLAIN, faults=Faults(clip_increment=0.05), weights=Weighting(most=0.3))
+    run_settings = replace(
+        PLAIN, faults=Faults(clip_increment=0.05), weights=Weighting(max_share=0.3)
+    )
     records, summary = play(opened(tmp_path / "whole", model=model, settings=run_settings))
     assert all(0 < c < 1 for record in records for c in record.clipped.values())
     assert sum(len(record.clipped) for record in records) > 0

@@ -104,8 +104,8 @@ def test_disk_is_reckoned_from_states_and_updates_of_a_round(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RunSettings(cohort=0), "engine.cohort"),
-        (lambda: RunSettings(server_rank=0), "aggregation.server_rank"),
+        (lambda: RunSettings(cohort=0), r"RunSettings\.cohort"),
+        (lambda: RunSettings(server_rank=0), r"RunSettings\.server_rank"),
         (lambda: RunSettings(target_loss=float("nan")), "target_loss"),
         (lambda: Faults(quorum=0.0), "quorum"),
         (lambda: Faults(quorum=1.1), "quorum"),

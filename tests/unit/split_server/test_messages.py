@@ -27,7 +27,7 @@ MODEL = model_of_three()
 
 def job(cut=STRAIGHT) -> ServerPartJob:
     made = server_job(MODEL, "Zoë", cut, frozen=3, seed=4)
-    local = replace(LOCAL, betas=(0.8, 0.95), clip=None)
+    local = replace(LOCAL, betas=(0.8, 0.95), clip=0)
     return replace(made, scoring=Scoring(3, "paper"), local=local)
 
 

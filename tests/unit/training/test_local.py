@@ -72,7 +72,7 @@ def test_a_client_that_has_finished_is_not_touched_any_more():
 
 def test_training_lowers_the_loss_and_reports_it():
     model = tiny_loaded("llama", dtype=torch.float64)
-    one = job(model, count=8, ranks=4, local=LocalTraining(lr=3e-2, epochs=40, batch=8, clip=None))
+    one = job(model, count=8, ranks=4, local=LocalTraining(lr=3e-2, epochs=40, batch=8, clip=0))
     trained = train_cohort(model, [one])[0]
     targets = sum(row.targets for row in one.examples)
 
@@ -156,7 +156,11 @@ def test_a_loss_that_is_not_finite_ends_its_client_alone_and_leaves_no_hook():
     model = tiny_loaded("llama")
     healthy = job(model, "healthy", count=12, local=LocalTraining(batch=2))
     wild = job(
-        model, "wild", count=12, local=LocalTraining("sgd", lr=1e30, batch=2, clip=None), seed=1
+        model,
+        "wild",
+        count=12,
+        local=LocalTraining(optimizer="sgd", lr=1e30, batch=2, clip=0),
+        seed=1,
     )
     kept, gone = train_cohort(model, [healthy, wild])
     assert re.match(r"client wild, step [2-6] of 6", gone.failure)

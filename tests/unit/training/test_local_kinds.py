@@ -32,7 +32,7 @@ WAYS = [
         steps=7,
         batch=3,
         accumulation=2,
-        clip=None,
+        clip=0,
         momentum=0.9,
         schedule="cosine",
     ),
@@ -209,7 +209,7 @@ def test_a_fixed_factor_comes_back_bit_by_bit_also_under_weight_decay(dtype, tra
 
 def test_the_norm_that_is_clipped_is_that_of_b_alone():
     model = tiny_loaded("llama", dtype=torch.float64)
-    both = job(model, ranks=3, local=LocalTraining(batch=9, epochs=1, clip=None))
+    both = job(model, ranks=3, local=LocalTraining(batch=9, epochs=1, clip=0))
     fixed = assigned(both, train="b")
     norms = [t.metrics["grad_norm"] for t in train_cohort(model, [both, fixed])]
     assert norms[1] < norms[0]
@@ -222,7 +222,7 @@ def test_a_strong_pull_keeps_the_start_and_a_weaker_one_lets_go():
     model = tiny_loaded("llama", dtype=torch.float64)
 
     def moved(mu: float) -> float:
-        local = LocalTraining("sgd", 1e-4, None, 60, batch=9, clip=None, proximal=mu)
+        local = LocalTraining(optimizer="sgd", lr=1e-4, steps=60, batch=9, clip=0, proximal=mu)
         one = job(model, local=local)
         return difference(train_cohort(model, [one])[0].adapter, one.assignment.start)
 
@@ -234,7 +234,7 @@ def test_a_strong_pull_keeps_the_start_and_a_weaker_one_lets_go():
 def test_a_step_of_plain_sgd_is_the_start_less_rate_times_gradient():
     """By hand: θ − lr·g, with g from autograd; FedProx's term is zero at the start."""
     model = tiny_loaded("llama", dtype=torch.float64)
-    local = LocalTraining("sgd", 0.1, None, 1, batch=9, clip=None, proximal=5.0)
+    local = LocalTraining(optimizer="sgd", lr=0.1, steps=1, batch=9, clip=0, proximal=5.0)
     one = job(model, scale=4.0, count=9, local=local)
     trained = train_cohort(model, [one])[0].adapter
     start, scale = one.assignment.start, one.assignment.scale
@@ -278,7 +278,7 @@ def test_a_penalty_beside_a_zero_factor_gives_no_nan(zeroed):
 
 def test_a_penalty_shrinks_the_ranks_behind_those_to_keep():
     model = tiny_loaded("llama", dtype=torch.float64)
-    plain = job(model, ranks=4, local=LocalTraining(lr=2e-2, epochs=20, batch=9, clip=None))
+    plain = job(model, ranks=4, local=LocalTraining(lr=2e-2, epochs=20, batch=9, clip=0))
     pressed = assigned(plain, penalty=Penalty(10.0, dict.fromkeys(plain.assignment.start, 2)))
     free, pruned = (t.adapter for t in train_cohort(model, [plain, pressed]))
     for site in free:

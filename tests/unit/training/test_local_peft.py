@@ -78,7 +78,7 @@ def train_with_peft(architecture: str, one: Job) -> tuple[Adapter, float]:
         for name, parameter in adapted.named_parameters():
             parameter.requires_grad_("lora_B" in name)
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    if local.optimizer == "adamw":
+    if local.resolved.optimizer == "adamw":
         optimizer = torch.optim.AdamW(
             trained, local.lr, local.betas, local.eps, weight_decay=local.weight_decay
         )
@@ -111,7 +111,7 @@ def train_with_peft(architecture: str, one: Job) -> tuple[Adapter, float]:
             (loss / targets).backward()
             summed += loss.item()
         seen += targets
-        if local.clip is not None:
+        if local.clip:
             nn.utils.clip_grad_norm_(trained, local.clip)
         optimizer.step()
         scheduler.step()
@@ -168,7 +168,7 @@ def unequal_jobs(model: LoadedModel) -> list[Job]:
                 steps=12,
                 batch=3,
                 accumulation=2,
-                clip=None,
+                clip=0,
                 schedule="cosine",
                 weight_decay=0.01,
                 momentum=0.9,

@@ -138,6 +138,6 @@ def _checked(reply: object, id: RequestId, shape: torch.Size) -> Returned:
     return reply
 
 
-def _clip_factor(clip: float | None, norm: float) -> float:
+def _clip_factor(clip: float, norm: float) -> float:
     """Return what both ends multiply their gradients by, as torch's clip_grad_norm_ has it."""
-    return 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
+    return min(1.0, clip / (norm + 1e-6)) if clip else 1.0

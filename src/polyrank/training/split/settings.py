@@ -2,62 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
 
 from polyrank.codecs import CODECS
-from polyrank.errors import RecipeError
-
-if TYPE_CHECKING:
-    Wire = str
-else:
-    Wire = Literal[tuple(CODECS)]
-"""A codec's name: the format in which activations and gradients travel."""
-
-Adapters = Literal["own", "shared"]
-"""The LoRA factors behind the cut: each client's own, or one set that all share."""
+from polyrank.settings import OneOf, check
 
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """How clients that are cut train; without a cut it has no effect.
+    """How clients whose type is cut talk to the server, if any is; see
+    [privacy](../explanation/privacy.md)."""
 
-    `wire` is the codec of activations and gradients (see `polyrank.codecs`). `adapters` ``own``
-    gives every client its factors at the server; ``shared`` trains one set on the batches of all
-    together, SplitLoRA's way [P] (arXiv 2407.00952). `in_flight` is how many microbatches of a
-    client are sent before it waits for a reply.
-
-    `clip` bounds each token's L2 norm before it is sent; None: no bound. `noise` adds Gaussian
-    noise of this standard deviation to every number that is sent, after clipping. At levels that
-    leave a model useful noise helps little against recovering tokens from activations [S]; no
-    differential-privacy guarantee is claimed for either.
-
-    Raises RecipeError for values out of range.
-    """
-
-    wire: Wire = "bf16"
-    adapters: Adapters = "own"
-    in_flight: int = 2
-    clip: float | None = None
-    noise: float = 0.0
+    wire: Annotated[str, OneOf(CODECS)] = "bf16"
+    """Format of the activations and gradients that travel: 4, 2, 1 or 8 bytes a number; `int8` has
+    a scale per token and sends gradients in bf16. `float64` is for a float64 base."""
+    adapters: Literal["own", "shared"] = "own"
+    """What the server trains behind the cut: `own` factors of each client, or one `shared` set on
+    the batches of all together, SplitLoRA's way (arXiv 2407.00952)."""
+    in_flight: Annotated[int, Ge(1)] = 2
+    """Microbatches of a client that are sent before it waits for a reply."""
+    clip: Annotated[float, Gt(0)] | None = None
+    """Bound on each token's L2 norm in the activations that are sent; left out, none."""
+    noise: Annotated[float, Ge(0)] = 0.0
+    """Standard deviation of Gaussian noise on the activations that are sent, after clipping. It
+    helps little at levels that leave a model useful; no differential privacy is claimed."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("wire", tuple(CODECS)), ("adapters", get_args(Adapters))):
-            if getattr(self, name) not in choices:
-                raise RecipeError(
-                    f"split.{name}: expected one of {', '.join(choices)}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        if self.in_flight < 1:
-            raise RecipeError(
-                f"split.in_flight: expected at least 1 microbatch, got {self.in_flight}"
-            )
-        if self.clip is not None and not (math.isfinite(self.clip) and self.clip > 0):
-            raise RecipeError(
-                f"split.clip: expected a finite bound above 0, or none, got {self.clip}"
-            )
-        if not (math.isfinite(self.noise) and self.noise >= 0):
-            raise RecipeError(
-                f"split.noise: expected a standard deviation of at least 0, got {self.noise}"
-            )
+        check(self, "split")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from polyrank.codecs import codec
 from polyrank.errors import FrameError
-from polyrank.transport.layout import LONGEST_WAIT, NAME_BYTES, FrameLimits
+from polyrank.settings import LONGEST_WAIT
+from polyrank.transport.layout import NAME_BYTES, FrameLimits
 
 TOKEN_BYTES = 32
 _CERTIFICATE_BYTES = 16384

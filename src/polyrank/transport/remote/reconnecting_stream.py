@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from polyrank.errors import FrameError
 from polyrank.planning.traffic import WireBytes
-from polyrank.transport.layout import LONGEST_WAIT
+from polyrank.settings import LONGEST_WAIT
 from polyrank.transport.remote import split_pb2 as pb
 from polyrank.transport.remote.client_session import ClientSession, new_channel
 from polyrank.transport.remote.credentials import Credentials

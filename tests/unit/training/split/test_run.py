@@ -98,7 +98,7 @@ def test_dropout_checkpointing_and_microbatches_in_flight_change_nothing(
     [
         replace(LOCAL, optimizer="sgd", momentum=0.9, lr=0.1),
         replace(LOCAL, proximal=0.5),
-        replace(LOCAL, clip=None, warmup=0.4, schedule="linear"),
+        replace(LOCAL, clip=0, warmup=0.4, schedule="linear"),
     ],
     ids=["sgd", "proximal", "schedule"],
 )

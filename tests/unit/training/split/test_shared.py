@@ -44,7 +44,7 @@ from polyrank.transport import InProcessLinks
 
 SHARED = SplitSettings(wire="float64", adapters="shared")
 OWN = replace(SHARED, adapters="own")
-LOCAL = LocalTraining(epochs=1, batch=2, accumulation=2, lr=1e-2, clip=None, weight_decay=0.1)
+LOCAL = LocalTraining(epochs=1, batch=2, accumulation=2, lr=1e-2, clip=0, weight_decay=0.1)
 # OPT's norms compute in float64 too; Llama's go through float32, where a factor before or after the
 # backward pass is seen at 1e-8.
 MODEL = tiny_loaded("opt", num_hidden_layers=4, dtype=torch.float64)
@@ -118,7 +118,7 @@ class Learned:
         )
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        if self.local.clip is not None:
+        if self.local.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.local.clip)
 
     def adapter(self) -> Adapter:
