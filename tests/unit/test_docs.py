@@ -101,3 +101,15 @@ def test_the_rooms_and_their_order_are_those_of_the_import_contract() -> None:
     assert order.splitlines() == layers
     rooms = [room for layer in layers for room in layer.split(" | ")]
     assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == rooms
+
+
+def test_files_that_pages_mention_exist() -> None:
+    pages = [page for page in BESIDE if page.name != "CHANGELOG.md"] + list(DOCS.rglob("*.md"))
+    path = re.compile(
+        r"\b((?:src/polyrank|tests|examples|benchmarks)/[\w/-]+\.(?:py|toml|proto))\b"
+    )
+    mentioned = {f"{page.name}: {file}" for page in pages for file in path.findall(text_of(page))}
+    assert mentioned
+    assert (
+        sorted(line for line in mentioned if not (ROOT / line.partition(": ")[2]).is_file()) == []
+    )
