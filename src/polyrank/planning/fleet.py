@@ -27,15 +27,25 @@ class LoRAType:
     name over a last name or glob, over a group, over ``all``; two of the same kind that say
     different ranks for a site are refused. A site that no key names is not trained by clients of
     this type.
+
+    Raises RankError for a rank below 1.
     """
 
     name: str
     ranks: Mapping[str, int]
 
+    def __post_init__(self) -> None:
+        for key, rank in self.ranks.items():
+            if rank < 1:
+                raise RankError(
+                    f"LoRA type {self.name}: rank {rank} ({key}) is below 1; give a larger one, or "
+                    "leave the key out"
+                )
+
     def resolve(self, spec: ModelSpec) -> dict[str, int]:
         """Return the rank per site.
 
-        Raises RankError for rank 0, a rank above the matrix, a key that matches no site, keys that
+        Raises RankError for a rank above the matrix, a key that matches no site, keys that
         contradict each other, and a type without any site.
         """
         matched: set[str] = set()
@@ -66,7 +76,7 @@ class LoRAType:
 
     def _checked(self, key: str, site: Site) -> int:
         rank, limit = self.ranks[key], min(site.shape)
-        if not 1 <= rank <= limit:
+        if rank > limit:
             raise RankError(
                 f"LoRA type {self.name}: rank {rank} ({key}) at {site.name}, a {site.m}×{site.n} "
                 f"matrix, is outside 1…{limit}; give a smaller rank, or 'scaled' types for a "

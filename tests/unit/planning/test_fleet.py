@@ -62,7 +62,7 @@ def test_the_most_specific_key_wins_and_what_no_key_names_is_left_alone(ranks, e
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        ({"all": 0}, r"rank 0 \(all\) at layers\.0\.attention\.q_proj"),
+        ({"all": 0}, r"rank 0 \(all\) is below 1"),
         ({"q_proj": -1}, r"rank -1 \(q_proj\)"),
         ({"all": 5}, r"rank 5 \(all\) at layers\.0\.attention\.v_proj, a 4×8 matrix.*1…4"),
         ({"all": 1, "k_proj": 2}, r"\['k_proj'\] match no site of Toy"),

@@ -354,15 +354,6 @@ UNFIT = {
         RankError,
         "rank 99",
     ),
-    "a rank of 0": (
-        {
-            "fleet": Fleet.table(
-                dict.fromkeys(["c0", "c1", "c2", "c3"], "T"), types={"T": LoRAType("T", {"all": 0})}
-            )
-        },
-        RankError,
-        "rank 0",
-    ),
     "a client without type": (
         {"fleet": Fleet.table({"c0": "small"}, types=TYPES)},
         RankError,
