@@ -30,8 +30,8 @@ from polyrank.planning import (
 from polyrank.planning.sharing import BySpectrum
 from polyrank.protocol.client_info import ClientPolicy, read_node_info
 from polyrank.remote.admission import admit
+from polyrank.remote.parts import RemoteParts
 from polyrank.remote.registration import ClientRegistry, work_of
-from polyrank.remote.server import RemoteParts
 from polyrank.run.planning import Importance
 from polyrank.runner.parts import Invocation
 from polyrank.runner.runner import complete
