@@ -31,13 +31,16 @@ TASKS = "".join(
 def commands(folder: Path, *changes: str) -> list[list[str]]:
     """Return what a newcomer types, in order; every command must end with exit code 0."""
     (folder / "tasks.jsonl").write_text(TASKS, encoding="utf-8")
-    evenly = ("data.by=iid", "data.clients=6", "data.unseen=0")
+    own = ("data.source=tasks.jsonl", "data.clients=6", "data.unseen=2", "rounds=1")
+    drawn = ("data.by=dirichlet", "data.on=task", "data.alpha=5")
     return [
         ["--version"],
+        ["check", "quickstart"],
         ["run", "quickstart", *changes, "--out", "run"],
         ["inspect", "run"],
         ["export", "run", "small", "--rank", "2"],
-        ["run", "quickstart", *changes, *evenly, "rounds=1", "--out", "evenly"],
+        ["run", "quickstart", *changes, *own, "data.by=iid", "--out", "evenly"],
+        ["run", "quickstart", *changes, *own, *drawn, "--out", "drawn"],
     ]
 
 
