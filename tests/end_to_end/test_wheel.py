@@ -33,6 +33,7 @@ def commands(folder: Path, *changes: str) -> list[list[str]]:
     (folder / "tasks.jsonl").write_text(TASKS, encoding="utf-8")
     own = ("data.source=tasks.jsonl", "data.clients=6", "data.unseen=2", "rounds=1")
     drawn = ("data.by=dirichlet", "data.on=task", "data.alpha=5")
+    few = ("rounds=1", *changes[1:])
     return [
         ["--version"],
         ["check", "quickstart"],
@@ -41,6 +42,8 @@ def commands(folder: Path, *changes: str) -> list[list[str]]:
         ["export", "run", "small", "--rank", "2"],
         ["run", "quickstart", *changes, *own, "data.by=iid", "--out", "evenly"],
         ["run", "quickstart", *changes, *own, *drawn, "--out", "drawn"],
+        ["init", "mine.toml", "--data", "tasks.jsonl", "--clients", "4"],
+        ["run", "mine.toml", *few, "--out", "mine"],
     ]
 
 
