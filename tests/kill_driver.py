@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 import federations
@@ -33,7 +34,7 @@ from polyrank.errors import ResourceError
 from polyrank.model import LoadedModel, peft_folder
 from polyrank.planning import CutPoint, Fleet, LoRAType
 from polyrank.rounds import Faults, Sampling
-from polyrank.run import EarlyStopping, RunFolder, RunSettings, storage
+from polyrank.run import EarlyStopping, RunFolder, RunSettings
 from polyrank.training.split import SplitSettings
 
 ROUNDS = 4
@@ -157,7 +158,7 @@ def hook(moments: Moments) -> None:
     ):
         before(owner, name)
     written(Path, "write_text", 0)
-    written(storage, "save_file", 1)
+    written(safetensors.torch, "save_file", 1)  # run.storage imports it when it saves
     written(peft_folder, "save_file", 1)
     shutil.rmtree = rmtree
     RunFolder.append_record = append_record
