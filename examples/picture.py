@@ -30,6 +30,7 @@ def main() -> None:
             [Path(sys.executable).parent / "polyrank", *COMMAND],
             cwd=folder,
             env={**os.environ, "COLUMNS": str(WIDTH), "FORCE_COLOR": "1"},
+            stderr=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
             check=True,
