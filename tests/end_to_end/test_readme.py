@@ -26,3 +26,10 @@ def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
 def test_the_readme_takes_two_minutes() -> None:
     words = README.read_text(encoding="utf-8").split()
     assert len(words) < 900  # some 450 read in two minutes; the others are code and links
+
+
+def test_the_picture_is_there_and_asks_no_other_host() -> None:
+    picture = (ROOT / "docs" / "assets" / "quickstart.svg").read_text(encoding="utf-8")
+    assert "polyrank&#160;run&#160;quickstart" in picture
+    assert "url(http" not in picture
+    assert len(picture) < 200_000
