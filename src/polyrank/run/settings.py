@@ -42,7 +42,8 @@ class EngineSettings:
     cohort: Cohort = "auto"
     """Clients trained in one pass; `auto`: as memory allows, on a CPU up to 2,048 tokens a pass."""
     deterministic: bool = False
-    """One client at a time, so that all engines give the same bytes."""
+    """One client at a time. All engines then give the same bytes, on one machine with the same
+    versions and threads, where the same clients take part and `split.wire` is `float32`."""
 
     def __post_init__(self) -> None:
         check(self, "engine")
