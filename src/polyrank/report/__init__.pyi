@@ -1,6 +1,6 @@
+from .closing_sentence import gain as gain
 from .cuts import hosted as hosted
 from .cuts import leaks as leaks
-from .gain import gain as gain
 from .lines import own_rank as own_rank
 from .lines import perplexity as perplexity
 from .lines import remarks as remarks
