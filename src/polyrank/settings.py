@@ -113,6 +113,8 @@ def check(settings: Any, section: str) -> None:
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{place}: expected a finite number, got {value}")
+        if float not in {*parts_of(annotation)} and value % 1:
+            raise RecipeError(f"{place}: expected a whole number, got {value}")
         if not all(holds(value, limit) for _, limit, holds in _bounds(annotation)):
             raise RecipeError(f"{place}: expected {bounds(annotation)}, got {value}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Interval
@@ -98,13 +97,11 @@ class LocalTraining:
         check(self, "local")
         if self.epochs is not None and self.steps is not None:
             raise RecipeError("local: give epochs or steps, not both")
-        if self.steps is not None and self.steps != int(self.steps):
-            raise RecipeError(f"local.steps: expected a whole number, got {self.steps}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise RecipeError(f"local.betas: expected two numbers in [0, 1), got {self.betas}")
         self.resolved  # noqa: B018  # Raises if the method and its keys contradict each other.
 
-    @cached_property
+    @property
     def resolved(self) -> LocalSettings:
         """What the method, or its keys alone, come to.
 

@@ -165,8 +165,8 @@ def test_what_cannot_be_used_is_named(model) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"every": -1}, r"benchmark\.every: expected 0 or more, got -1"),
-        ({"generate": -5}, r"benchmark\.generate: expected 0 or more"),
+        ({"every": -1}, r"benchmark\.every: expected at least 0, got -1"),
+        ({"generate": -5}, r"benchmark\.generate: expected at least 0"),
         ({"batch": 0}, r"benchmark\.batch: expected at least 1"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_target_perplexity_needs_what_measures_it() -> None:
         made = one and Benchmark.of(model, one, PLAIN, validation=validation())
         with pytest.raises(RecipeError, match="target_perplexity: needs the perplexity between"):
             opened(model=model, settings=aimed, benchmark=made)
-    with pytest.raises(RecipeError, match=r"expected a number from 1 on, got 0\.5"):
+    with pytest.raises(RecipeError, match=r"target_perplexity: expected at least 1, got 0\.5"):
         RunSettings(target_perplexity=0.5)
 
 

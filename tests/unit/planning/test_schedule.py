@@ -16,7 +16,7 @@ from polyrank.rounds.assignments import RoundSettings
 from polyrank.rounds.messages import AcceptedUpdate
 from polyrank.rounds.round import Round
 from polyrank.run import RunSettings, setup
-from polyrank.training import Encoding, prepare
+from polyrank.training import Encoding, LocalTraining, prepare
 
 TYPES = {name: LoRAType(name, {"all": rank}) for name, rank in (("low", 2), ("high", 16))}
 RECIPE = """
@@ -68,8 +68,10 @@ def test_a_type_that_only_a_later_round_brings_counts_for_the_server_and_for_wea
     assert set(settings.ranks_of("c1", 4).values()) == {4}
     assert changing.possible == ["four", "one"]
     assert set(changing.forced("weakest", model.spec).at(9).values()) == {"one"}
-    first = setup.described(FlexLoRA(), fleet, None, RunSettings(), 1)["fleet"]
-    assert setup.described(FlexLoRA(), changing, None, RunSettings(), 1)["fleet"] != first
+    first = setup.described(FlexLoRA(), fleet, LocalTraining(), RunSettings(), 1)["fleet"]
+    assert (
+        setup.described(FlexLoRA(), changing, LocalTraining(), RunSettings(), 1)["fleet"] != first
+    )
 
 
 def test_a_client_that_goes_from_rank_16_to_2_and_back_gets_back_what_it_had():
@@ -229,9 +231,12 @@ def test_a_recipe_with_a_schedule_that_cannot_be_is_refused(tmp_path, lines, mes
 @pytest.mark.parametrize(
     ("count", "shares", "message"),
     [
-        (5, "normal", "6.00% of 5 clients leave no client for type T4"),
-        (1, "uniform", r"no client for type T2 \(nor for \['T3', 'T4'\]\)"),
-        (2, "uniform", "25.00% of 2 clients leave no client for type"),
+        (5, {"T1": 0.94, "T4": 0.06}, "6.00% of 5 clients leave no client for type T4"),
+        (
+            1,
+            dict.fromkeys(["T1", "T2", "T3", "T4"], 0.25),
+            r"no client for type T2 \(nor for \['T3', 'T4'\]\)",
+        ),
         (3, {"T1": 0.5, "T2": 0.4}, "sum to 1"),
         (3, {"T1": 1.5, "T2": -0.5}, "at least 0"),
     ],

@@ -96,12 +96,11 @@ def test_assembled_targets_are_the_next_tokens_of_the_completions():
         ("lr", 0.0),
         ("lr", float("nan")),
         ("epochs", -1),
-        ("epochs", None),
-        ("steps", 5),
+        ("steps", 2.5),
         ("batch", 0),
         ("batch", 1.5),
         ("accumulation", 0),
-        ("clip", 0.0),
+        ("clip", -1.0),
         ("warmup", 1.0),
         ("weight_decay", -0.1),
         ("dropout", 1.0),
@@ -113,6 +112,13 @@ def test_assembled_targets_are_the_next_tokens_of_the_completions():
 def test_a_value_that_cannot_be_meant_is_refused_by_name(field, value):
     with pytest.raises(RecipeError, match=field):
         dataclasses.replace(LocalTraining(), **{field: value})
+
+
+def test_an_epoch_is_the_length_where_none_is_given_and_both_are_refused():
+    assert LocalTraining().steps_for(20) == LocalTraining(epochs=1).steps_for(20) == 3
+    assert LocalTraining(steps=5).steps_for(20) == 5
+    with pytest.raises(RecipeError, match="epochs or steps, not both"):
+        LocalTraining(epochs=1, steps=5)
 
 
 def test_no_steps_is_refused():
