@@ -32,7 +32,7 @@ from polyrank.model.load import (
 )
 from polyrank.model.recording import Recorded, record
 from polyrank.model.sites import ALL_LINEAR, Blocks, find_blocks
-from polyrank.planning.anatomy import Anatomy, Block, Kept, Kind, Node, Section, Size, Storage
+from polyrank.planning.anatomy import Anatomy, Block, Kind, Node, Saved, Section, Size, Storage
 
 _ROWS = 2
 """A single row would not do: some copies are spared there."""
@@ -254,7 +254,7 @@ def _section(recorded: list[Recorded], lengths: list[int]) -> Section:
         nodes.append(
             Node(
                 inputs=node.inputs,
-                kept=tuple(Kept(storage, needs) for storage, needs in node.kept),
+                saved=tuple(Saved(storage, needs) for storage, needs in node.saved),
                 product=_fit(products, lengths) if any(products) else None,
                 backward=node.backward,
                 attention=node.attention,

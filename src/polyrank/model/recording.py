@@ -79,7 +79,7 @@ class RecordedNode:
 
     name: str
     inputs: tuple[int, ...]
-    kept: tuple[tuple[int, int | None], ...]
+    saved: tuple[tuple[int, int | None], ...]
     product: int
     backward: float | None
     attention: bool
@@ -100,7 +100,7 @@ class Recorded:
     @property
     def form(self) -> object:
         """What must be equal for all batches."""
-        nodes = tuple((n.name, n.inputs, n.kept, n.site, n.backward) for n in self.nodes)
+        nodes = tuple((n.name, n.inputs, n.saved, n.site, n.backward) for n in self.nodes)
         return nodes, tuple(one.shared for one in self.storages), self.inputs, self.entry
 
 
@@ -334,10 +334,10 @@ class _Graph:
     def recorded(self, result: Tensor | None = None) -> Recorded:
         nodes = [self._node(node) for node in self._order]
         if result is not None:
-            kept = ((self._storage(result), None),)
+            saved = ((self._storage(result), None),)
             inputs = (len(nodes) - 1,)
             nbytes = result.untyped_storage().nbytes()
-            nodes.append(RecordedNode("result", inputs, kept, 0, None, False, None, nbytes, True))
+            nodes.append(RecordedNode("result", inputs, saved, 0, None, False, None, nbytes, True))
         inputs_of = tuple((name, self._storage(x)) for name, x in self._inputs.items())
         entry = self._storage(self._leaf)
         return Recorded(tuple(nodes), tuple(self._storages.values()), inputs_of, entry)
@@ -357,12 +357,12 @@ class _Graph:
             if before is not None:
                 position[argument] = len(inputs)
                 inputs.append(self._place.get(before, ENTRY))
-        kept = []
+        saved = []
         for what, tensor in _saved(node):
             if _key(tensor) in self._fixed:
                 continue
             needs = _NEEDS.get((name, what))
-            kept.append((self._storage(tensor), None if needs is None else position[needs]))
+            saved.append((self._storage(tensor), None if needs is None else position[needs]))
         product, backward, attention, site = _product(node, name), None, False, None
         if name == "_AttentionBackward":
             product, backward, attention = node.product, _FUSED_BACKWARD, True
@@ -374,7 +374,7 @@ class _Graph:
         return RecordedNode(
             name=name,
             inputs=tuple(inputs),
-            kept=tuple(kept),
+            saved=tuple(saved),
             product=product,
             backward=backward,
             attention=attention,

@@ -1,4 +1,4 @@
-"""What stays in memory between the forward and the backward pass, and what passes beside it."""
+"""Activations that stay in memory until the backward pass, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHUNK = 2**25
 
 
 @dataclass(frozen=True)
-class Kept:
+class BlockMemory:
     """Bytes that a run of blocks keeps: all that is its own, by what blocks share, its entries.
 
     `largest` is the most that one block keeps beside the hidden states that enter it, and takes in
@@ -38,103 +38,105 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Held:
+class PeakMemory:
     """Bytes that stay until the backward pass, and the most that pass beside them."""
 
     stays: int
     passes: int
 
-    def __add__(self, other: Held) -> Held:
-        return Held(self.stays + other.stays, self.passes + other.passes)
+    def __add__(self, more: PeakMemory) -> PeakMemory:
+        return PeakMemory(self.stays + more.stays, self.passes + more.passes)
 
-    def beside(self, other: Held) -> Held:
+    def beside(self, more: PeakMemory) -> PeakMemory:
         """Return what both hold, where only one of them works at a time."""
-        return Held(self.stays + other.stays, max(self.passes, other.passes))
+        return PeakMemory(self.stays + more.stays, max(self.passes, more.passes))
 
 
 class Activations:
     """The activations of one model's training under one workload."""
 
-    def __init__(self, anatomy: Anatomy, places: SiteIndex, workload: Workload):
-        self._anatomy, self._places, self._workload = anatomy, places, workload
-        self._kept_of: dict[tuple[int, bool, frozenset[str]], Kept] = {}
+    def __init__(self, anatomy: Anatomy, sites: SiteIndex, workload: Workload):
+        self._anatomy, self._sites, self._workload = anatomy, sites, workload
+        self._block_memory: dict[tuple[int, bool, frozenset[str]], BlockMemory] = {}
         self._tokens = workload.batch * workload.length
         self._end = anatomy.end.section(workload.length)
 
-    def client(self, ranks: Ranks, cut: CutPoint | None) -> Held:
-        """Return what the client holds."""
+    def client(self, ranks: Ranks, cut: CutPoint | None) -> PeakMemory:
+        """Return the activations of the client."""
         count = len(self._anatomy.blocks)
         if cut is None:
-            kept, _ = self._run(range(count), self._workload.scored, ranks)
-            held = self._through_the_end(kept)
+            saved, _ = self._run(range(count), self._workload.scored, ranks)
+            memory = self._through_the_end(saved)
         else:
-            kept, _ = self._run(range(cut.lower), self._workload.scored, ranks)
-            one = microbatch(self._workload, self._anatomy.hidden, labels=cut.upper is None)
-            held = self._in_flight(kept) + Held(0, 2 * one.activations)
+            saved, _ = self._run(range(cut.lower), self._workload.scored, ranks)
+            frames = microbatch(self._workload, self._anatomy.hidden, labels=cut.upper is None)
+            memory = self._in_flight(saved) + PeakMemory(0, 2 * frames.activations)
             if cut.upper is not None:
                 last, _ = self._run(range(cut.upper, count), True, ranks)
-                held = held.beside(self._through_the_end(last) + Held(0, 2 * self._states))
-        return held
+                memory = memory.beside(
+                    self._through_the_end(last) + PeakMemory(0, 2 * self._states)
+                )
+        return memory
 
-    def server(self, ranks: Ranks, cut: CutPoint | None) -> Held:
-        """Return what a client's tail holds at the server."""
+    def server(self, ranks: Ranks, cut: CutPoint | None) -> PeakMemory:
+        """Return the activations of a client's tail at the server."""
         if cut is None:
-            return Held(0, 0)
+            return PeakMemory(0, 0)
         count = len(self._anatomy.blocks)
         if cut.upper is None:
-            kept, _ = self._run(range(cut.lower, count), True, ranks)
-            held = self._through_the_end(kept)
+            saved, _ = self._run(range(cut.lower, count), True, ranks)
+            memory = self._through_the_end(saved)
         else:
-            kept, _ = self._run(range(cut.lower, cut.upper), True, ranks)
-            held = self._in_flight(kept)
-        held += Held(0, 2 * self._states)
-        return held
+            saved, _ = self._run(range(cut.lower, cut.upper), True, ranks)
+            memory = self._in_flight(saved)
+        memory += PeakMemory(0, 2 * self._states)
+        return memory
 
     @property
     def _states(self) -> int:
         """Bytes of one microbatch's hidden states."""
         return self._tokens * self._anatomy.hidden * self._workload.itemsize
 
-    def _in_flight(self, kept: Kept) -> Held:
+    def _in_flight(self, saved: BlockMemory) -> PeakMemory:
         """Return the bytes of all microbatches that are under way, each with what it sends."""
-        one, passes = kept.own, kept.working
+        each, passes = saved.own, saved.working
         if self._workload.checkpointing:
-            one, passes = kept.entries, kept.largest
-        return Held(self._workload.under_way * (one + self._states) + kept.common, passes)
+            each, passes = saved.entries, saved.largest
+        return PeakMemory(self._workload.under_way * (each + self._states) + saved.common, passes)
 
-    def _through_the_end(self, kept: Kept) -> Held:
+    def _through_the_end(self, saved: BlockMemory) -> PeakMemory:
         """Return the bytes of one microbatch that goes through the end and back."""
         load = self._workload
-        end = sum(self._bytes(self._end, storage) for storage in self._end.kept(True, frozenset()))
+        end = sum(self._bytes(self._end, storage) for storage in self._end.saved(True, frozenset()))
         logits = load.batch * load.targets * self._anatomy.vocabulary
         wide = 1 if load.itemsize >= load.factor_itemsize else 2
         loss = min(logits, CHUNK) * load.factor_itemsize * wide
         first = max(loss, working_bytes(self._end, True, {}, self._size))
         # Later the end's activations are freed, and the logits live on.
-        later = kept.largest if load.checkpointing else kept.working
-        blocks = kept.entries if load.checkpointing else kept.own
+        later = saved.largest if load.checkpointing else saved.working
+        blocks = saved.entries if load.checkpointing else saved.own
         passes = max(first, later + logits * load.itemsize - end)
-        return Held(blocks + kept.common + end, passes)
+        return PeakMemory(blocks + saved.common + end, passes)
 
-    def _run(self, blocks: range, entered: bool, ranks: Ranks) -> tuple[Kept, bool]:
+    def _run(self, blocks: range, entered: bool, ranks: Ranks) -> tuple[BlockMemory, bool]:
         """Return what consecutive blocks keep, and whether what leaves them needs a gradient."""
         own = entries = largest = working = 0
         shared: dict[str, int] = {}
         for block in blocks:
-            active = self._places.active(block, ranks)
+            active = self._sites.active(block, ranks)
             if not (entered or active):
                 continue
-            kept = self._block(block, entered, frozenset(active))
+            saved = self._block(block, entered, frozenset(active))
             wide = sum(active.values()) * self._tokens * self._workload.factor_itemsize
-            working = max(0, kept.working, working - kept.own - wide)
-            own += kept.own + wide
+            working = max(0, saved.working, working - saved.own - wide)
+            own += saved.own + wide
             entries += self._states
-            largest = max(largest, kept.largest + wide + kept.working)
-            shared |= kept.shared or {}
+            largest = max(largest, saved.largest + wide + saved.working)
+            shared |= saved.shared or {}
             entered = True
-        return Kept(own, shared, entries, largest, working), entered
+        return BlockMemory(own, shared, entries, largest, working), entered
 
-    def _block(self, block: int, entered: bool, adapted: frozenset[str]) -> Kept:
+    def _block(self, block: int, entered: bool, adapted: frozenset[str]) -> BlockMemory:
         """Return what a block keeps, beside the rank-wide products of its adapters.
 
         Factors keep their site's input: the very tensor where the base computes in the factors'
@@ -142,34 +144,36 @@ class Activations:
         """
         kind = self._anatomy.blocks[block].kind
         key = (kind, entered, adapted)
-        if key in self._kept_of:
-            return self._kept_of[key]
+        if key in self._block_memory:
+            return self._block_memory[key]
         section = self._anatomy.kinds[kind].section(self._workload.length)
-        kept = set(section.kept(entered, adapted))
+        saved = set(section.saved(entered, adapted))
         reached = section.reached(entered, adapted)
         at_sites = {
             place: self._at_site(site, place in reached)
-            for place, site in self._places.of(block)
+            for place, site in self._sites.of(block)
             if place in adapted
         }
-        kept |= {section.inputs[place] for place, one in at_sites.items() if one.shares}
+        saved |= {
+            section.inputs[place] for place, site_memory in at_sites.items() if site_memory.shares
+        }
         if self._workload.scored:
-            for place, site in self._places.of(block):
+            for place, site in self._sites.of(block):
                 at_sites[place] = self._scored(site, at_sites.get(place, AtSite()))
-        extra = sum(one.kept for one in at_sites.values())
+        extra = sum(site_memory.saved for site_memory in at_sites.values())
         shared = {
             name: self._bytes(section, i)
-            for i in kept
+            for i in saved
             if (name := section.storages[i].shared) is not None
         }
         own = extra + sum(
-            self._bytes(section, i) for i in kept if section.storages[i].shared is None
+            self._bytes(section, i) for i in saved if section.storages[i].shared is None
         )
-        entry = self._bytes(section, section.entry) if section.entry in kept else 0
+        entry = self._bytes(section, section.entry) if section.entry in saved else 0
         working = working_bytes(section, entered, at_sites, self._size)
-        found = Kept(own, shared, entry, own - entry, working)
-        self._kept_of[key] = found
-        return found
+        block_memory = BlockMemory(own, shared, entry, own - entry, working)
+        self._block_memory[key] = block_memory
+        return block_memory
 
     def _at_site(self, site: Site, reached: bool) -> AtSite:
         load, tokens = self._workload, self._tokens
@@ -178,7 +182,7 @@ class Activations:
         back = site.n * tokens * load.itemsize * reached
         converted = (site.m + site.n * reached) * tokens * load.factor_itemsize * wide
         return AtSite(
-            kept=copies * site.n * tokens * load.factor_itemsize,
+            saved=copies * site.n * tokens * load.factor_itemsize,
             shares=not copies,
             passing=converted,
             input=back,
@@ -193,7 +197,7 @@ class Activations:
         copies = 1 + (load.factor_itemsize != load.itemsize)
         return replace(
             factors,
-            kept=factors.kept + numbers * load.itemsize,
+            saved=factors.saved + numbers * load.itemsize,
             passing=max(factors.passing, copies * numbers * load.factor_itemsize),
         )
 

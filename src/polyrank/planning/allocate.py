@@ -9,27 +9,27 @@ from dataclasses import dataclass
 
 from polyrank.errors import RankError
 from polyrank.lazy_torch import torch
+from polyrank.planning.choices import checked_rank_choices
 from polyrank.planning.importance import tied
-from polyrank.planning.levels import checked_levels
-from polyrank.planning.local_search import ROUNDING, Site, repair, worth
+from polyrank.planning.local_search import ROUNDING, SiteChoices, repair, worth
 
 
 def allocate(
     gain: Mapping[str, float],
     unit: Mapping[str, int],
     budget: int,
-    levels: Sequence[int],
+    choices: Sequence[int],
     limit: Mapping[str, int],
 ) -> dict[str, int]:
     """Return ranks r_s that make Σ_s gain_s·r_s large with Σ_s unit_s·r_s ≤ `budget`.
 
     `gain` is each site's importance *before* any division by cost (dividing here too would count
-    the cost twice [D]), `unit` the bytes of one rank there, `levels` the ranks Q that may be given
+    the cost twice [D]), `unit` the bytes of one rank there, `choices` the ranks Q that may be given
     beside 0, `limit` the largest rank of each site, min(m, n). A site without importance, or whose
-    limit is below the smallest level, gets 0.
+    limit is below the smallest choice, gets 0.
 
     HSplitLoRA's problem (arXiv 2505.02795 [S]), solved so [I]: sites by gain per byte, each at its
-    largest level that still fits; then single swaps, lowering one site and raising another (or
+    largest choice that still fits; then single swaps, lowering one site and raising another (or
     raising one alone), the best each time, until none helps. Where that stays away from what could
     be reached at most, the same with one of the most valuable sites served first. Where all sites
     cost the same, a table makes it exact.
@@ -37,8 +37,8 @@ def allocate(
     What is promised, OPT being the largest value possible [D, tested against brute force]:
 
     - value ≥ (1 − TIE)·(OPT − item), the item being the largest gain_s times a step between
-      neighbouring levels of that site (0 counts as a level): one level of one site. The same holds
-      with OPT of the relaxed problem, where ranks need not be levels.
+      neighbouring choices of that site (0 counts as a choice): one step of one site. The same holds
+      with OPT of the relaxed problem, where ranks need not be among the choices.
     - value ≥ (1 − TIE)·OPT where all sites cost the same, and where the budget affords all.
     - The same ranks for the same arguments; gains within `importance.TIE` of each other are ties
       and count as equal, and of equal sites the earlier ones get the larger ranks.
@@ -47,9 +47,9 @@ def allocate(
     the figures.
 
     Raises RankError for a negative budget, a unit below 1, and a gain that is negative or not
-    finite, naming the site; RecipeError for levels that `checked_levels` refuses.
+    finite, naming the site; RecipeError for choices that `checked_rank_choices` refuses.
     """
-    sites = _sites(gain, unit, checked_levels(levels), limit)
+    sites = _sites(gain, unit, checked_rank_choices(choices), limit)
     if budget < 0:
         raise RankError(f"allocate: expected a budget of at least 0 bytes, got {budget}")
     order = sorted(range(len(sites)), key=lambda i: (-sites[i].gain / sites[i].unit, i))
@@ -70,15 +70,15 @@ _NEAR = 1e-3
 """Nearer to the relaxed problem's optimum than this, relative to it, no more starts are tried."""
 
 _STARTS = 8
-"""How many sites are tried at their largest affordable level before all others."""
+"""The number of sites that are tried at their largest affordable choice before all others."""
 
 
 def _sites(
     gain: Mapping[str, float],
     unit: Mapping[str, int],
-    levels: tuple[int, ...],
+    choices: tuple[int, ...],
     limit: Mapping[str, int],
-) -> list[Site]:
+) -> list[SiteChoices]:
     for name, value in gain.items():
         if not (math.isfinite(value) and value >= 0):
             raise RankError(
@@ -90,15 +90,15 @@ def _sites(
                 f"allocate: expected at least 1 byte a rank at {name}, got {unit[name]}"
             )
     return [
-        Site(name, value, unit[name], (0, *levels[: bisect_right(levels, limit[name])]))
+        SiteChoices(name, value, unit[name], (0, *choices[: bisect_right(choices, limit[name])]))
         for name, value in tied(gain).items()
-        if value > 0 and limit[name] >= levels[0]
+        if value > 0 and limit[name] >= choices[0]
     ]
 
 
 @dataclass(frozen=True)
 class _Relaxed:
-    """The best where ranks need not be levels: its value, and the price of a byte there.
+    """The best value where ranks need not be among the choices, and the price of a byte there.
 
     Sites with more gain per byte than the price are at their top, those with less at 0.
     """
@@ -107,20 +107,20 @@ class _Relaxed:
     price: float
 
 
-def _relaxed(sites: Sequence[Site], order: Sequence[int], budget: int) -> _Relaxed:
+def _relaxed(sites: Sequence[SiteChoices], order: Sequence[int], budget: int) -> _Relaxed:
     value = 0.0
     for i in order:
         site = sites[i]
         affordable = budget / site.unit
-        if affordable < site.levels[-1]:
+        if affordable < site.choices[-1]:
             return _Relaxed(value + site.gain * affordable, site.gain / site.unit)
-        value += site.gain * site.levels[-1]
-        budget -= site.unit * site.levels[-1]
+        value += site.gain * site.choices[-1]
+        budget -= site.unit * site.choices[-1]
     return _Relaxed(value, 0.0)
 
 
-def _filled(sites: Sequence[Site], order: Sequence[int], budget: int) -> list[int]:
-    """Every site, in that order, at its largest level that still fits."""
+def _filled(sites: Sequence[SiteChoices], order: Sequence[int], budget: int) -> list[int]:
+    """Return every site, in that order, at its largest choice that still fits."""
     ranks = [0] * len(sites)
     for i in order:
         site = sites[i]
@@ -129,32 +129,32 @@ def _filled(sites: Sequence[Site], order: Sequence[int], budget: int) -> list[in
     return ranks
 
 
-def _largest(site: Site, budget: int) -> int:
-    return site.levels[bisect_right(site.levels, budget // site.unit) - 1]
+def _largest(site: SiteChoices, budget: int) -> int:
+    return site.choices[bisect_right(site.choices, budget // site.unit) - 1]
 
 
 def _forced(
-    sites: Sequence[Site], order: Sequence[int], ranks: list[int], budget: int
+    sites: Sequence[SiteChoices], order: Sequence[int], ranks: list[int], budget: int
 ) -> list[int]:
     """The best of these ranks and of new ones that serve one of the most valuable sites first.
 
-    Where one level takes much of the budget, filling by gain per byte may spend on small sites
+    Where one step takes much of the budget, filling by gain per byte may spend on small sites
     what a large one needed, and no single swap undoes several of them.
     """
     single = {i: sites[i].gain * _largest(sites[i], budget) for i in order}
     best, most = ranks, worth(sites, ranks)
     for first in sorted(order, key=lambda i: -single[i])[:_STARTS]:
         if ranks[first] * sites[first].gain < single[first]:
-            other = _filled(sites, [first, *(i for i in order if i != first)], budget)
-            repair(sites, other, budget)
-            found = worth(sites, other)
-            if found > most * (1 + ROUNDING):
-                best, most = other, found
+            tried = _filled(sites, [first, *(i for i in order if i != first)], budget)
+            repair(sites, tried, budget)
+            value = worth(sites, tried)
+            if value > most * (1 + ROUNDING):
+                best, most = tried, value
     return best
 
 
 def _exact(
-    sites: Sequence[Site], ranks: list[int], affordable: int, relaxed: _Relaxed
+    sites: Sequence[SiteChoices], ranks: list[int], affordable: int, relaxed: _Relaxed
 ) -> list[int]:
     """The best ranks where all sites cost the same, so that `affordable` ranks are shared out.
 
@@ -169,29 +169,29 @@ def _exact(
     settled: dict[int, int] = {}
     for i, site in enumerate(sites):
         wants_all = site.gain > price
-        step = site.levels[-1] - site.levels[-2] if wants_all else site.levels[1]
+        step = site.choices[-1] - site.choices[-2] if wants_all else site.choices[1]
         if abs(site.gain - price) * step >= gap * (1 + ROUNDING):
-            settled[i] = site.levels[-1] if wants_all else 0
+            settled[i] = site.choices[-1] if wants_all else 0
     open_sites = [i for i in range(len(sites)) if i not in settled]
-    found = _table([sites[i] for i in open_sites], affordable - sum(settled.values()))
-    other = [settled.get(i, 0) for i in range(len(sites))]
-    for i, rank in zip(open_sites, found, strict=True):
-        other[i] = rank
-    better = worth(sites, other) > worth(sites, ranks) * (1 + ROUNDING)
-    return other if better else ranks
+    table = _table([sites[i] for i in open_sites], affordable - sum(settled.values()))
+    combined = [settled.get(i, 0) for i in range(len(sites))]
+    for i, rank in zip(open_sites, table, strict=True):
+        combined[i] = rank
+    better = worth(sites, combined) > worth(sites, ranks) * (1 + ROUNDING)
+    return combined if better else ranks
 
 
-def _table(sites: Sequence[Site], affordable: int) -> list[int]:
+def _table(sites: Sequence[SiteChoices], affordable: int) -> list[int]:
     """The best ranks that sum to at most `affordable`, by dynamic programming.
 
     best[c] after a site: the most value of the sites so far with at most c ranks in all.
     """
-    spent = min(affordable, sum(site.levels[-1] for site in sites))
+    spent = min(affordable, sum(site.choices[-1] for site in sites))
     best = torch.zeros(spent + 1, dtype=torch.float64)
     chosen = torch.zeros(len(sites), spent + 1, dtype=torch.int32)
     for s, site in enumerate(sites):
         before = best.clone()
-        for level in site.levels[1:]:
+        for level in site.choices[1:]:
             if level > spent:
                 break
             candidate = before[: spent + 1 - level] + site.gain * level
@@ -205,11 +205,11 @@ def _table(sites: Sequence[Site], affordable: int) -> list[int]:
     return ranks
 
 
-def _order(sites: Sequence[Site], ranks: list[int]) -> None:
+def _order(sites: Sequence[SiteChoices], ranks: list[int]) -> None:
     """Give equal sites their ranks from the largest down, in order, in place."""
-    equal: dict[Site, list[int]] = {}
+    equal: dict[SiteChoices, list[int]] = {}
     for i, site in enumerate(sites):
-        equal.setdefault(Site("", site.gain, site.unit, site.levels), []).append(i)
+        equal.setdefault(SiteChoices("", site.gain, site.unit, site.choices), []).append(i)
     for members in equal.values():
         falling = sorted((ranks[i] for i in members), reverse=True)
         for i, rank in zip(members, falling, strict=True):

@@ -1,4 +1,4 @@
-"""What planning knows of a model's inside: parameters, matrix products, what autograd keeps.
+"""A model's inside, as planning knows it: parameters, matrix products, what autograd saves.
 
 A model is blocks and an end (final norm, output embedding). Each distinct kind of them is a
 `Section`: a small copy of its autograd graph, whose nodes say what they keep and what they
@@ -44,7 +44,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Saved:
     """A storage that a node keeps; with `needs`, only for the gradient of that input."""
 
     storage: int
@@ -63,7 +63,7 @@ class Node:
     """
 
     inputs: tuple[int, ...]
-    kept: tuple[Kept, ...] = ()
+    saved: tuple[Saved, ...] = ()
     product: Size | None = None
     backward: float | None = None
     attention: bool = False
@@ -91,42 +91,42 @@ class Section:
         `entered` says whether the entering hidden states need a gradient, `adapted` names the
         linear modules with factors.
         """
-        found: list[bool] = []
+        alive: list[bool] = []
         for node in self.nodes:
-            found.append(
-                node.site in adapted or any(self._lives(i, entered, found) for i in node.inputs)
+            alive.append(
+                node.site in adapted or any(self._lives(i, entered, alive) for i in node.inputs)
             )
-        return tuple(found)
+        return tuple(alive)
 
     @staticmethod
-    def _lives(index: int, entered: bool, found: list[bool]) -> bool:
-        return entered if index == ENTRY else found[index]
+    def _lives(index: int, entered: bool, alive: list[bool]) -> bool:
+        return entered if index == ENTRY else alive[index]
 
-    def kept(self, entered: bool, adapted: Set[str]) -> frozenset[int]:
+    def saved(self, entered: bool, adapted: Set[str]) -> frozenset[int]:
         """Return the storages that the frozen model's own operations keep."""
-        return frozenset[int]().union(*self.kept_by_node(entered, adapted))
+        return frozenset[int]().union(*self.saved_by_node(entered, adapted))
 
-    def kept_by_node(self, entered: bool, adapted: Set[str]) -> list[set[int]]:
+    def saved_by_node(self, entered: bool, adapted: Set[str]) -> list[set[int]]:
         """Return the storages that each node keeps; none where nothing goes back through it."""
-        found = list(self.alive(entered, adapted))
+        alive = list(self.alive(entered, adapted))
         return [
             {
-                kept.storage
-                for kept in node.kept
-                if kept.needs is None or self._lives(node.inputs[kept.needs], entered, found)
+                saved.storage
+                for saved in node.saved
+                if saved.needs is None or self._lives(node.inputs[saved.needs], entered, alive)
             }
-            if any(self._lives(i, entered, found) for i in node.inputs)
+            if any(self._lives(i, entered, alive) for i in node.inputs)
             else set()
             for node in self.nodes
         ]
 
     def reached(self, entered: bool, adapted: Set[str]) -> frozenset[str]:
         """Return the linear modules whose input needs a gradient."""
-        found = list(self.alive(entered, adapted))
+        alive = list(self.alive(entered, adapted))
         return frozenset(
             node.site
             for node in self.nodes
-            if node.site is not None and any(self._lives(i, entered, found) for i in node.inputs)
+            if node.site is not None and any(self._lives(i, entered, alive) for i in node.inputs)
         )
 
 

@@ -1,4 +1,4 @@
-"""How much memory the backward pass through a block takes beside what the forward pass kept."""
+"""The memory of the backward pass through a block, beside what the forward pass saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AtSite:
     the site's input, to which the frozen matrix's own will be added.
     """
 
-    kept: int = 0
+    saved: int = 0
     shares: bool = False
     passing: int = 0
     input: int = 0
@@ -37,11 +37,11 @@ def working_bytes(
     gradient of the section's result is counted. What blocks share is never freed.
     """
     lives = section.alive(entered, adapted.keys())
-    kept = section.kept_by_node(entered, adapted.keys())
+    saved = section.saved_by_node(entered, adapted.keys())
     for i, node in enumerate(section.nodes):
         if node.site is not None and node.site in adapted and adapted[node.site].shares:
-            kept[i].add(section.inputs[node.site])
-    users = Counter(storage for held in kept for storage in held)
+            saved[i].add(section.inputs[node.site])
+    users = Counter(storage for storages in saved for storage in storages)
     gradients = _Gradients()
     freed = most = carried = 0
     root = len(section.nodes) - 1
@@ -65,10 +65,10 @@ def working_bytes(
         most = max(most, gradients.now + carried + passing - freed)
         gradients.drop(i)
         if factors is not None:
-            carried, freed = factors.input, freed + factors.kept
+            carried, freed = factors.input, freed + factors.saved
         elif not node.passes:
             carried = 0
-        for storage in kept[i]:
+        for storage in saved[i]:
             users[storage] -= 1
             if not users[storage] and section.storages[storage].shared is None:
                 freed += size(section.storages[storage].size)
@@ -108,10 +108,10 @@ class _Gradients:
         """Let what was added go."""
         self._added = 0
 
-    def share(self, node: int, other: int) -> None:
+    def share(self, node: int, earlier: int) -> None:
         """Give another node the gradient of this one."""
-        if other not in self._of:
-            self._of[other] = self._of[node]
+        if earlier not in self._of:
+            self._of[earlier] = self._of[node]
             self._holders[self._of[node]] += 1
 
     def drop(self, node: int) -> None:

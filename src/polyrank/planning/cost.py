@@ -1,4 +1,4 @@
-"""What training costs: memory, operations, bytes and time, from a model's anatomy alone.
+"""The costs of training: memory, operations, bytes and time, from a model's anatomy alone.
 
     costs = CostModel(anatomy, spec, Workload(batch=4, length=512, targets=128))
     costs.memory(ranks, Split(8)).total      # bytes at the client
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from polyrank.errors import ModelError
-from polyrank.planning.activations import Activations, Held
+from polyrank.planning.activations import Activations, PeakMemory
 from polyrank.planning.anatomy import Anatomy
 from polyrank.planning.cut import CutPoint
 from polyrank.planning.operations import Arithmetic, Operations
@@ -97,13 +97,17 @@ class CostModel:
         """Return the bytes of the base that the server holds for clients of this cut."""
         if cut is None:
             return 0
-        held = cut.at_server(self.spec.blocks)
-        return self.anatomy.parameters(held) * self.workload.itemsize
+        blocks_at_server = cut.at_server(self.spec.blocks)
+        return self.anatomy.parameters(blocks_at_server) * self.workload.itemsize
 
-    def _memory(self, weights: int, ranks: Ranks, blocks: frozenset[int], held: Held) -> Memory:
+    def _memory(
+        self, weights: int, ranks: Ranks, blocks: frozenset[int], activations: PeakMemory
+    ) -> Memory:
         factors = self._places.factors(ranks, blocks) * self.workload.factor_itemsize
         copies = self.workload.moments + self.workload.proximal
-        return Memory(weights, factors, factors, copies * factors, held.stays, held.passes)
+        return Memory(
+            weights, factors, factors, copies * factors, activations.stays, activations.passes
+        )
 
     def operations(self, ranks: Ranks, cut: CutPoint | None) -> Operations:
         """Return the operations of an optimizer step, forward and backward."""
@@ -132,7 +136,7 @@ class CostModel:
 
         A round downloads the client's factors, takes its steps and uploads the factors.
         """
-        spent, dealt = self.operations(ranks, cut), self.adapter_bytes(ranks, cut)
+        spent, sent = self.operations(ranks, cut), self.adapter_bytes(ranks, cut)
         clock = Clock(device, server)
         step = step_seconds(
             clock,
@@ -142,5 +146,5 @@ class CostModel:
             messages(self.workload, cut),
             self.workload.under_way,
         )
-        whole = clock.down(dealt.down, 1) + steps * step + clock.up(dealt.up, 1)
+        whole = clock.down(sent.down, 1) + steps * step + clock.up(sent.up, 1)
         return Seconds(step, whole, clock.ignored)

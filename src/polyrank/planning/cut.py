@@ -1,4 +1,4 @@
-"""Where a client's model is cut."""
+"""The point at which a client's model is cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine offers a run: memory, arithmetic, links; and some real ones by name."""
+"""Devices: the memory, arithmetic and links that a machine offers; some real ones by name."""
 
 from __future__ import annotations
 
@@ -196,12 +196,12 @@ def device(
 
     Raises RecipeError with the nearest names for one that is in neither.
     """
-    mine = own or {}
-    if name in mine:
-        return mine[name]
+    described = own or {}
+    if name in described:
+        return described[name]
     if name in PUBLISHED:
         return PUBLISHED[name].profile(name, dtype)
-    known = [*mine, *PUBLISHED]
+    known = [*described, *PUBLISHED]
     near = difflib.get_close_matches(name, known, n=3)
     meant = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {known};"
     raise RecipeError(

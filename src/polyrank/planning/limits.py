@@ -1,4 +1,4 @@
-"""What the owner of a device consents to, which no plan for it goes beyond."""
+"""Limits that the owner of a device sets and that its plans respect."""
 
 from __future__ import annotations
 

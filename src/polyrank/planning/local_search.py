@@ -1,4 +1,4 @@
-"""Single swaps: one site lowered, another raised, as long as that gains."""
+"""Local search by single swaps: one site lowered, another raised, as long as that gains."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
-class Site:
-    """A site that can get a rank: its gain (ties made equal), bytes per rank, and levels from 0."""
+class SiteChoices:
+    """A site that can get a rank: its gain (ties made equal), bytes per rank, choices from 0."""
 
     name: str
     gain: float
     unit: int
-    levels: tuple[int, ...]
+    choices: tuple[int, ...]
 
 
-def worth(sites: Sequence[Site], ranks: Sequence[int]) -> float:
+def worth(sites: Sequence[SiteChoices], ranks: Sequence[int]) -> float:
     """Return Σ gain·rank."""
     return sum(site.gain * rank for site, rank in zip(sites, ranks, strict=True))
 
 
-def repair(sites: Sequence[Site], ranks: list[int], budget: int) -> None:
+def repair(sites: Sequence[SiteChoices], ranks: list[int], budget: int) -> None:
     """Make the best single swap, in place, until none gains.
 
     Sites of one cost, one set of levels and one present rank differ in their gain alone: the least
@@ -37,35 +37,35 @@ def repair(sites: Sequence[Site], ranks: list[int], budget: int) -> None:
         raises = _Raises(sites, ranks)
         best, swap = 0.0, None
         for loss, freed, lowered, to in [(0.0, 0, -1, 0), *_lowerings(sites, ranks)]:
-            found = raises.best(left + freed, lowered)
-            if found is not None and found[0] - loss > best:
-                best, swap = found[0] - loss, (lowered, to, *found[1:])
+            raised_by = raises.best(left + freed, lowered)
+            if raised_by is not None and raised_by[0] - loss > best:
+                best, swap = raised_by[0] - loss, (lowered, to, *raised_by[1:])
         if swap is None or best <= ROUNDING * worth(sites, ranks):
             return
-        lowered, to, raised, level = swap
-        for i, rank in ((lowered, to), (raised, level)):
+        lowered, to, raised, rank_to = swap
+        for i, rank in ((lowered, to), (raised, rank_to)):
             if i >= 0:
                 left -= (rank - ranks[i]) * sites[i].unit
                 ranks[i] = rank
 
 
-def _kinds(sites: Sequence[Site], ranks: Sequence[int]) -> Iterator[list[int]]:
+def _kinds(sites: Sequence[SiteChoices], ranks: Sequence[int]) -> Iterator[list[int]]:
     """Sites that differ in their gain alone, the largest gain first, ties in order."""
     kinds: dict[tuple[int, int, int], list[int]] = {}
     for i, site in enumerate(sites):
-        kinds.setdefault((site.unit, len(site.levels), ranks[i]), []).append(i)
+        kinds.setdefault((site.unit, len(site.choices), ranks[i]), []).append(i)
     for members in kinds.values():
         members.sort(key=lambda i: -sites[i].gain)
         yield members
 
 
 def _lowerings(
-    sites: Sequence[Site], ranks: Sequence[int]
+    sites: Sequence[SiteChoices], ranks: Sequence[int]
 ) -> Iterator[tuple[float, int, int, int]]:
     """(gain lost, bytes freed, site, its new level) of the cheapest lowerings."""
     for members in _kinds(sites, ranks):
         last = members[-1]
-        for level in sites[last].levels:
+        for level in sites[last].choices:
             if level >= ranks[last]:
                 break
             down = ranks[last] - level
@@ -75,11 +75,11 @@ def _lowerings(
 class _Raises:
     """The best raising of one site for any number of bytes."""
 
-    def __init__(self, sites: Sequence[Site], ranks: Sequence[int]) -> None:
+    def __init__(self, sites: Sequence[SiteChoices], ranks: Sequence[int]) -> None:
         options: list[tuple[int, float, int, int]] = []
         for members in _kinds(sites, ranks):
             for i in members[:2]:  # the second in case the first is the one that is lowered
-                for level in sites[i].levels:
+                for level in sites[i].choices:
                     up = level - ranks[i]
                     if up > 0:
                         options.append((sites[i].unit * up, sites[i].gain * up, i, level))

@@ -1,4 +1,4 @@
-"""How many operations an optimizer step takes on each side."""
+"""Operations of an optimizer step on each side of a cut."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Operations:
 class Arithmetic:
     """The operations of one model's training under one workload."""
 
-    def __init__(self, anatomy: Anatomy, places: SiteIndex, workload: Workload):
-        self._anatomy, self._places, self._workload = anatomy, places, workload
+    def __init__(self, anatomy: Anatomy, sites: SiteIndex, workload: Workload):
+        self._anatomy, self._places, self._workload = anatomy, sites, workload
         self._spent_of: dict[tuple[int, bool, frozenset[str]], tuple[int, int, frozenset[str]]] = {}
         self._tokens = workload.batch * workload.length
         self._end = anatomy.end.section(workload.length)
@@ -91,18 +91,18 @@ class Arithmetic:
             (
                 i
                 for i, node in enumerate(section.nodes)
-                if node.kept or node.product or node.site in adapted
+                if node.saved or node.product or node.site in adapted
             ),
             default=0,
         )
         for i, (node, is_alive) in enumerate(zip(section.nodes, lives, strict=True)):
             if node.product is None:
                 continue
-            one = node.product.at(load.batch, load.length, load.batch * load.targets)
-            forward = one * (1 + (back and i < end))
+            product_ops = node.product.at(load.batch, load.length, load.batch * load.targets)
+            forward = product_ops * (1 + (back and i < end))
             inputs = sum(entered if j < 0 else lives[j] for j in node.inputs)
             per_pass = inputs if node.backward is None else node.backward
-            spent = forward + (one * per_pass if is_alive else 0)
+            spent = forward + (product_ops * per_pass if is_alive else 0)
             total += spent
             attention += spent if node.attention else 0
         return round(total), round(attention)

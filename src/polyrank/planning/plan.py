@@ -13,7 +13,7 @@ from polyrank.planning.cost import Memory, Operations, Seconds, WireBytes
 from polyrank.planning.cut import CutPoint
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.fleet import Fleet, LoRAType
-from polyrank.planning.levels import checked_levels
+from polyrank.planning.rank_choices import checked_rank_choices
 from polyrank.settings import check
 
 
@@ -37,7 +37,7 @@ class PlanSettings:
     def __post_init__(self) -> None:
         check(self, "plan")
         if self.levels is not None:
-            checked_levels(self.levels)
+            checked_rank_choices(self.levels)
 
     def possible_cuts(self, blocks: int) -> list[CutPoint]:
         """Return the cuts of a model of so many blocks, the fewest at the client first."""

@@ -1,4 +1,4 @@
-"""Who trains what: ranks and a cut for every device, from its budgets."""
+"""The planner: ranks and a cut for every device, from its budgets."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from polyrank.planning.cost import CostModel
 from polyrank.planning.cut import CutPoint
 from polyrank.planning.devices import DeviceProfile
 from polyrank.planning.importance import Scores
-from polyrank.planning.levels import derived_levels
 from polyrank.planning.limits import NONE, Limits
 from polyrank.planning.plan import Plan, PlanSettings, in_units
+from polyrank.planning.rank_choices import derived_rank_choices
 from polyrank.planning.search import Ranks, Search
 from polyrank.planning.sharing import ByImportance, Even, Sharing
 from polyrank.planning.spec import ModelSpec
@@ -71,7 +71,7 @@ class Planner:
         search = Search(
             self.cost,
             self.settings,
-            self.levels(list(devices.values()), list(within.values())),
+            self.rank_choices(list(devices.values()), list(within.values())),
             self._units,
             sharing,
             self._predicted,
@@ -80,24 +80,24 @@ class Planner:
             at_once=self._at_once,
             shared=self._shared,
         )
-        searches = {one: search.within(one) for one in set(within.values())}
+        searches = {limit: search.within(limit) for limit in set(within.values())}
         made: dict[tuple[DeviceProfile, Limits], Plan] = {}
-        found = {}
+        plans = {}
         for name, device in devices.items():
             alike = replace(device, name=""), within[name]  # Many clients may have the same.
             if alike not in made:
                 made[alike] = self._within(searches[within[name]], search, device, within[name])
-            found[name] = replace(made[alike], device=device)
-        return found
+            plans[name] = replace(made[alike], device=device)
+        return plans
 
-    def levels(
+    def rank_choices(
         self, devices: Sequence[DeviceProfile], limits: Sequence[Limits] | None = None
     ) -> tuple[int, ...]:
         """Return Q: as given, or derived from what the devices have beside a whole model.
 
-        Derived levels stay below a quarter of the smaller side of the widest matrix [I]: beyond,
-        factors are hardly thinner than the matrix. A device with `limits`, of each one in order,
-        asks for no level above its largest rank.
+        Derived choices stay below a quarter of the smaller side of the widest matrix [I]: beyond,
+        factors are hardly thinner than the matrix. A device with `limits`, given in the same order,
+        asks for no choice above its largest rank.
         """
         given = self.settings.levels
         if given is not None:
@@ -114,17 +114,19 @@ class Planner:
         for device, own in zip(devices, limits or [NONE] * len(devices), strict=True):
             spare = max(0, device.memory_bytes - base)
             by_rank.setdefault(own.largest_rank, []).append(spare)
-        found = [
-            derived_levels(spare, self._units, {s: Limits(rank).rank(limit[s]) for s in limit})
+        derived = [
+            derived_rank_choices(
+                spare, self._units, {s: Limits(rank).rank(limit[s]) for s in limit}
+            )
             for rank, spare in (by_rank or {None: []}).items()
         ]
-        return max(found, key=len)
+        return max(derived, key=len)
 
     def largest(self, devices: Sequence[DeviceProfile], limits: Sequence[Limits]) -> dict[str, int]:
         """Return, per site, the largest rank that any plan of these devices may come to have."""
-        top, blocks = self.levels(devices, limits)[-1], self.spec.blocks
-        own = max(one.rank(top) for one in limits)
-        cuts = [cut for one in set(limits) for cut in self._cuts(one)]
+        top, blocks = self.rank_choices(devices, limits)[-1], self.spec.blocks
+        own = max(limit.rank(top) for limit in limits)
+        cuts = [cut for limit in set(limits) for cut in self._cuts(limit)]
         behind = {block for cut in cuts for block in cut.at_server(blocks)}
         return {
             site.name: min(top if site.block in behind else own, *site.shape)
@@ -142,8 +144,8 @@ class Planner:
         by_shape: dict[tuple[int, int], int] = {}
         for site in self.spec.sites:
             if site.shape not in by_shape:
-                one, two = (self.cost.memory({site.name: r}, None).total for r in (1, 2))
-                by_shape[site.shape] = two - one
+                at_one, at_two = (self.cost.memory({site.name: r}, None).total for r in (1, 2))
+                by_shape[site.shape] = at_two - at_one
         return {site.name: by_shape[site.shape] for site in self.spec.sites}
 
     @cached_property
@@ -184,7 +186,7 @@ class Planner:
     ) -> Iterator[str]:
         """Say to what as little as possible of the limits is to be changed, up to the looser."""
         if looser.largest_rank != limits.largest_rank:
-            yield f"limits.largest_rank = {search.levels[0]}"
+            yield f"limits.largest_rank = {search.choices[0]}"
         if looser.labels_may_leave != limits.labels_may_leave:
             yield "limits.labels_may_leave = true"
         if looser.lowest_cut != limits.lowest_cut:

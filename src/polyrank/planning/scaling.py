@@ -1,4 +1,4 @@
-"""How strongly a LoRA product counts at each rank: α and s in ΔW = s·B A."""
+"""LoRA's scale at each rank: α and s in ΔW = s·B A."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search for a device's plan: which cuts, how deep, which ranks."""
+"""The search for a device's plan: cuts, depths and ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Search:
         self,
         cost: CostModel,
         settings: PlanSettings,
-        levels: tuple[int, ...],
+        choices: tuple[int, ...],
         units: Mapping[str, int],
         sharing: Sharing,
         predict: Predict,
@@ -45,7 +45,7 @@ class Search:
         at_once: int,
         shared: bool,
     ):
-        self.sharing, self.levels = sharing, levels
+        self.sharing, self.choices = sharing, choices
         self._cost, self._settings, self._units, self._predict = cost, settings, units, predict
         self._server, self._base, self._at_once, self._shared = server, base, at_once, shared
         self._sites = cost.spec.sites
@@ -58,10 +58,10 @@ class Search:
 
     def within(self, limits: Limits) -> Search:
         """Return the same for devices with these limits; what the server trains stays the same."""
-        found = copy(self)
-        found.cuts = limits.cuts(self._all_cuts, self._cost.spec.blocks)
-        found._own_limit = {site: limits.rank(most) for site, most in self._limit.items()}
-        return found
+        limited = copy(self)
+        limited.cuts = limits.cuts(self._all_cuts, self._cost.spec.blocks)
+        limited._own_limit = {site: limits.rank(most) for site, most in self._limit.items()}
+        return limited
 
     # --- what is tried ---
 
@@ -96,7 +96,7 @@ class Search:
         tail = {} if cut is None else self.tail(cut)
         options = [tail]
         if not tail:
-            level = self.levels[0]
+            level = self.choices[0]
             fit = [site for site in self._own(cut) if level <= self._own_limit[site.name]]
             last = max((site.block for site in fit), default=0)
             options = [{site.name: level} for site in fit if site.block == last]
@@ -171,7 +171,7 @@ class Search:
         where: tuple[object, ...],
     ) -> dict[str, int]:
         """Return ranks at these sites that fill the bytes; twice, for what empty sites leave."""
-        found: dict[str, int] = {}
+        filled: dict[str, int] = {}
         sites = tuple(site.name for site in eligible)
         for _ in range(2):
             none, more = self._slope(needed, sites, where)
@@ -180,11 +180,11 @@ class Search:
             most = {site: limit[site] for site in sites}
             ranks = self._fitting(needed, budget, budget - none, units, most)
             if not ranks:
-                return found
+                return filled
             if tuple(ranks) == sites:
                 return ranks
-            found, sites = ranks, tuple(ranks)
-        return found
+            filled, sites = ranks, tuple(ranks)
+        return filled
 
     def _slope(
         self, needed: Callable[[Ranks], int], sites: tuple[str, ...], where: tuple[object, ...]
@@ -192,8 +192,8 @@ class Search:
         """Return the bytes with all these sites trained, less ranks, and those of one rank more."""
         key = (*where, sites)
         if key not in self._slopes:
-            one, two = (needed(dict.fromkeys(sites, rank)) for rank in (1, 2))
-            self._slopes[key] = (2 * one - two, two - one)
+            at_one, at_two = (needed(dict.fromkeys(sites, rank)) for rank in (1, 2))
+            self._slopes[key] = (2 * at_one - at_two, at_two - at_one)
         return self._slopes[key]
 
     def _fitting(
@@ -208,8 +208,8 @@ class Search:
         for _ in range(_TRIES):
             if left <= 0:
                 return {}
-            found = self.sharing.ranks(units, left, self.levels, limit)
-            ranks = {site: rank for site, rank in found.items() if rank}
+            given = self.sharing.ranks(units, left, self.choices, limit)
+            ranks = {site: rank for site, rank in given.items() if rank}
             over = needed(ranks) - budget
             if over <= 0:
                 return ranks
@@ -229,15 +229,15 @@ class Search:
 
     def excess(self, plan: Plan) -> dict[str, float]:
         """Return the budgets that a plan exceeds, and what it would need of them."""
-        found: dict[str, float] = {}
+        exceeded: dict[str, float] = {}
         if plan.memory.total > plan.device.memory_bytes:
-            found["memory"] = plan.memory.total
+            exceeded["memory"] = plan.memory.total
         if plan.cut is not None and self._needed_at_server(plan.cut) > self._server:
-            found["server"] = self._needed_at_server(plan.cut)
+            exceeded["server"] = self._needed_at_server(plan.cut)
         bound = self._settings.seconds
         if bound is not None and plan.seconds.round > bound:
-            found["seconds"] = plan.seconds.round
-        return found
+            exceeded["seconds"] = plan.seconds.round
+        return exceeded
 
 
 def _spread(values: Sequence[int]) -> list[int]:

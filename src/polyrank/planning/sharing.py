@@ -1,4 +1,4 @@
-"""How a client's bytes are shared out among sites: evenly, by importance, or by spectra."""
+"""Ways to share out a client's bytes among sites: evenly, by importance, or by spectra."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sharing(Protocol):
         self,
         units: Mapping[str, int],
         budget: int,
-        levels: Sequence[int],
+        choices: Sequence[int],
         limit: Mapping[str, int],
     ) -> dict[str, int]:
         """Return ranks r with Σ units·r ≤ budget, none above its limit; 0 for none."""
@@ -42,10 +42,10 @@ class Even:
         self,
         units: Mapping[str, int],
         budget: int,
-        levels: Sequence[int],
+        choices: Sequence[int],
         limit: Mapping[str, int],
     ) -> dict[str, int]:
-        return even(units, budget, levels, limit)
+        return even(units, budget, choices, limit)
 
     def worth(self, ranks: Mapping[str, int]) -> Worth:
         """Return how many sites are trained; then Σ rank."""
@@ -72,10 +72,10 @@ class ByImportance:
         self,
         units: Mapping[str, int],
         budget: int,
-        levels: Sequence[int],
+        choices: Sequence[int],
         limit: Mapping[str, int],
     ) -> dict[str, int]:
-        return allocate({s: self._gain(s) for s in units}, units, budget, levels, limit)
+        return allocate({s: self._gain(s) for s in units}, units, budget, choices, limit)
 
     def worth(self, ranks: Mapping[str, int]) -> Worth:
         """Return Σ gain·rank."""
@@ -83,14 +83,14 @@ class ByImportance:
 
 
 def even(
-    units: Mapping[str, int], budget: int, levels: Sequence[int], limit: Mapping[str, int]
+    units: Mapping[str, int], budget: int, choices: Sequence[int], limit: Mapping[str, int]
 ) -> dict[str, int]:
     """Return ranks that spread bytes over sites of which nothing is known.
 
-    All sites are brought to the first level, in order, then to the next, as far as the bytes go.
+    All sites are brought to the first choice, in order, then to the next, as far as the bytes go.
     """
     ranks = dict.fromkeys(units, 0)
-    for level in levels:
+    for level in choices:
         for site, unit in units.items():
             more = unit * (level - ranks[site])
             if level <= limit[site] and more <= budget:
@@ -111,15 +111,15 @@ class BySpectrum:
         self,
         units: Mapping[str, int],
         budget: int,
-        levels: Sequence[int],
+        choices: Sequence[int],
         limit: Mapping[str, int],
     ) -> dict[str, int]:
-        """Return ranks that need not be levels: from the smallest, if it fits, to the largest."""
-        top = {site: min(levels[-1], most) for site, most in limit.items()}
+        """Return ranks, also between the choices: from the smallest, if it fits, to the largest."""
+        top = {site: min(choices[-1], most) for site, most in limit.items()}
         given = {site: list(self.sigma.get(site, ()))[: top[site]] for site in units}
-        return spectrum(given, units, budget, levels[0], top)
+        return spectrum(given, units, budget, choices[0], top)
 
     def worth(self, ranks: Mapping[str, int]) -> Worth:
         """Return Σ σ² over the directions kept; then Σ rank."""
-        kept = (value**2 for s, rank in ranks.items() for value in self.sigma.get(s, ())[:rank])
-        return math.fsum(kept), float(sum(ranks.values()))
+        energies = (value**2 for s, rank in ranks.items() for value in self.sigma.get(s, ())[:rank])
+        return math.fsum(energies), float(sum(ranks.values()))

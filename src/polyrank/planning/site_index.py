@@ -27,8 +27,8 @@ class SiteIndex:
 
     def active(self, block: int, ranks: Ranks) -> dict[str, int]:
         """Return the ranks of a block's adapted sites by their places."""
-        found = {place: ranks.get(site.name, 0) for place, site in self._sites[block]}
-        return {place: rank for place, rank in found.items() if rank}
+        ranks_here = {place: ranks.get(site.name, 0) for place, site in self._sites[block]}
+        return {place: rank for place, rank in ranks_here.items() if rank}
 
     def factors(self, ranks: Ranks, blocks: Iterable[int]) -> int:
         """Return the numbers in the factors of some blocks."""

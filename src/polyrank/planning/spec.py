@@ -1,4 +1,4 @@
-"""What planning knows of a model: its sites and sizes, never its weights."""
+"""A model as planning knows it: its sites and sizes, never its weights."""
 
 from __future__ import annotations
 

@@ -64,13 +64,15 @@ class Clock:
 
     def up(self, nbytes: int, messages: int) -> float:
         """Return the seconds of messages to the server."""
-        own, other = self._device.up, self._server.down
-        return self._over(nbytes, "device.up", _slower(own, other)) + messages * self._latency
+        own, server_side = self._device.up, self._server.down
+        return self._over(nbytes, "device.up", _slower(own, server_side)) + messages * self._latency
 
     def down(self, nbytes: int, messages: int) -> float:
         """Return the seconds of messages to the client."""
-        own, other = self._device.down, self._server.up
-        return self._over(nbytes, "device.down", _slower(own, other)) + messages * self._latency
+        own, server_side = self._device.down, self._server.up
+        return (
+            self._over(nbytes, "device.down", _slower(own, server_side)) + messages * self._latency
+        )
 
     @property
     def _latency(self) -> float:
@@ -119,6 +121,6 @@ def step_seconds(
     return overlapped(stages, under_way) + clock.up(0, 1) + clock.down(0, 1)
 
 
-def _slower(one: float | None, other: float | None) -> float | None:
-    given = [rate for rate in (one, other) if rate is not None]
+def _slower(first: float | None, second: float | None) -> float | None:
+    given = [rate for rate in (first, second) if rate is not None]
     return min(given, default=None)

@@ -56,10 +56,10 @@ def step_traffic(workload: Workload, hidden: int, cut: CutPoint | None) -> WireB
     """
     if cut is None:
         return WireBytes(0, 0)
-    one = microbatch(workload, hidden, labels=cut.upper is None)
-    up, down = one.activations, one.gradients
+    frames = microbatch(workload, hidden, labels=cut.upper is None)
+    up, down = frames.activations, frames.gradients
     if cut.upper is not None:
-        up, down = up + one.gradients, down + one.middle
+        up, down = up + frames.gradients, down + frames.middle
     count = workload.accumulation
     return WireBytes(count * up + FRAME, count * down + FRAME)
 

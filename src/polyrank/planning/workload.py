@@ -1,4 +1,4 @@
-"""What one optimizer step is made of."""
+"""The work of one optimizer step: rows, tokens, precision."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class Planning:
     @property
     def levels(self) -> tuple[int, ...]:
         """The ranks that plans choose from."""
-        return self.planner.levels([*self.devices.values()], [*self._within.values()])
+        return self.planner.rank_choices([*self.devices.values()], [*self._within.values()])
 
     @property
     def _within(self) -> dict[str, Limits]:

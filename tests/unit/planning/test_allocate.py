@@ -4,8 +4,8 @@ import pytest
 
 from polyrank.errors import RankError, RecipeError
 from polyrank.planning.allocate import allocate
-from polyrank.planning.levels import checked_levels, derived_levels
-from polyrank.planning.local_search import Site, repair
+from polyrank.planning.local_search import SiteChoices, repair
+from polyrank.planning.rank_choices import checked_rank_choices, derived_rank_choices
 from polyrank.planning.spectrum import spectrum
 
 AB = {"a": 1, "b": 1}
@@ -32,14 +32,14 @@ def test_a_swap_repairs_what_filling_by_gain_per_byte_spoiled():
 
 def test_a_swap_lowers_one_site_for_another_where_that_gains():
     """Of 9 bytes a takes 8 and b 1, worth 4.6; a at 2 leaves 5 for b, worth 2 + 3."""
-    sites = [Site("a", 1.0, 2, (0, 2, 4)), Site("b", 0.6, 1, (0, 1, 5))]
+    sites = [SiteChoices("a", 1.0, 2, (0, 2, 4)), SiteChoices("b", 0.6, 1, (0, 1, 5))]
     ranks = [4, 1]
     repair(sites, ranks, 9)
     assert ranks == [2, 5]
 
 
 def test_a_swap_never_lowers_what_it_raises():
-    sites = [Site("a", 1.0, 1, (0, 1, 4))]
+    sites = [SiteChoices("a", 1.0, 1, (0, 1, 4))]
     ranks = [1]
     repair(sites, ranks, 4)
     assert ranks == [4]
@@ -113,20 +113,20 @@ def test_arguments_that_cannot_be_are_refused_by_name():
 )
 def test_levels_are_whole_rising_and_each_once(levels, told):
     with pytest.raises(RecipeError, match=f"my.levels: .*{told}"):
-        checked_levels(levels, "my.levels")
+        checked_rank_choices(levels, "my.levels")
 
 
 def test_good_levels_come_back_as_they_are():
-    assert checked_levels([1, 3, 200]) == (1, 3, 200)
+    assert checked_rank_choices([1, 3, 200]) == (1, 3, 200)
 
 
 def test_derived_levels_are_powers_of_two_up_to_what_the_richest_can_spend():
     unit, limit = {"a": 1, "b": 1}, {"a": 64, "b": 64}
-    assert derived_levels([2, 22], unit, limit) == (1, 2, 4, 8, 16)  # 11 each, so up to 16
-    assert derived_levels([16], unit, limit) == (1, 2, 4, 8)  # 8 each exactly
-    assert derived_levels([10**6], unit, limit) == (1, 2, 4, 8, 16, 32, 64)
-    assert derived_levels([10**6], unit, {"a": 48, "b": 20}) == (1, 2, 4, 8, 16, 32)
-    assert derived_levels([1, 0], unit, limit) == (1,)
+    assert derived_rank_choices([2, 22], unit, limit) == (1, 2, 4, 8, 16)  # 11 each, so up to 16
+    assert derived_rank_choices([16], unit, limit) == (1, 2, 4, 8)  # 8 each exactly
+    assert derived_rank_choices([10**6], unit, limit) == (1, 2, 4, 8, 16, 32, 64)
+    assert derived_rank_choices([10**6], unit, {"a": 48, "b": 20}) == (1, 2, 4, 8, 16, 32)
+    assert derived_rank_choices([1, 0], unit, limit) == (1,)
 
 
 def test_with_derived_levels_the_richest_client_can_spend_its_budget():
@@ -134,14 +134,14 @@ def test_with_derived_levels_the_richest_client_can_spend_its_budget():
     unit, limit = {f"s{i}": 7 for i in range(10)}, {f"s{i}": 512 for i in range(10)}
     gain = {site: 1.0 + i for i, site in enumerate(unit)}
     for budget in range(70, 2000, 61):
-        levels = derived_levels([budget], unit, limit)
+        levels = derived_rank_choices([budget], unit, limit)
         ranks = allocate(gain, unit, budget, levels, limit)
         assert budget - sum(7 * rank for rank in ranks.values()) < 7 * max(1, levels[-1] // 2)
 
 
 def test_levels_cannot_be_derived_from_nothing():
     with pytest.raises(RecipeError, match=r"plan\.levels.*without a client and a site"):
-        derived_levels([], {"a": 1}, {"a": 1})
+        derived_rank_choices([], {"a": 1}, {"a": 1})
 
 
 def test_ranks_go_where_they_keep_most_energy_per_byte():

@@ -168,9 +168,9 @@ def test_even_ranks_rise_level_by_level() -> None:
 
 def test_derived_levels_stay_below_a_quarter_of_the_matrix() -> None:
     plans = planner(PlanSettings())
-    levels = plans.levels([DeviceProfile("d", 2**40)])
+    levels = plans.rank_choices([DeviceProfile("d", 2**40)])
     assert levels == (1, 2, 4)  # The widest matrix here is 16 on its smaller side.
-    assert plans.levels([DeviceProfile("d", 1)]) == (1,)
+    assert plans.rank_choices([DeviceProfile("d", 1)]) == (1,)
 
 
 def test_a_fleet_of_devices_gets_ranks_and_cuts() -> None:

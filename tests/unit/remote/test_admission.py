@@ -156,9 +156,9 @@ def test_a_refusal_names_the_limit_alone_that_keeps_a_device_out():
 def test_derived_levels_do_not_go_beyond_the_largest_rank_of_the_richest():
     poor, rich = DeviceProfile("poor", FULL // 2), DeviceProfile("rich", 2**40)
     made = planner(PlanSettings())
-    assert made.levels([poor, rich]) == made.levels([poor, rich], [Limits(), Limits()])
-    assert made.levels([poor, rich], [Limits(), Limits(3)]) == (1, 2)
-    assert made.levels([rich, rich], [Limits(1), Limits(2)]) == (1, 2)
+    assert made.rank_choices([poor, rich]) == made.rank_choices([poor, rich], [Limits(), Limits()])
+    assert made.rank_choices([poor, rich], [Limits(), Limits(3)]) == (1, 2)
+    assert made.rank_choices([rich, rich], [Limits(1), Limits(2)]) == (1, 2)
 
 
 def test_the_server_keeps_what_some_plan_may_come_to_have():

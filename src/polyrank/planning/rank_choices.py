@@ -1,4 +1,4 @@
-"""The ranks that an allocation may give: the levels Q."""
+"""The ranks Q that an allocation chooses from; a recipe calls them `plan.levels`."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from itertools import pairwise
 from polyrank.errors import RecipeError
 
 
-def checked_levels(levels: Sequence[int], place: str = "plan.levels") -> tuple[int, ...]:
+def checked_rank_choices(choices: Sequence[int], place: str = "plan.levels") -> tuple[int, ...]:
     """Return Q as given.
 
     Raises RecipeError, naming `place`, if it is empty, holds something else than whole numbers of
     at least 1, or is not strictly rising.
     """
     expected = "expected ranks of at least 1, rising, each once, such as [1, 2, 4, 8]"
-    if isinstance(levels, (str, bytes)) or not isinstance(levels, Sequence):
-        raise RecipeError(f"{place}: {expected}; got {levels!r}")
-    if not levels:
+    if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
+        raise RecipeError(f"{place}: {expected}; got {choices!r}")
+    if not choices:
         raise RecipeError(f"{place}: {expected}; got none. Leave the key out to have them derived")
-    for level in levels:
+    for level in choices:
         if isinstance(level, bool) or not isinstance(level, int) or level < 1:
-            raise RecipeError(f"{place}: {expected}; got {level!r} in {list(levels)}")
-    for lower, upper in pairwise(levels):
+            raise RecipeError(f"{place}: {expected}; got {level!r} in {list(choices)}")
+    for lower, upper in pairwise(choices):
         if lower == upper:
-            raise RecipeError(f"{place}: {expected}; got {lower} twice in {list(levels)}")
+            raise RecipeError(f"{place}: {expected}; got {lower} twice in {list(choices)}")
         if lower > upper:
-            raise RecipeError(f"{place}: {expected}; got {lower} before {upper} in {list(levels)}")
-    return tuple(levels)
+            raise RecipeError(f"{place}: {expected}; got {lower} before {upper} in {list(choices)}")
+    return tuple(choices)
 
 
-def derived_levels(
+def derived_rank_choices(
     budgets: Sequence[int], unit: Mapping[str, int], limit: Mapping[str, int]
 ) -> tuple[int, ...]:
     """Return Q for a fleet whose clients have these bytes for adapters: powers of two [I].
@@ -57,10 +57,10 @@ def derived_levels(
             "plan.levels: cannot be derived without a client and a site; give them, e.g. [1, 2, 4]"
         )
     allowed = max(limit[site] for site in unit)
-    levels = [1]
-    while _everywhere(levels[-1], unit, limit) < max(budgets) and 2 * levels[-1] <= allowed:
-        levels.append(2 * levels[-1])
-    return tuple(levels)
+    choices = [1]
+    while _everywhere(choices[-1], unit, limit) < max(budgets) and 2 * choices[-1] <= allowed:
+        choices.append(2 * choices[-1])
+    return tuple(choices)
 
 
 def _everywhere(rank: int, unit: Mapping[str, int], limit: Mapping[str, int]) -> int:
