@@ -7,9 +7,10 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import fields, is_dataclass
+from importlib.abc import SourceLoader
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -17,7 +18,7 @@ from polyrank.aggregation.rule import Rule
 from polyrank.errors import RuleError
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Z]\w*")
-_FOLDERS: ContextVar[tuple[str, ...] | None] = ContextVar("folders", default=None)
+_FOLDERS: ContextVar[list[str] | None] = ContextVar("folders", default=None)
 
 
 def is_custom(name: str) -> bool:
@@ -33,19 +34,29 @@ def code_allowed(*folders: str) -> Iterator[None]:
     """Let rules of the form ``module:Class`` be imported while the context is entered.
 
     Modules are looked for where Python looks for them, and last in these folders, so that nothing
-    in them takes the place of an installed module. What is imported runs with all rights of the
-    process: allow it for recipes that you trust, as you would run a script.
+    in them takes the place of an installed module; a recipe that is read meanwhile adds its own
+    folder. What is imported runs with all rights of the process: allow it for recipes that you
+    trust, as you would run a script.
     """
-    added = [folder for folder in folders if folder not in sys.path]
-    sys.path.extend(added)
-    token = _FOLDERS.set(folders)
+    before, token = [*sys.path], _FOLDERS.set([])
     try:
+        for folder in reversed(folders):
+            code_beside(folder)
         yield
     finally:
+        added = _FOLDERS.get() or []
         _FOLDERS.reset(token)
-        for folder in added:
-            if folder in sys.path:
-                sys.path.remove(folder)
+        sys.path[:] = [p for p in sys.path if p in before or p not in added]
+
+
+def code_beside(folder: str) -> None:
+    """Where code is allowed, let it be looked for in this folder too, before the others."""
+    folders = _FOLDERS.get()
+    if folders is not None and folder not in folders:
+        first = next((i for i, path in enumerate(sys.path) if path in folders), len(sys.path))
+        folders.insert(0, folder)
+        if folder not in sys.path:
+            sys.path.insert(first, folder)
 
 
 def custom_rule(name: str, options: Mapping[str, Any]) -> Rule:
@@ -83,7 +94,7 @@ def _class(name: str) -> type[Rule]:
             raise RuleError(f"{place}: module {module_name!r} needs {error.name!r}") from error
         raise RuleError(
             f"{place}: expected a module {module_name!r} that is installed or in one of "
-            f"{[*folders]}; there is none"
+            f"{folders}; there is none"
         ) from None
     except Exception as error:
         raise RuleError(
@@ -102,11 +113,15 @@ def _class(name: str) -> type[Rule]:
     return kind
 
 
-def _check_origin(place: str, name: str, loaded: str | None, folders: tuple[str, ...]) -> None:
-    """Raise RuleError if another module of that name is in one of the folders."""
-    spec = PathFinder.find_spec(name.partition(".")[0], [*folders])
+def _check_origin(place: str, name: str, loaded: str | None, folders: list[str]) -> None:
+    """Raise RuleError if another module of that name, with other contents, is in the folders."""
+    spec = PathFinder.find_spec(name.partition(".")[0], folders)
     if spec is None or spec.origin is None or "." in name or spec.origin == loaded:
         return
+    if isinstance(spec.loader, SourceLoader) and loaded is not None:
+        with suppress(OSError):
+            if spec.loader.get_data(spec.origin) == spec.loader.get_data(loaded):
+                return
     raise RuleError(
         f"{place}: module {name!r} is imported from {loaded} already, and there is another one at "
         f"{spec.origin}; give it a name that no other module has"

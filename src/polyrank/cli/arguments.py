@@ -50,8 +50,9 @@ AllowCode = Annotated[
     typer.Option(
         "--allow-code",
         callback=_allow_code,
-        help="Run the recipe's own rule, aggregation.rule = module:Class, from this folder or an "
-        "installed module. It runs with your rights: allow it for recipes that you trust.",
+        help="Run the recipe's own rule, aggregation.rule = module:Class, from a file beside the "
+        "recipe or here, or installed. It runs with your rights: allow it for recipes that you "
+        "trust.",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -117,13 +118,16 @@ def flower_app(
 ) -> None:
     """Write a recipe as a Flower app, to simulate, or to run on other machines."""
     from polyrank import config
-    from polyrank.config.app import OWN, own_keys
+    from polyrank.aggregation import code_allowed
+    from polyrank.config.app import ALLOW_CODE, OWN, own_keys
     from polyrank.flower.app_folder import write_app
 
     given = overrides or []
     of_recipe = [override for override in given if not override.startswith(OWN)]
     of_app = own_keys([override for override in given if override.startswith(OWN)])
-    written = write_app(config.read(recipe, of_recipe), folder, own=of_app)
+    code = of_app[ALLOW_CODE]
+    with code_allowed(str(code)) if code else nullcontext():
+        written = write_app(config.read(recipe, of_recipe), folder, own=of_app)
     typer.echo(f"{folder}: a Flower app")
     for line in (*written.notes, *written.next):
         typer.echo(line)

@@ -20,6 +20,8 @@ PLACE = "run config"
 OWN = "app."
 """Keys that begin so are the app's own, not the recipe's."""
 
+ALLOW_CODE = "app.allow-code"
+
 EVERYWHERE = ("0.0.0.0", "[::]")
 """Hosts to listen on that are no address for clients."""
 
@@ -61,6 +63,9 @@ class AppSettings:
     machines."""
     allow_inexact: bool = False
     """Resume in another environment; bytes may differ."""
+    allow_code: str = ""
+    """A folder on the server from which the recipe's rule, `aggregation.rule = "module:Class"`, may
+    be imported. Left out, no such code is run. Clients never import it."""
     split: SplitServer = SplitServer()
 
 

@@ -49,12 +49,12 @@ def to_run_config(recipe: Recipe) -> dict[str, Scalar]:
     }
 
 
-def from_run_config(flat: RunConfig) -> Recipe:
+def from_run_config(flat: RunConfig, *, at_server: bool = True) -> Recipe:
     """Return the recipe that a run config stands for, checked as `polyrank.config.read` does.
 
     The app's own keys are passed over, keys that are missing are left out. Raises RecipeError for
     unknown keys, for a recipe that cannot be, and for both keys of a pair of which a recipe gives
-    one: which of them is the newer does not show.
+    one: which of them is the newer does not show. Away from the server the rule is not built.
     """
     found = [
         f"{key}: unknown key{_nearest(key, _KEYS)}"
@@ -73,7 +73,7 @@ def from_run_config(flat: RunConfig) -> Recipe:
     for name in ("model", "data", "fleet"):
         content.setdefault(name, {})
     resolve_sources(content, Path())
-    return checked(content, PLACE)
+    return checked(content, PLACE, at_server=at_server)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polyrank.aggregation.custom import code_beside
 from polyrank.config.baselines import with_baseline
 from polyrank.config.data import CLIENT
 from polyrank.config.recipe import Recipe
@@ -48,7 +49,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     A file of that name comes before a shipped recipe.
     Values are TOML (``local.lr=1e-3``, ``fleet.types={T1 = 4}``); what is not valid TOML is taken
     as a string (``control=weakest``), and nothing (``control=``) takes a key back to its default.
-    Folders and files are looked for beside the recipe, then here; those of overrides only here.
+    Folders and files are looked for beside the recipe, then here; those of overrides only here. A
+    rule of the user's own (``module:Class``) is imported only within `code_allowed`.
 
     Raises RecipeError for a missing or malformed file, unknown keys (with the nearest known one),
     wrong types and impossible values, all that are found at once.
@@ -62,6 +64,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{place}: not valid TOML: {error}") from error
     resolve_sources(content, file.parent, Path())
+    code_beside(str(file.parent.resolve()))
     for override in overrides:
         _override(content, override)
     resolve_sources(content, Path())
@@ -84,11 +87,14 @@ def _file(path: Path) -> Path:
     )
 
 
-def checked(content: Mapping[str, Any], place: str) -> Recipe:
-    """Return the recipe, validated, and its parts built once; RecipeError as for `read`."""
+def checked(content: Mapping[str, Any], place: str, *, at_server: bool = True) -> Recipe:
+    """Return the recipe, validated, and its parts built once; RecipeError as for `read`.
+
+    Away from the server the rule is not built: its code need not be there.
+    """
     recipe = parse(content, place)
     try:
-        recipe.check()
+        recipe.check(at_server=at_server)
     except PolyrankError as error:
         raise RecipeError(f"{place}: {error}") from error
     return recipe

@@ -155,8 +155,11 @@ class Recipe:
             pooled=self.data.pooled,
         )
 
-    def check(self) -> None:
-        """Build every part that needs neither model nor data, so that mistakes show at once."""
+    def check(self, *, at_server: bool = True) -> None:
+        """Build every part that needs neither model nor data, so that mistakes show at once.
+
+        Away from the server the rule is not built: its code need not be there.
+        """
         sparse = self.local.resolved.sparse_rounds
         if sparse >= self.rounds:
             raise RecipeError(
@@ -180,7 +183,8 @@ class Recipe:
             self.profiles()
         else:
             self._check_baseline()
-        self.rule()  # Last: rules compute, and importing what they compute with takes a while.
+        if at_server:
+            self.rule()  # Last: rules compute, and importing what they compute with takes a while.
 
     def _check_baseline(self) -> None:
         """Raise RecipeError if the baseline needs what a recipe without a plan does not give."""

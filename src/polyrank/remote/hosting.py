@@ -42,7 +42,7 @@ def client_node(run_config: Mapping[str, Scalar], node_config: Mapping[str, Scal
 @lru_cache(maxsize=2)
 def _client_node(run_config: str, node_config: str) -> ClientNode:
     flat, node = json.loads(run_config), json.loads(node_config)
-    recipe = from_run_config(flat)
+    recipe = from_run_config(flat, at_server=False)
     if CLIENT in node:
         return _deployed(recipe, read_client(Path(str(node[CLIENT])).expanduser()))
     if PARTITION in node and PARTITIONS in node:
@@ -146,4 +146,4 @@ class _SharedInProcess:
 
 @lru_cache(maxsize=1)
 def _shared_in_process(run_config: str) -> _SharedInProcess:
-    return _SharedInProcess(from_run_config(json.loads(run_config)))
+    return _SharedInProcess(from_run_config(json.loads(run_config), at_server=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+from polyrank.aggregation import is_custom
 from polyrank.config import Recipe
 from polyrank.errors import FolderExistsError, InterruptedRunError, RunError
 from polyrank.run import Run, storage
@@ -157,9 +160,21 @@ def _opened(
     if resume:
         return federation.resume(folder, allow_inexact=invocation.allow_inexact)
     files = {RECIPE: recipe.to_toml(), FLEET: fleet_json(federation, parts.left_out)}
+    files |= own_code(recipe.aggregation.rule)
     if parts.base is not None:  # The same base on the same data was evaluated before.
         files[BASE] = parts.base
     return federation.open(folder, files)
+
+
+def own_code(rule: str) -> dict[str, str]:
+    """Return the module of a rule of the user's own, to lie beside the recipe in a run's folder.
+
+    A rule in a package is not copied: the package is installed, or is found where it was.
+    """
+    module, _, _ = rule.partition(":")
+    if not is_custom(rule) or "." in module:
+        return {}
+    return {f"{module}.py": inspect.getsource(importlib.import_module(module))}
 
 
 def difference(summary: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, Any]:
