@@ -1,4 +1,4 @@
-"""Clients from tasks: who has which examples, and who is held out."""
+"""Clients from tasks: each client's examples, and the clients that are held out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One client's examples, split into training, validation and test."""
+"""A client's examples divided into training, validation and test."""
 
 from __future__ import annotations
 

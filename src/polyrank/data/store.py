@@ -1,4 +1,4 @@
-"""Examples on disk: as many as there are, memory takes a few bytes for each."""
+"""Examples on disk, for which memory takes a few bytes each."""
 
 from __future__ import annotations
 

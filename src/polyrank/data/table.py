@@ -1,4 +1,4 @@
-"""The columns that a partition goes by, in few bytes an example."""
+"""The columns by which a partition divides tasks, in few bytes an example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Templates: how a prompt and its input are put to a model, and what ends the answer."""
+"""Templates: the text in which a prompt and its input reach a model, and the answer's end."""
 
 from __future__ import annotations
 

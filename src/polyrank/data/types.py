@@ -1,4 +1,4 @@
-"""The records that data is made of, from a source's row to a batch of token ids."""
+"""The records of data, from a source's row to a batch of token ids."""
 
 from __future__ import annotations
 

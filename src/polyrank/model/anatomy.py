@@ -1,4 +1,4 @@
-"""What a model's training keeps and multiplies, read off a copy without weights.
+"""A model's anatomy for planning, read off a copy without weights.
 
     module = meta_model("folder-with-only-a-config.json", "bfloat16")
     anatomy = anatomy_of(module)

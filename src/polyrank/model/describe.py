@@ -1,4 +1,4 @@
-"""What planning is told of a model, also on the meta device, where weights take no memory."""
+"""A model's sites and sizes for planning, also on the meta device without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA's dropout with masks that depend on nothing but the slot's own work."""
+"""LoRA's dropout, with masks that depend on the slot's own work alone."""
 
 from __future__ import annotations
 

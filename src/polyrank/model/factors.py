@@ -1,4 +1,4 @@
-"""What low-rank slots train at one site: K pairs of factors."""
+"""The trained factors of low-rank slots at one site: K pairs."""
 
 from __future__ import annotations
 

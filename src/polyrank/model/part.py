@@ -1,4 +1,4 @@
-"""Reading only the weights of some blocks of a model; the others take no memory.
+"""Loading some blocks of a model; the others take no memory.
 
 The model is made on the meta device, and transformers' own loader is given the tensors of the
 chosen blocks and no others, so that names are mapped and dtypes converted as for a whole model.

@@ -1,4 +1,4 @@
-"""Whose rows a batch holds, and how they are brought into one block per slot and back."""
+"""Routing: the slots that a batch's rows belong to, and blocks of rows per slot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which matrices of a model can be adapted, and which of them are chosen.
+"""The matrices of a model that can be adapted, and the choice among them.
 
 Nothing here knows an architecture: the decoder blocks are found as the list of as many modules as
 the configuration counts layers, and sites are the linear modules inside them.

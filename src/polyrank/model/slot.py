@@ -1,4 +1,4 @@
-"""A client's place in a cohort, and what it must be like to fit the model."""
+"""A slot: one client's place in a cohort, and its checks against the model."""
 
 from __future__ import annotations
 

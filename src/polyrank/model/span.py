@@ -1,4 +1,4 @@
-"""Which blocks of a model a machine holds."""
+"""A span: the blocks of a model that a machine holds."""
 
 from __future__ import annotations
 

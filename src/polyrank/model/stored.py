@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, read straight into their own memory, when they are asked for.
+"""Tensors in safetensors files, read into their own memory when they are asked for.
 
 `safe_open` reads through a buffer as large as the tensor or maps the file, and either counts as
 memory of the process while a model is loaded; here nothing is held but the tensors.

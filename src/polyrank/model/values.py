@@ -1,4 +1,4 @@
-"""What sparse slots train at one site: K vectors of values at given positions of the matrix."""
+"""The trained values of sparse slots at one site: K vectors at given positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What dense slots train at one site: K whole matrices."""
+"""The trained matrices of dense slots at one site: K whole ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which order a client sees its examples, and how several clients' rows become one batch."""
+"""The order of a client's examples, and one batch from the rows of several clients."""
 
 from __future__ import annotations
 

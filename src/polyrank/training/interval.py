@@ -1,4 +1,4 @@
-"""How often importance is measured: what it costs on this machine, and how to bound that."""
+"""The interval at which importance is measured, from its cost on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A client's way through its examples, and the numbers that it reports."""
+"""A client's job: its progress through its examples, and the numbers that it reports."""
 
 from __future__ import annotations
 
