@@ -4,12 +4,16 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import models
 import polyrank
+from polyrank.config.app import app_settings
+from polyrank.config.flower import from_run_config
+from polyrank.errors import RecipeError
 from polyrank.model import load_model
 from runs import adapter_bytes, command, write_recipe, write_tasks
 
@@ -52,7 +56,8 @@ def test_the_commands_run_inspect_resume_and_export_and_are_refused_without_the_
     (folder / "my_rules.py").write_text("raise SystemExit\n", encoding="utf-8")
     text = (own / "recipe.toml").read_text(encoding="utf-8")
     (own / "recipe.toml").write_text(text.replace("rounds = 1", "rounds = 2"), encoding="utf-8")
-    for line in (inspect, resume, export):
+    assert ran(folder, inspect).code == 0, "nothing of the rule is run"
+    for line in (resume, export):
         refused = ran(folder, line, "--allow-code")
         assert refused.code == 1, line
         assert "--allow-code" in refused.err
@@ -91,11 +96,6 @@ def test_an_app_is_made_only_with_the_servers_folder_and_its_clients_import_noth
     assert made.code == 0, made.err
 
     config = folder / "own-app" / "pyproject.toml"
-    import tomllib
-
-    from polyrank.config.flower import app_settings, from_run_config
-    from polyrank.errors import RecipeError
-
     flat = _flat(tomllib.loads(config.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"])
     assert app_settings(flat).allow_code == str(code)
     recipe = from_run_config(flat, at_server=False)

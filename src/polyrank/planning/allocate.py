@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from polyrank.errors import RankError
 from polyrank.lazy_torch import torch
-from polyrank.planning.choices import checked_rank_choices
 from polyrank.planning.importance import tied
 from polyrank.planning.local_search import ROUNDING, SiteChoices, repair, worth
+from polyrank.planning.rank_choices import checked_rank_choices
 
 
 def allocate(

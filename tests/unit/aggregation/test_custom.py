@@ -103,6 +103,9 @@ def test_two_modules_of_one_name_are_not_mixed_up(folder, tmp_path):
     (other / "own_rules.py").write_text(OWN)
     with code_allowed(str(folder)):
         rule("own_rules:Renamed")
+    with code_allowed(str(other)):  # a copy, as a run's folder keeps it
+        rule("own_rules:Renamed")
+    (other / "own_rules.py").write_text(OWN + "CONSTANT = 4\n")
     with code_allowed(str(other)), pytest.raises(RuleError, match=r"another one at .*other"):
         rule("own_rules:Renamed")
 
