@@ -71,6 +71,7 @@ def test_the_commands_run_inspect_resume_and_export_and_are_refused_without_the_
 
 def test_the_python_of_the_page_runs(folder, monkeypatch, capsys):
     sizes = {"hidden_size": 208, "intermediate_size": 208, "num_hidden_layers": 1}
+    sizes |= {"max_position_embeddings": 128}  # room for generated answers
     models.write_tiny(folder / "wide", num_key_value_heads=4, **sizes)
     write_tasks(folder / "tasks.jsonl", tasks=30)
     monkeypatch.setattr(
@@ -80,6 +81,7 @@ def test_the_python_of_the_page_runs(folder, monkeypatch, capsys):
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "my_rules", raising=False)
     exec(PYTHON, {})
+    del sys.modules["my_rules"]
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert (folder / "out" / "adapter_config.json").is_file()
 
