@@ -255,7 +255,7 @@ def test_a_run_with_a_client_that_cannot_take_part_begins_nothing(recipe, tmp_pa
         ("plan.levels=[]", r"plan\.levels: .*got none"),
         ("plan.levels=[4, 2]", r"plan\.levels: .*4 before 2"),
         ("plan.levels=[64]", r"plan\.levels: the smallest, 64"),
-        ("plan.every=0", r"plan\.every: expected auto or at least 1"),
+        ("plan.every=0", r"plan\.every: expected 'auto' or a whole number, at least 1"),
         ("plan.every=-3", r"plan\.every"),
         ("plan.threshold=-0.1", r"plan\.threshold"),
         ("plan.seconds=0", r"plan\.seconds"),

@@ -77,7 +77,9 @@ def _explain(
         return f"expected {bounds(key.annotation)}, got {_shown(value)}"
     if item["type"] == "finite_number":
         return f"expected a finite number, got {_shown(value)}"
-    return f"expected {key.words}, got {_shown(value)}{_quotes(key, value)}"
+    within = bounds(key.annotation) if type(value) is int else ""  # A choice of types tells none.
+    told = ", ".join(part for part in (key.words, within) if part)
+    return f"expected {told}, got {_shown(value)}{_quotes(key, value)}"
 
 
 def _suggestion(kind: type, where: str, noun: str) -> str:
