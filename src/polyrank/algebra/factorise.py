@@ -126,22 +126,22 @@ def _checked(terms: Iterable[LowRank]) -> Iterator[LowRank]:
 
 def _gather(terms: Iterator[LowRank], thin: float) -> LowRank | Tensor:
     """Return the stack, or the dense sum as soon as the stack is no longer thin."""
-    held: list[LowRank] = []
+    gathered: list[LowRank] = []
     rank = 0
     for term in terms:
-        held.append(term)
+        gathered.append(term)
         rank += term.rank
         if rank > thin * min(term.shape):
             del term
-            return accumulate(chain(_drained(held), terms))
-    return _stack(_drained(held))
+            return accumulate(chain(_drained(gathered), terms))
+    return _stack(_drained(gathered))
 
 
-def _drained(held: list[LowRank]) -> Iterator[LowRank]:
-    """Yield what is held, letting go of each term before the next is asked for."""
-    held.reverse()
-    while held:
-        yield held.pop()
+def _drained(gathered: list[LowRank]) -> Iterator[LowRank]:
+    """Yield the terms in order, keeping no reference to a term once the next is asked for."""
+    gathered.reverse()
+    while gathered:
+        yield gathered.pop()
 
 
 def _stack(terms: Iterator[LowRank]) -> LowRank:

@@ -43,7 +43,7 @@ def codec(name: str) -> Codec:
 def number_formats() -> MappingProxyType[int, NumberFormat]:
     """Return the number formats of all codecs, by the number that frames give them."""
     codecs = [codec(name) for name in CODECS]
-    used = [each for one in codecs for each in (one.activations, one.gradients)]
+    used = [each for pair in codecs for each in (pair.activations, pair.gradients)]
     return MappingProxyType({each.number: each for each in used})
 
 

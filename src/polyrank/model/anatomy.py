@@ -114,8 +114,8 @@ def anatomy_of(
     if isinstance(source, LoadedModel):
         source = source.module
     if isinstance(source, PreTrainedModel):
-        held = next(name for name, kind in DTYPES.items() if kind == source.dtype)
-        module = meta_model(source.config, dtype or held)
+        own_dtype = next(name for name, kind in DTYPES.items() if kind == source.dtype)
+        module = meta_model(source.config, dtype or own_dtype)
     else:
         module = meta_model(source, dtype or "float32", revision=revision)
     return _anatomy(module)
@@ -233,7 +233,7 @@ def _sections(
     sections = []
     for part in range(len(chosen) + 1):
         recorded = [run.sections[part] for run in runs]
-        if len({one.form for one in recorded}) != 1:
+        if len({section.form for section in recorded}) != 1:
             raise ModelError(
                 f"{type(module).__name__}: its computation depends on the batch in more than size; "
                 "its costs cannot be foreseen. Give every client its ranks yourself"
@@ -245,12 +245,12 @@ def _sections(
 def _section(recorded: list[Recorded], lengths: list[int]) -> Section:
     like = recorded[0]
     sizes = [
-        _fit([one.storages[i].nbytes for one in recorded], lengths)
+        _fit([section.storages[i].nbytes for section in recorded], lengths)
         for i in range(len(like.storages))
     ]
     nodes = []
     for i, node in enumerate(like.nodes):
-        products = [one.nodes[i].product for one in recorded]
+        products = [section.nodes[i].product for section in recorded]
         nodes.append(
             Node(
                 inputs=node.inputs,
@@ -259,12 +259,12 @@ def _section(recorded: list[Recorded], lengths: list[int]) -> Section:
                 backward=node.backward,
                 attention=node.attention,
                 site=node.site,
-                nbytes=_fit([one.nodes[i].nbytes for one in recorded], lengths),
+                nbytes=_fit([section.nodes[i].nbytes for section in recorded], lengths),
                 passes=node.passes,
             )
         )
     storages = tuple(
-        Storage(size, one.shared) for size, one in zip(sizes, like.storages, strict=True)
+        Storage(size, storage.shared) for size, storage in zip(sizes, like.storages, strict=True)
     )
     return Section(tuple(nodes), storages, dict(like.inputs), like.entry)
 

@@ -118,11 +118,11 @@ class Cohort:
         self._storage = SlotStorage(len(self.slots), size, self.dtype, self.model.device)
         self._columns = {"a": slice(0, split), "b": slice(split, None)}
         trained = {name for slot in self.slots for name in TRAINED[slot.train]}
-        found: dict[str, Trained] = {}
+        by_site: dict[str, Trained] = {}
         a_from, b_from = 0, split
         for site, rank in ranks.items():
             m, n = shapes[site]
-            found[site] = Factors(
+            by_site[site] = Factors(
                 site,
                 self._storage.leaf(a_from, rank, n, trained="a" in trained),
                 self._storage.leaf(b_from, rank, m, trained="b" in trained),
@@ -134,7 +134,7 @@ class Cohort:
                 [(slot.dropout, slot.seed) for slot in self.slots],
             )
             a_from, b_from = a_from + rank * n, b_from + rank * m
-        return found
+        return by_site
 
     def _sparse(self) -> dict[str, Trained]:
         """Lay the values of all slots into one row of numbers each."""
@@ -145,13 +145,13 @@ class Cohort:
         total = sum(counts.values())
         self._storage = SlotStorage(len(self.slots), total, self.dtype, self.model.device)
         self._columns = {"values": slice(0, None)}
-        found: dict[str, Trained] = {}
+        by_site: dict[str, Trained] = {}
         first = 0
         for site, count in counts.items():
             starts = [slot.start[site] for slot in self.slots]
-            found[site] = Values(self._storage.leaf(first, count), starts)
+            by_site[site] = Values(self._storage.leaf(first, count), starts)
             first += count
-        return found
+        return by_site
 
     def _whole(self) -> dict[str, Trained]:
         """Lay the matrices of all slots into one row of numbers each."""
@@ -164,20 +164,20 @@ class Cohort:
         total = sum(shapes[site][0] * shapes[site][1] for site in present)
         self._storage = SlotStorage(len(self.slots), total, self.dtype, self.model.device)
         self._columns = {"matrix": slice(0, None)}
-        found: dict[str, Trained] = {}
+        by_site: dict[str, Trained] = {}
         first = 0
         for site in sorted(shapes):
             m, n = shapes[site]
             rows = m if site in present else 0
             starts = [slot.start[site] for slot in self.slots]
-            found[site] = Whole(self._storage.leaf(first, rows, n), starts)
+            by_site[site] = Whole(self._storage.leaf(first, rows, n), starts)
             first += rows * n
-        return found
+        return by_site
 
     def _penalised(self) -> list[tuple[str, Tensor, Tensor]]:
         """Return the strengths and the ranks to keep of all slots, per site with a penalty."""
         named = sorted({s for slot in self.slots if slot.penalty for s in slot.penalty.keep})
-        found = []
+        penalties = []
         for site in named:
             terms = [
                 (slot.penalty.strength, slot.penalty.keep[site])
@@ -188,8 +188,8 @@ class Cohort:
             strengths = torch.tensor([strength for strength, _ in terms], dtype=self.dtype)
             keeps = torch.tensor([keep for _, keep in terms])
             device = self.model.device
-            found.append((site, strengths.to(device), keeps.to(device)))
-        return found
+            penalties.append((site, strengths.to(device), keeps.to(device)))
+        return penalties
 
     def __enter__(self) -> Cohort:
         with ExitStack() as attached:

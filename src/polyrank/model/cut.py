@@ -52,9 +52,9 @@ class Cut:
 
     def __init__(self, model: LoadedModel, lower: int, upper: int | None = None):
         self.model, self.lower, self.upper = model, lower, upper
-        found = find_blocks(model.module)
-        self._blocks = found.modules
-        self._outside = outside(model.module, found)
+        blocks = find_blocks(model.module)
+        self._blocks = blocks.modules
+        self._outside = outside(model.module, blocks)
         self._place = type(model.module).__name__
         count = len(self._blocks)
         for name, cut in (("cut", lower), ("upper cut", upper)):
@@ -73,7 +73,7 @@ class Cut:
                 f"{self._place}: one module stands for several blocks; expected blocks of their "
                 "own. Such a model cannot be cut"
             )
-        self._refuse_ties(found.prefix)
+        self._refuse_ties(blocks.prefix)
         self._form: _Form | None = None
 
     @property

@@ -243,15 +243,15 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device(next(name for name, is_there in usable.items() if is_there()))
     try:
-        found = torch.device(device)
+        torch_device = torch.device(device)
     except RuntimeError as error:
         raise ModelError(
             f"model.device: expected auto, cpu, cuda or mps, got {device!r}"
         ) from error
-    if found.type not in usable or not usable[found.type]():
+    if torch_device.type not in usable or not usable[torch_device.type]():
         here = [name for name, is_there in usable.items() if is_there()]
         raise ModelError(f"model.device: {device!r} is not usable here; there is {here}")
-    return found
+    return torch_device
 
 
 def _is_absent(block: nn.Module) -> bool:

@@ -171,8 +171,8 @@ def _files(name: str, revision: str | None, names: _Names) -> list[Path]:
     """Return the files that hold needed tensors: those that an index names, or the only one."""
 
     def locate(file: str, **options: Any) -> Path | None:
-        found = cached_file(name, file, revision=revision, **options)
-        return None if found is None else Path(found)
+        cached = cached_file(name, file, revision=revision, **options)
+        return None if cached is None else Path(cached)
 
     single = locate(SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     if single is not None:

@@ -101,7 +101,7 @@ class Recorded:
     def form(self) -> object:
         """What must be equal for all batches."""
         nodes = tuple((n.name, n.inputs, n.saved, n.site, n.backward) for n in self.nodes)
-        return nodes, tuple(one.shared for one in self.storages), self.inputs, self.entry
+        return nodes, tuple(storage.shared for storage in self.storages), self.inputs, self.entry
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def record(
 
 
 class _Attention(torch.autograd.Function):
-    """Stands for the fused attention kernel: keeps what that keeps."""
+    """Stands in for the fused attention kernel; saves the same tensors for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class _Attention(torch.autograd.Function):
         if value.shape[-1] != query.shape[-1]:
             out = query.new_empty(*query.shape[:-1], value.shape[-1])
         exponents = query.new_empty(rows, heads, length, dtype=torch.float32)
-        added = [_as_added(one, query) for one in mask]
+        added = [_as_added(tensor, query) for tensor in mask]
         ctx.save_for_backward(query, key, value, out, exponents, *added)
         pairs = length * key.shape[2] if mask or length == 1 else length * (length + 1) // 2
         ctx.product = 2 * rows * heads * pairs * (query.shape[-1] + value.shape[-1])
@@ -395,13 +395,13 @@ def _product(node: Any, name: str) -> int:
 
 
 def _saved(node: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a node keeps, with its name there."""
+    """Yield the name and the value of each tensor that a node saves for the backward pass."""
     for what in dir(node):
         if what == "saved_tensors" or (what.startswith("_saved_") and what != "_saved_tensors"):
             value = getattr(node, what)
-            for one in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(one, Tensor):
-                    yield what.removeprefix("_saved_"), one
+            for item in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(item, Tensor):
+                    yield what.removeprefix("_saved_"), item
 
 
 def _in_order(root: Any) -> list[Any]:
@@ -409,15 +409,15 @@ def _in_order(root: Any) -> list[Any]:
 
     The backward pass takes them in the reverse order.
     """
-    found: dict[Any, None] = {}
+    visited: dict[Any, None] = {}
     waiting = [root]
     while waiting:
         node = waiting.pop()
-        if node is None or node in found or node.name() == "torch::autograd::AccumulateGrad":
+        if node is None or node in visited or node.name() == "torch::autograd::AccumulateGrad":
             continue
-        found[node] = None
+        visited[node] = None
         waiting += [before for before, _ in node.next_functions]
-    return sorted(found, key=lambda node: node._sequence_nr())
+    return sorted(visited, key=lambda node: node._sequence_nr())
 
 
 def _key(tensor: Tensor) -> int:

@@ -58,8 +58,10 @@ def find_blocks(module: PreTrainedModel) -> Blocks:
             f"configuration has hidden layers ({layers}), found none; this architecture cannot be "
             "adapted"
         )
-    name, found = max(outermost, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    return Blocks(name, tuple(found))
+    name, module_list = max(
+        outermost, key=lambda item: sum(p.numel() for p in item[1].parameters())
+    )
+    return Blocks(name, tuple(module_list))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -209,11 +211,11 @@ def _suffixes(roles: Sequence[str]) -> list[str]:
 
 
 def _group(names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    found = {
+    by_name = {
         name: [g for g, globs in groups.items() if any(fnmatchcase(name, glob) for glob in globs)]
         for name in names
     }
-    wrong = {name: matched for name, matched in found.items() if len(matched) != 1}
+    wrong = {name: matched for name, matched in by_name.items() if len(matched) != 1}
     if wrong:
         lines = {role: [] for role in _roles(wrong)}  # type: dict[str, list[str]]
         for name, matched in wrong.items():
@@ -226,7 +228,7 @@ def _group(names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> dict[st
             f"sites: expected every site in exactly one group of {list(groups)}, found {told}; "
             "say which with groups, e.g. groups={'attention': ['*attn*']}, or exclude the sites"
         )
-    return {name: matched[0] for name, matched in found.items()}
+    return {name: matched[0] for name, matched in by_name.items()}
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ def blocks_of(spans: Sequence[Span], blocks: int) -> frozenset[int]:
     Raises ModelError if there is no span, or one is empty, reaches beyond the model or overlaps
     with another.
     """
-    found: set[int] = set()
+    covered: set[int] = set()
     for span in spans:
         last = blocks if span.last is None else span.last
         if not 0 <= span.first < last <= blocks:
@@ -37,12 +37,12 @@ def blocks_of(spans: Sequence[Span], blocks: int) -> frozenset[int]:
                 f"to {last}; this model has {blocks} blocks"
             )
         own = set(range(span.first, last))
-        if own & found:
-            raise ModelError(f"model: block {min(own & found)} is in two spans; name it once")
-        found |= own
-    if not found:
+        if own & covered:
+            raise ModelError(f"model: block {min(own & covered)} is in two spans; name it once")
+        covered |= own
+    if not covered:
         raise ModelError("model: expected at least one span of blocks to hold, got none")
-    return frozenset(found)
+    return frozenset(covered)
 
 
 def sites_within(spec: ModelSpec, blocks: frozenset[int]) -> ModelSpec:

@@ -67,12 +67,12 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
         if size > path.stat().st_size:
             raise OSError(f"{path.name} is not a whole safetensors file")
         header = json.loads(file.read(size))
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for name, about in header.items():
         if name != "__metadata__":
             if about["dtype"] not in _DTYPES:
                 raise ValueError(f"{name} is stored as {about['dtype']}, not one of {[*_DTYPES]}")
             start, stop = (8 + size + offset for offset in about["data_offsets"])
             dtype, shape = _DTYPES[about["dtype"]], tuple(about["shape"])
-            found[name] = Stored(path, dtype, shape, start, stop)
-    return found
+            tensors[name] = Stored(path, dtype, shape, start, stop)
+    return tensors

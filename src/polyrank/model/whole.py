@@ -21,9 +21,9 @@ class Whole:
 
     def __init__(self, values: Tensor, starts: Sequence[Delta]):
         self._values, self._shape = values, starts[0].shape
-        held = [isinstance(start, Dense) for start in starts]
-        flags = torch.tensor(held, dtype=values.dtype, device=values.device).view(-1, 1, 1)
-        self._held = None if all(held) else flags
+        trains = [isinstance(start, Dense) for start in starts]
+        flags = torch.tensor(trains, dtype=values.dtype, device=values.device).view(-1, 1, 1)
+        self._held = None if all(trains) else flags
 
     @property
     def width(self) -> int:

@@ -48,8 +48,8 @@ def smoothed(before: Scores | None, now: Scores, t: int, T: int) -> dict[str, fl
     past = {} if before is None else {**before}
     _check(past, "the past importance")
     _check(now, "the new importance")
-    fresh = {site: _blended(past.get(site, 0.0), score, t / T) for site, score in now.items()}
-    return {**past, **fresh}
+    updated = {site: _blended(past.get(site, 0.0), score, t / T) for site, score in now.items()}
+    return {**past, **updated}
 
 
 def averaged(by_client: Mapping[str, Scores], weights: Mapping[str, float]) -> dict[str, float]:

@@ -31,13 +31,13 @@ class Limits:
 
     @staticmethod
     def of_all(limits: Sequence[Limits]) -> Limits:
-        """Return the limits within which a plan is within each of these."""
-        ranks = [one.largest_rank for one in limits if one.largest_rank is not None]
-        cuts = [one.lowest_cut for one in limits if one.lowest_cut is not None]
+        """Return the tightest combination: a plan within it is within each of `limits`."""
+        ranks = [limit.largest_rank for limit in limits if limit.largest_rank is not None]
+        cuts = [limit.lowest_cut for limit in limits if limit.lowest_cut is not None]
         return Limits(
             min(ranks, default=None),
             max(cuts, default=None),
-            all(one.labels_may_leave for one in limits),
+            all(limit.labels_may_leave for limit in limits),
         )
 
     def rank(self, most: int) -> int:
@@ -45,20 +45,20 @@ class Limits:
         return most if self.largest_rank is None else min(most, self.largest_rank)
 
     def cuts(self, cuts: Sequence[CutPoint], blocks: int) -> list[CutPoint]:
-        """Return those of the cuts that may be, as U-shapes where labels may not leave."""
-        found = [cut for cut in cuts if cut.lower >= (self.lowest_cut or 1)]
+        """Return the cuts that these limits allow, as U-shapes where labels may not leave."""
+        allowed = [cut for cut in cuts if cut.lower >= (self.lowest_cut or 1)]
         if self.labels_may_leave:
-            return found
+            return allowed
         last = blocks - 1
-        return [replace(cut, upper=cut.upper or last) for cut in found if cut.lower < last]
+        return [replace(cut, upper=cut.upper or last) for cut in allowed if cut.lower < last]
 
     def looser(self) -> Iterator[Limits]:
-        """Yield the same with one limit lifted, then with two, then with all that there are."""
-        given = [one.name for one in fields(self) if getattr(self, one.name) != one.default]
-        for many in range(1, len(given) + 1):
-            for lifted in combinations(given, many):
-                kept = {name: getattr(self, name) for name in given if name not in lifted}
-                yield Limits(**kept)
+        """Yield these limits with one of them lifted, then with two, up to all that are set."""
+        given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        for count in range(1, len(given) + 1):
+            for lifted in combinations(given, count):
+                remaining = {name: getattr(self, name) for name in given if name not in lifted}
+                yield Limits(**remaining)
 
 
 NONE = Limits()

@@ -79,11 +79,11 @@ def planned_fleet(fleet: Fleet, plans: Mapping[str, Plan]) -> Fleet:
     if any(name in refused for name in fleet.possible):
         listed = "\n  ".join(f"{name}: {plan.reason}" for name, plan in sorted(refused.items()))
         raise RecipeError(f"plan: devices that cannot take part:\n  {listed}")
-    kept = {name: plan for name, plan in plans.items() if plan.feasible}
+    feasible = {name: plan for name, plan in plans.items() if plan.feasible}
     return replace(
         fleet,
-        types={name: LoRAType(name, plan.ranks) for name, plan in kept.items()},
-        cuts={name: plan.cut for name, plan in kept.items() if plan.cut is not None},
+        types={name: LoRAType(name, plan.ranks) for name, plan in feasible.items()},
+        cuts={name: plan.cut for name, plan in feasible.items() if plan.cut is not None},
     )
 
 

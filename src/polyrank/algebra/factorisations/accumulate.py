@@ -29,20 +29,20 @@ def accumulate(terms: Iterator[LowRank]) -> Tensor:
     dropped after its product. Beside the sum, memory is two such batches: as read, and stacked.
     """
     total: Tensor | None = None
-    held: list[LowRank] = []
+    batch: list[LowRank] = []
     for term in terms:
-        if held and sum(one.rank for one in held) + term.rank > BATCH:
-            total = _added(total, _drained(held))
-        held.append(term)
+        if batch and sum(earlier.rank for earlier in batch) + term.rank > BATCH:
+            total = _added(total, _drained(batch))
+        batch.append(term)
         del term  # the loop's own name would keep it alive while the next one is read
-    return _added(total, _drained(held))
+    return _added(total, _drained(batch))
 
 
-def _drained(held: list[LowRank]) -> LowRank:
-    """Return the stack of what was held, in its widest dtype, and hold nothing."""
-    widest = max((term.b.dtype for term in held), key=lambda dtype: dtype.itemsize)
-    stack = LowRank.stack(term.to(dtype=widest) for term in held)
-    held.clear()
+def _drained(batch: list[LowRank]) -> LowRank:
+    """Return the terms of the batch stacked, in their widest dtype, and empty the batch."""
+    widest = max((term.b.dtype for term in batch), key=lambda dtype: dtype.itemsize)
+    stack = LowRank.stack(term.to(dtype=widest) for term in batch)
+    batch.clear()
     return stack
 
 

@@ -57,11 +57,11 @@ def factor_randomised(
 
 def _tall(matrix: Tensor, rank: int, start: Tensor | None, seed: int) -> Factorisation:
     search = _Search(matrix, rank, seed)
-    found = None if start is None else search.tried(start)
-    while found is None and search.grow():
-        found = search.confirmed(0.0)
+    factorisation = None if start is None else search.tried(start)
+    while factorisation is None and search.grow():
+        factorisation = search.confirmed(0.0)
     del search  # its space is as large as what the dense path needs
-    return factor_dense(matrix, rank) if found is None else found
+    return factor_dense(matrix, rank) if factorisation is None else factorisation
 
 
 class _Search:
@@ -76,14 +76,14 @@ class _Search:
         self.draw = torch.Generator().manual_seed(seed)
 
     def tried(self, start: Tensor) -> Factorisation | None:
-        """Return what the columns of `start` yield if they are enough; None drops them."""
+        """Return the confirmed factorisation from these columns; else None, and empty the space."""
         if start.shape[1] < self.rank or not self.space.has_room(start.shape[1]):
             return None
         self.space.add(start.T)
-        found = self.confirmed(math.inf)
-        if found is None:
+        factorisation = self.confirmed(math.inf)
+        if factorisation is None:
             self.space.clear()
-        return found
+        return factorisation
 
     def grow(self) -> bool:
         """Grow the space from a new Gaussian block until it stands still; False: out of room."""
@@ -119,7 +119,7 @@ class _Search:
         unseen += min(doubt, _behind_gap(ritz, self.rank))
         if self._excess(captured, unseen) > MOST_EXCESS:
             return None
-        found = project(
+        factorisation = project(
             self.matrix.T,
             left,
             rank=self.rank,
@@ -128,8 +128,8 @@ class _Search:
             method="randomised",
             dtype=self.matrix.dtype,
         ).transposed()
-        final = float(found.s.double().square().sum())
-        return found if self._excess(final, final - captured) <= _MOST_GAIN else None
+        final = float(factorisation.s.double().square().sum())
+        return factorisation if self._excess(final, final - captured) <= _MOST_GAIN else None
 
     def _add_random(self, width: int) -> None:
         n = self.matrix.shape[1]
