@@ -130,14 +130,14 @@ def stored(settings: Any) -> dict[str, Any]:
     A field with metadata ``stored`` is stored under that name; one with ``later`` came with a later
     version, and is stored only where it differs from its default.
     """
-    plain, found = dataclasses.asdict(settings), {}
+    plain, entries = dataclasses.asdict(settings), {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if not (field.metadata.get("later") and value == field.default):
             inner = dataclasses.is_dataclass(value)
             name = field.metadata.get("stored", field.name)
-            found[name] = stored(value) if inner else plain[field.name]
-    return found
+            entries[name] = stored(value) if inner else plain[field.name]
+    return entries
 
 
 def _bounds(annotation: Any) -> Iterator[tuple[str, Any, Callable[[Any, Any], bool]]]:

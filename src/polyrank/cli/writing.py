@@ -93,8 +93,8 @@ def export(
         return
     lost = adapter.save(target, rank=rank)
     if rank is not None or lost:
-        kept = "the server's rank" if rank is None else f"rank {rank}"
-        typer.echo(f"{kept} keeps {1 - lost:.3%} of the energy")
+        saved_rank = "the server's rank" if rank is None else f"rank {rank}"
+        typer.echo(f"{saved_rank} keeps {1 - lost:.3%} of the energy")
     typer.echo(report.loading(target))
 
 

@@ -150,8 +150,8 @@ class Request:
         else that differs is named with both values.
         """
         differ = _differences(before.recipe, self.recipe)
-        kept = [rule for rule in self.rules if rule in before.rules]
-        if kept != [*before.rules] or self.rules[0] != before.rules[0]:
+        common = [rule for rule in self.rules if rule in before.rules]
+        if common != [*before.rules] or self.rules[0] != before.rules[0]:
             differ["rules"] = ",".join(before.rules), ",".join(self.rules)
         if self.seeds < before.seeds:
             differ["seeds"] = before.seeds, self.seeds

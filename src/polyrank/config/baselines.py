@@ -52,8 +52,8 @@ _UNSCORED = {"plan.importance": "none"}
 _HSPLITLORA = _federated("flora")
 
 BASELINES: Mapping[str, Baseline] = {
-    one.name: one
-    for one in (
+    baseline.name: baseline
+    for baseline in (
         Baseline(
             "splitlora",
             {**_federated("fedit"), "split.adapters": "shared", **_UNSCORED},

@@ -150,11 +150,11 @@ def read_client(path: str | Path) -> ClientSettings:
         raise RecipeError(f"{place}: not valid TOML: {error}") from error
     for name in ("data", "model"):
         _resolve(content.get(name), file.parent)
-    settings, found = validated(ClientSettings, content, "a client.toml")
+    settings, mistakes = validated(ClientSettings, content, "a client.toml")
     if settings is not None:
-        found = [*_impossible(settings)]
-    if settings is None or found:
-        raise RecipeError(listed(place, found))
+        mistakes = [*_impossible(settings)]
+    if settings is None or mistakes:
+        raise RecipeError(listed(place, mistakes))
     return settings
 
 

@@ -159,13 +159,13 @@ class FleetSection:
 
     def _cuts(self) -> dict[str, CutPoint]:
         """Return the cuts by type; RecipeError for one that no model could have."""
-        found = {}
+        cuts = {}
         for name, written in (self.cuts or {}).items():
             try:
-                found[name] = CutPoint.of(written)
+                cuts[name] = CutPoint.of(written)
             except ModelError as error:
                 raise RecipeError(f"fleet.cuts.{name}: {error}") from error
-        return found
+        return cuts
 
     def _types(self) -> str | dict[str, LoRAType]:
         if isinstance(self.types, str):

@@ -32,7 +32,9 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
 """Of each section that a recipe may lack, the keys with one of which it is there."""
 
 _KEYS: Mapping[str, Key] = dict(all_keys(Recipe))
-_BY_BASELINES = {key for one in BASELINES.values() for key in (*one.fixed, *one.default)}
+_BY_BASELINES = {
+    key for baseline in BASELINES.values() for key in (*baseline.fixed, *baseline.default)
+}
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -56,7 +58,7 @@ def from_run_config(flat: RunConfig, *, at_server: bool = True) -> Recipe:
     unknown keys, for a recipe that cannot be, and for both keys of a pair of which a recipe gives
     one: which of them is the newer does not show. Away from the server the rule is not built.
     """
-    found = [
+    mistakes = [
         f"{key}: unknown key{_nearest(key, _KEYS)}"
         for key in flat
         if key not in _KEYS and not key.startswith(OWN)
@@ -64,11 +66,11 @@ def from_run_config(flat: RunConfig, *, at_server: bool = True) -> Recipe:
     given = {
         name: read_value(key, flat[name]) for name, key in _KEYS.items() if flat.get(name, "") != ""
     }
-    found += _both(given)
+    mistakes += _both(given)
     for section, switches in SWITCHES.items():
-        found += _switched_off(given, section, switches)
-    if found:
-        raise RecipeError(listed(PLACE, found))
+        mistakes += _switched_off(given, section, switches)
+    if mistakes:
+        raise RecipeError(listed(PLACE, mistakes))
     content = nested(given)
     for name in ("model", "data", "fleet"):
         content.setdefault(name, {})
@@ -78,14 +80,14 @@ def from_run_config(flat: RunConfig, *, at_server: bool = True) -> Recipe:
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections of dotted keys, plain keys first, as TOML needs them."""
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for key, value in sorted(flat.items(), key=lambda item: "." in item[0]):
         *sections, last = key.split(".")
-        inside = found
+        inside = content
         for name in sections:
             inside = inside.setdefault(name, {})
         inside[last] = value
-    return found
+    return content
 
 
 def read_value(key: Key, written: Scalar) -> Any:
@@ -159,12 +161,12 @@ def _both(given: Mapping[str, Any]) -> list[str]:
 
 
 def _switched_off(given: dict[str, Any], section: str, switches: tuple[str, ...]) -> list[str]:
-    """Take a section that is switched off out of `given`; tell of keys that would be lost."""
+    """Remove a switched-off section from `given`; return what to say of its changed keys."""
     inside = [key for key in given if key.startswith(f"{section}.")]
     names = [f"{section}.{name}" for name in switches]
     if any(name in given for name in names):
         return []
-    found = [
+    mistakes = [
         f"{key} = {given[key]!r}: [{section}] is switched off for want of {' or '.join(names)}; "
         f"give it, or take this key back: -c '{key}=\"\"'"
         for key in inside
@@ -172,11 +174,11 @@ def _switched_off(given: dict[str, Any], section: str, switches: tuple[str, ...]
     ]
     for key in inside:
         del given[key]
-    return found
+    return mistakes
 
 
 def _nearest(key: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(key, known, n=1) or [
-        one for one in known if one.rpartition(".")[2] == key.rpartition(".")[2]
+        candidate for candidate in known if candidate.rpartition(".")[2] == key.rpartition(".")[2]
     ]
     return f"; did you mean {near[0]}?" if near else "; docs/reference/recipes.md has all"

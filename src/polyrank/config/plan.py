@@ -32,7 +32,7 @@ def own_devices(tables: Mapping[str, Mapping[str, int | float | str]] | None) ->
     and from the server, `latency` the seconds that a message takes one way: numbers in bytes,
     operations and seconds, or texts with units.
     """
-    found = {}
+    profiles = {}
     for name, table in (tables or {}).items():
         unknown = sorted(set(table) - set(_KEYS))
         if unknown:
@@ -40,8 +40,8 @@ def own_devices(tables: Mapping[str, Mapping[str, int | float | str]] | None) ->
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {list(_KEYS)}"
             raise RecipeError(f"devices.{name}: unknown key {unknown[0]!r}{hint}")
         given = {key: table.get(key) for key in _KEYS}
-        found[name] = DeviceProfile.of(name, **given)
-    return found
+        profiles[name] = DeviceProfile.of(name, **given)
+    return profiles
 
 
 def check_unchanged(fleet: FleetSection) -> None:

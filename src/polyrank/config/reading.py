@@ -102,15 +102,15 @@ def checked(content: Mapping[str, Any], place: str, *, at_server: bool = True) -
 
 def parse(content: Mapping[str, Any], place: str = "recipe") -> Recipe:
     """Return the validated recipe; RecipeError lists every mistake in it."""
-    found = [
+    conflicts = [
         f"{a.partition('.')[0]}: give {_last(a)} or {_last(b)}, not both"
         for a, b in PAIRS
         if _find(content, a) is not None and _find(content, b) is not None
     ]
     content, contradictions = with_baseline(content)
     recipe, mistakes = validated(Recipe, content)
-    if recipe is None or found or contradictions:
-        raise RecipeError(listed(place, [*dict.fromkeys([*mistakes, *found, *contradictions])]))
+    if recipe is None or conflicts or contradictions:
+        raise RecipeError(listed(place, [*dict.fromkeys([*mistakes, *conflicts, *contradictions])]))
     return recipe
 
 

@@ -115,10 +115,10 @@ class Recipe:
         """
         own = own_devices(self.devices)
         dtype = self.model.dtype
-        found = {name: device(name, own, dtype) for name in self._fleet().device_names}
+        devices = {name: device(name, own, dtype) for name in self._fleet().device_names}
         named = None if self.plan is None else self.plan.server
-        found[SERVER] = UNLIMITED if named is None else device(named, own, dtype)
-        return found
+        devices[SERVER] = UNLIMITED if named is None else device(named, own, dtype)
+        return devices
 
     def benchmark_of(self, model: LoadedModel) -> Benchmark | None:
         """Load the held-out sources, if the recipe names some, as token ids of the model."""

@@ -54,22 +54,22 @@ def _describe(made: dict[str, Any], kind: type, definitions: dict[str, Any]) -> 
 
 
 def _plain(made: Any) -> Any:
-    """Leave out what says nothing of a TOML file: null, which it has not, and titles."""
+    """Leave out what does not apply to a TOML file: titles, and null, which TOML lacks."""
     if isinstance(made, list):
         return [_plain(item) for item in made]
     if not isinstance(made, dict):
         return made
-    found = {
+    node = {
         key: _plain(item)
         for key, item in made.items()
         if not (key == "title" and isinstance(item, str))
         and not (key == "default" and item is None)
     }
-    options = [item for item in found.get("anyOf", ()) if item != {"type": "null"}]
+    options = [item for item in node.get("anyOf", ()) if item != {"type": "null"}]
     if len(options) == 1:
-        del found["anyOf"]
-        return options[0] | found
-    return found | {"anyOf": options} if options else found
+        del node["anyOf"]
+        return options[0] | node
+    return node | {"anyOf": options} if options else node
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def read_trace(source: str) -> dict[int, dict[str, str]]:
     round that is no whole number of at least 1, and a client that a round names twice.
     """
     path = Path(source).expanduser()
-    found: dict[int, dict[str, str]] = {}
+    changes: dict[int, dict[str, str]] = {}
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -37,14 +37,14 @@ def read_trace(source: str) -> dict[int, dict[str, str]]:
             number = 0
         if number < 1:
             raise RecipeError(f"{place}: expected a round from 1 on, got {row['round']!r}")
-        named = found.setdefault(number, {})
+        named = changes.setdefault(number, {})
         client = str(row["client"])
         if client in named:
             raise RecipeError(f"{place}: round {number} names client {client!r} twice")
         named[client] = str(row["type"])
-    if not found:
+    if not changes:
         raise RecipeError(f"fleet.trace: {path} holds no change")
-    return found
+    return changes
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -53,13 +53,13 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in reader:
             yield reader.line_num, row
         return
-    for line, one in enumerate(text.split("\n"), start=1):
-        if not one.strip():
+    for line, entry in enumerate(text.split("\n"), start=1):
+        if not entry.strip():
             continue
         try:
-            row = json.loads(one)
+            row = json.loads(entry)
         except ValueError as error:
             raise RecipeError(f"fleet.trace: {path}, line {line}: not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise RecipeError(f"fleet.trace: {path}, line {line}: expected an object, got {one}")
+            raise RecipeError(f"fleet.trace: {path}, line {line}: expected an object, got {entry}")
         yield line, row

@@ -88,13 +88,13 @@ def partition(
 
     flagged = _flagged(table, places, unseen)
     if by in EVEN:
-        dealt = [place for place in places if place not in flagged]
-        if scheme.clients > len(dealt):
+        seen_places = [place for place in places if place not in flagged]
+        if scheme.clients > len(seen_places):
             raise DataError(
-                f"{tasks.source}: {len(dealt)} examples are too few for {clients} clients; lower "
-                "clients"
+                f"{tasks.source}: {len(seen_places)} examples are too few for {clients} clients; "
+                "lower clients"
             )
-        groups = EVEN[by](scheme, table, dealt)
+        groups = EVEN[by](scheme, table, seen_places)
         if flagged:
             groups["unseen"] = [place for place in places if place in flagged]
         held_out = {"unseen"} if flagged else set()
@@ -206,13 +206,13 @@ def trim(
 
     What is left out is added to `skipped`.
     """
-    kept: Groups = {}
+    trimmed: Groups = {}
     for id, group in sorted(groups.items()):
         if len(group) < min_examples:
             rows = [f"{id} row {table.rows[place]}" for place in group]
             skipped.append(Skipped({f"client below {min_examples} examples": rows}))
             continue
-        kept[id] = group
+        trimmed[id] = group
         if limit is not None and len(group) > limit:
             order = {}
             for place in group:
@@ -221,8 +221,8 @@ def trim(
             chosen = set(sorted(group, key=order.__getitem__)[:limit])
             rows = [f"{id} row {table.rows[place]}" for place in group if place not in chosen]
             skipped.append(Skipped({f"above the limit of {limit}": rows}))
-            kept[id] = [place for place in group if place in chosen]
-    return kept
+            trimmed[id] = [place for place in group if place in chosen]
+    return trimmed
 
 
 def _natural(scheme: Scheme, table: Table, places: Sequence[int]) -> Groups:

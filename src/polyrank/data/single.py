@@ -37,7 +37,7 @@ def single(
     table = Table.of(tasks, {CATEGORY})
     skipped = [tasks.skipped]
     places = range(len(tasks.examples))
-    kept = trim({id: places}, tasks, table, limit, 1, seed, skipped)[id]
-    parts = split(select(tasks.examples, kept), shares, seed, id)
-    named = table.common(CATEGORY, kept) if category is None else category
+    chosen = trim({id: places}, tasks, table, limit, 1, seed, skipped)[id]
+    parts = split(select(tasks.examples, chosen), shares, seed, id)
+    named = table.common(CATEGORY, chosen) if category is None else category
     return Clients([ClientData(id, *parts, category=named)], Skipped.of(skipped))

@@ -40,7 +40,7 @@ class Spool:
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes from `start` to before `stop`."""
-        found = bytearray()
+        content = bytearray()
         end = min(stop, self._written)
         while start < end:
             piece = os.pread(self._file, end - start, start)
@@ -49,11 +49,11 @@ class Spool:
                     f"{tempfile.gettempdir()}: a temporary file of this process is shorter than "
                     "what was written to it; something cut it off"
                 )
-            found += piece
+            content += piece
             start += len(piece)
         if start < stop:
-            found += self._recent[start - self._written : stop - self._written]
-        return bytes(found)
+            content += self._recent[start - self._written : stop - self._written]
+        return bytes(content)
 
     def _flush(self) -> None:
         try:

@@ -28,20 +28,20 @@ class Table:
     def of(tasks: Tasks, columns: Collection[str]) -> Table:
         """Return the table of the tasks' examples, reading each once."""
         rows = array("q")
-        found: dict[str, dict[str, int]] = {column: {} for column in columns}
+        value_codes: dict[str, dict[str, int]] = {column: {} for column in columns}
         codes = {column: array("i") for column in columns}
         known: dict[str, None] = {}
         for example in tasks.examples:
             rows.append(example.row)
             known.update(dict.fromkeys(example.columns))
-            for column, values in found.items():
+            for column, values in value_codes.items():
                 value = example.columns.get(column)
                 code = -1 if value is None else values.setdefault(value, len(values))
                 codes[column].append(code)
-        names = {column: sorted(values) for column, values in found.items() if values}
+        names = {column: sorted(values) for column, values in value_codes.items() if values}
         for column, ordered in names.items():
             place = {name: i for i, name in enumerate(ordered)}
-            sorted_code = [place[name] for name in found[column]]
+            sorted_code = [place[name] for name in value_codes[column]]
             codes[column] = array("i", (sorted_code[c] if c >= 0 else c for c in codes[column]))
         return Table(
             rows, {column: codes[column] for column in names}, names, tasks.source, (*known,)
@@ -60,6 +60,6 @@ class Table:
         """Return the value of a column on which these examples agree; otherwise the empty text."""
         if name not in self.codes:
             return ""
-        found = {self.codes[name][place] for place in places}
-        code = found.pop() if len(found) == 1 else -1
+        codes = {self.codes[name][place] for place in places}
+        code = codes.pop() if len(codes) == 1 else -1
         return self.names[name][code] if code >= 0 else ""

@@ -109,15 +109,15 @@ def _tasks(read: Callable[[], Iterator[Row]], fields: _Fields, source: str) -> T
         elif not references:
             skipped.setdefault(NO_COMPLETION, []).append(f"row {number}")
         else:
-            kept = {
+            texts = {
                 column: text
                 for column, value in row.items()
                 if (text := _scalar(value)) is not None
             }
-            if not _encodable([question, context, *references, *kept.values()]):
+            if not _encodable([question, context, *references, *texts.values()]):
                 skipped.setdefault(BROKEN, []).append(f"row {number}")
                 continue
-            examples.append(Example(question, references, number, kept, context))
+            examples.append(Example(question, references, number, texts, context))
     result = Tasks(examples, Skipped(skipped), source)
     if not examples:
         raise DataError(f"{source}: not one usable example: {result.skipped}")

@@ -196,8 +196,8 @@ def client_metrics(
         for id, loss in losses.items()
     }
     no_room = sum(not _fits(prompt, model, settings) for prompt in prompts) if generating else 0
-    kept = [first[id] for id in _spread([c for c in work if c.id in first])[:samples]]
-    return ClientMetrics(each, no_room, tuple(kept))
+    sample_texts = [first[id] for id in _spread([c for c in work if c.id in first])[:samples]]
+    return ClientMetrics(each, no_room, tuple(sample_texts))
 
 
 def _spread(work: Sequence[ClientWork]) -> list[str]:

@@ -112,12 +112,12 @@ def _change(plan: Plan) -> str:
 def _held_down(preview: PlanPreview, plan: Plan) -> str:
     """Say what keeps a device from larger ranks, on each side of its cut."""
     own, behind = _sides(preview, plan)
-    held = _held(preview, plan)
+    client_blocks = _held(preview, plan)
     full = {
         site.name: max((level for level in preview.levels if level <= min(site.shape)), default=0)
         for site in preview.spec.sites
     }
-    inside = {site.name for site in preview.spec.sites if site.block in held}
+    inside = {site.name for site in preview.spec.sites if site.block in client_blocks}
     top = f"the top level, {preview.levels[-1]}"
 
     def by(ranks: dict[str, int], sites: set[str], budget: str) -> str:
@@ -138,9 +138,9 @@ def _held(preview: PlanPreview, plan: Plan) -> frozenset[int]:
 
 def _sides(preview: PlanPreview, plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
     """Return a plan's ranks in the client's own blocks, and behind its cut."""
-    held = _held(preview, plan)
+    client_blocks = _held(preview, plan)
     at = {site.name: site.block for site in preview.spec.sites}
-    own = {site: rank for site, rank in plan.ranks.items() if at[site] in held}
+    own = {site: rank for site, rank in plan.ranks.items() if at[site] in client_blocks}
     return own, {site: rank for site, rank in plan.ranks.items() if site not in own}
 
 

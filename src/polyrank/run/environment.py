@@ -139,10 +139,10 @@ def carried_over(
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested mappings as one, its keys joined by dots."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, Mapping):
-            found |= flat(item, f"{prefix}{key}.")
+            flattened |= flat(item, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = item
-    return found
+            flattened[f"{prefix}{key}"] = item
+    return flattened

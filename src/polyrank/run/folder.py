@@ -192,9 +192,9 @@ class RunFolder:
 
         Raises CheckpointError if none is whole.
         """
-        found, damaged = checkpoint.load_head(self.path / "checkpoints")
-        self._note(damaged, found.round)
-        return found
+        head, damaged = checkpoint.load_head(self.path / "checkpoints")
+        self._note(damaged, head.round)
+        return head
 
     def _note(self, damaged: Mapping[Path, str], used: int) -> None:
         self.notes += [

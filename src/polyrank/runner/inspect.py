@@ -117,9 +117,9 @@ class RunInspection:
         """
         if not self.result_round:
             return {}
-        stored = read_spectra(self.folder, self.result_round)
-        if stored is not None:
-            return stored
+        spectra = read_spectra(self.folder, self.result_round)
+        if spectra is not None:
+            return spectra
         saved = RunFolder.peek(self.folder).load_checkpoint()
         adapter = _rule_of(self.folder).adapter(saved.best or saved.state)
         return {site: Spectrum.of(delta) for site, delta in adapter.items()}

@@ -25,12 +25,12 @@ class World:
 def _names(count: int, rng: random.Random) -> list[str]:
     """Invent ``count`` distinct names of two or three open syllables, none an English word here."""
     onsets, vowels = (*"bdfgklmnprstvz", "th", "sh"), "aeiou"
-    found: dict[str, None] = {}
-    while len(found) < count:
+    names: dict[str, None] = {}
+    while len(names) < count:
         syllables = rng.choice((2, 3, 3))
         name = "".join(rng.choice(onsets) + rng.choice(vowels) for _ in range(syllables))
-        found[name.capitalize() + rng.choice(("", "n", "l"))] = None
-    return list(found)
+        names[name.capitalize() + rng.choice(("", "n", "l"))] = None
+    return list(names)
 
 
 def _plural(word: str) -> str:
@@ -66,6 +66,6 @@ def build(seed: int = 0) -> World:
 
 def _deal(subjects: list[str], values: list[str], rng: random.Random) -> dict[str, str]:
     """Deal values to subjects at random and as evenly as possible."""
-    dealt = [values[i % len(values)] for i in range(len(subjects))]
-    rng.shuffle(dealt)
-    return dict(zip(subjects, dealt, strict=True))
+    shuffled = [values[i % len(values)] for i in range(len(subjects))]
+    rng.shuffle(shuffled)
+    return dict(zip(subjects, shuffled, strict=True))

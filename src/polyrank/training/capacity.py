@@ -91,24 +91,30 @@ def slot_bytes(
     return int(MARGIN * (factors + itemsize * _beside(dealt) + local.batch * row))
 
 
-def _dense_entries(one: Assignment) -> int:
+def _dense_entries(assignment: Assignment) -> int:
     """Return the entries that a client trains of dense starts."""
-    shapes = [delta.shape for delta in one.start.values() if isinstance(delta, Dense)]
+    shapes = [delta.shape for delta in assignment.start.values() if isinstance(delta, Dense)]
     return sum(m * n for m, n in shapes)
 
 
-def _beside(dealt: Sequence[Assignment]) -> int:
+def _beside(assignments: Sequence[Assignment]) -> int:
     """Return the numbers that a slot holds beside what it trains.
 
-    A frozen term is held as dealt and in the cohort's stack. A sparse start is made a matrix, twice
-    in the backward pass, and its gradient is one; a dense one has its gradient and that added up.
+    A frozen term is in memory twice: in its assignment and in the cohort's stack. Of the
+    starts the largest matrix counts, three times: a sparse start becomes a dense matrix, two in
+    the backward pass, and has a dense gradient; a dense start needs less, its gradient and the sum
+    of its gradients.
     """
     frozen = max(
-        (sum(d.rank * sum(d.shape) for d in one.frozen.values()) for one in dealt), default=0
+        (
+            sum(d.rank * sum(d.shape) for d in assignment.frozen.values())
+            for assignment in assignments
+        ),
+        default=0,
     )
-    starts = [delta for one in dealt for delta in one.start.values()]
-    made = [d.shape for d in starts if isinstance(d, Sparse | Dense)]
-    whole = max((m * n for m, n in made), default=0)
+    starts = [delta for assignment in assignments for delta in assignment.start.values()]
+    shapes = [d.shape for d in starts if isinstance(d, Sparse | Dense)]
+    whole = max((m * n for m, n in shapes), default=0)
     return 2 * frozen + 3 * whole
 
 
@@ -148,12 +154,12 @@ def _kept(
             for site, (m, n) in model.spec.shapes.items()
         }
     )
-    kept: dict[int, Tensor] = {}  # holds the tensors, so that no address is used twice
+    saved_tensors: dict[int, Tensor] = {}  # references the tensors, so that no address is reused
 
     def note(tensor: Tensor) -> Tensor:
         # Without its history: a node that keeps its own output would keep itself alive for good.
-        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
-        return kept[tensor.untyped_storage().data_ptr()]
+        saved_tensors[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return saved_tensors[tensor.untyped_storage().data_ptr()]
 
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
     positions = torch.arange(targets, device=model.device)
@@ -164,8 +170,8 @@ def _kept(
             note(logits_at(model, ids, positions))
         fixed = [*model.module.parameters(), *model.module.buffers(), *cohort.parameters(0)]
     for tensor in fixed:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        saved_tensors.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved_tensors.values())
 
 
 def return_freed_memory() -> None:

@@ -28,7 +28,7 @@ def token_losses(
     is Σ loss / Σ tokens. `on_batch` is called before each batch. Raises SiteError if the adapter
     does not fit.
     """
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(encoded)
+    loss_sums: list[tuple[float, int]] = [(0.0, 0)] * len(encoded)
     lengths = [size.tokens for size in sizes(encoded)]
     order = sorted(range(len(encoded)), key=lambda i: -lengths[i])
     with applied(model, adapter):
@@ -42,5 +42,5 @@ def token_losses(
             parts = losses.double().split([row.targets for row in rows])
             sums = torch.stack([part.sum() for part in parts]).tolist()
             for i, total, row in zip(chosen, sums, rows, strict=True):
-                found[i] = (total, row.targets)
-    return found
+                loss_sums[i] = (total, row.targets)
+    return loss_sums

@@ -37,35 +37,35 @@ def train_cohort(
     Raises DataError if a client has no examples, SiteError or RankError if an assignment does not
     fit the model, SiteError also if jobs differ in what is merged or in the kind of their starts.
     """
-    courses = [JobProgress(job) for job in jobs]
-    if not courses:
+    progress = [JobProgress(job) for job in jobs]
+    if not progress:
         return []
     slots = [slot_of(job.assignment, job.local, job.seed) for job in jobs]
     scored = any(job.scoring.every for job in jobs)
     with Cohort(model, slots, merged_of(jobs), scored=scored) as cohort:
-        learners = [
+        optimizers = [
             ClientOptimizer(cohort.parameters(k), job.local, job.steps)
             for k, job in enumerate(jobs)
         ]
-        for step in range(max(course.steps for course in courses)):
-            active = [k for k, course in enumerate(courses) if course.active(step)]
+        for step in range(max(job_progress.steps for job_progress in progress)):
+            active = [k for k, job_progress in enumerate(progress) if job_progress.active(step)]
             if not active:
                 break
             cohort.zero_gradients()
-            losses = _accumulate(model, cohort, {k: courses[k] for k in active}, step)
+            losses = _accumulate(model, cohort, {k: progress[k] for k in active}, step)
             cohort.add_penalties()
             for k in active:
-                learners[k].pull_back()
-            norms = [learners[k].clip() for k in active]
+                optimizers[k].pull_back()
+            norms = [optimizers[k].clip() for k in active]
             values = torch.stack([*losses, *norms]).tolist()
             for i, k in enumerate(active):
-                if courses[k].advance(step, loss=values[i], norm=values[len(active) + i]):
-                    learners[k].step(step)
-                    if courses[k].scored(step):
-                        courses[k].note(cohort.scores(k, jobs[k].scoring.metric))
+                if progress[k].advance(step, loss=values[i], norm=values[len(active) + i]):
+                    optimizers[k].step(step)
+                    if progress[k].scored(step):
+                        progress[k].note(cohort.scores(k, jobs[k].scoring.metric))
                 if on_step is not None:
                     on_step()
-        return [course.result(cohort.adapter(k)) for k, course in enumerate(courses)]
+        return [job_progress.result(cohort.adapter(k)) for k, job_progress in enumerate(progress)]
 
 
 def slot_of(assignment: Assignment, local: LocalTraining, seed: int) -> Slot:
@@ -82,7 +82,7 @@ def slot_of(assignment: Assignment, local: LocalTraining, seed: int) -> Slot:
 
 
 def merged_of(jobs: Sequence[Job]) -> Adapter[Dense]:
-    """Return what is merged into the base of all jobs; SiteError unless it is the same."""
+    """Return what all jobs merge into the base; SiteError if they differ."""
     first = jobs[0].assignment.merged
     for job in jobs[1:]:
         other = job.assignment.merged
@@ -94,10 +94,10 @@ def merged_of(jobs: Sequence[Job]) -> Adapter[Dense]:
     return first
 
 
-def _is_same(one: Adapter[Dense], other: Adapter[Dense]) -> bool:
+def _is_same(first: Adapter[Dense], other: Adapter[Dense]) -> bool:
     """Whether two adapters hold the very same tensors."""
-    return one.keys() == other.keys() and all(
-        one[site].matrix is other[site].matrix for site in one
+    return first.keys() == other.keys() and all(
+        first[site].matrix is other[site].matrix for site in first
     )
 
 
@@ -108,7 +108,7 @@ def _accumulate(
 
     A slot's gradient is that of Σ loss / (its target tokens in all microbatches of the step).
     """
-    groups = {k: course.next_group() for k, course in active.items()}
+    groups = {k: job_progress.next_group() for k, job_progress in active.items()}
     sums: dict[int, list[Tensor]] = {k: [] for k in active}
     for micro in range(max(len(group) for group in groups.values())):
         members = [k for k, group in groups.items() if micro < len(group)]

@@ -70,10 +70,10 @@ class LocalSettings:
     @property
     def methods(self) -> tuple[str, ...]:
         """The names of all the methods that take part in these settings."""
-        found: list[str] = ["fedavg"] if self.optimizer == "sgd" else ["fedit"]
-        found += ["fedprox"] if self.proximal else []
-        found += ["slora"] if self.sparse_rounds else []
-        return tuple(found)
+        names: list[str] = ["fedavg"] if self.optimizer == "sgd" else ["fedit"]
+        names += ["fedprox"] if self.proximal else []
+        names += ["slora"] if self.sparse_rounds else []
+        return tuple(names)
 
     def with_rule(self, rule: Rule) -> Rule:
         """Return the aggregation rule, within SLoRA where the first rounds are sparse.

@@ -157,9 +157,9 @@ class LocalTraining:
 
     def described(self) -> dict[str, Any]:
         """Return what a client's update depends on, as run folders have it."""
-        found = stored(self)
-        del found["method"], found["sparse_rounds"], found["proximal"]
+        description = stored(self)
+        del description["method"], description["sparse_rounds"], description["proximal"]
         if self.resolved.proximal:
-            found["proximal"] = self.resolved.proximal
+            description["proximal"] = self.resolved.proximal
         changed = {"optimizer": self.resolved.optimizer, "epochs": self.passes}
-        return {**found, **changed, "clip": self.clip or None}
+        return {**description, **changed, "clip": self.clip or None}

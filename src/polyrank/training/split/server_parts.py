@@ -67,8 +67,8 @@ class ServerParts:
             )
         blocks = model.spec.blocks
         at_server = {cut: cut.at_server(blocks) for cut in cuts}
-        held = frozenset[int]().union(*at_server.values())
-        hosted = side(model, *(Span(block, block + 1) for block in sorted(held)))
+        hosted_blocks = frozenset[int]().union(*at_server.values())
+        hosted = side(model, *(Span(block, block + 1) for block in sorted(hosted_blocks)))
         self._sites = {
             cut: frozenset(s.name for s in hosted.spec.sites if s.block in at_server[cut])
             for cut in cuts
