@@ -33,6 +33,7 @@ docs: $(READY)  ## the site, in site/; a broken link or anchor is an error
 reference: $(READY)  ## the pages of docs/reference that are made from the code
 	$(BIN)/python -m polyrank.config.reference > docs/reference/recipes.md
 	$(BIN)/python -m polyrank.config.reference client > docs/reference/client.md
+	$(BIN)/python -m polyrank.config.reference app > docs/reference/app.md
 	$(BIN)/python -m polyrank.config.schema
 	$(BIN)/typer polyrank.cli utils docs --name polyrank --title "The command line" > docs/reference/command-line.md
 

@@ -142,9 +142,9 @@ def measured(path: Path, clients: int, given: argparse.Namespace, out: Path) -> 
     now = time.perf_counter()
     tasks = pr.load_tasks(path)
     now = lap("load", now)
-    dealt = pr.partition(tasks, by="task", unseen=0.05, seed=0)
+    population = pr.partition(tasks, by="task", unseen=0.05, seed=0)
     now = lap("partition", now)
-    fleet = pr.Fleet.sample(dealt.seen, "heavy-tail-light", types="scaled", seed=0)
+    fleet = pr.Fleet.sample(population.seen, "heavy-tail-light", types="scaled", seed=0)
     run_settings = pr.RunSettings(
         sampling=pr.Sampling(number=given.sampled),
         encoding=pr.Encoding(max_length=128, too_long="cut-prompt"),
@@ -153,7 +153,7 @@ def measured(path: Path, clients: int, given: argparse.Namespace, out: Path) -> 
         ),
     )
     local = pr.LocalTraining(epochs=None, steps=1, batch=2, lr=1e-3)
-    run = pr.Federation(model, dealt, fleet, local=local, settings=run_settings).open(out)
+    run = pr.Federation(model, population, fleet, local=local, settings=run_settings).open(out)
     now = lap("prepare", now)
     with run:
         run.base()

@@ -9,7 +9,7 @@ by side in this process, on the number of threads given.
     python benchmarks/server_step.py --quick    # 1024×1024, a few seconds
 
 Stacks are `random` (independent factors; no spectral gap anywhere) or `collinear` (each client
-moved a thousandth away from the prefix that it was dealt). Excess is (‖D − X‖ − ‖D − T₆₄D‖) / ‖D‖,
+moved a thousandth away from the prefix that it was sent). Excess is (‖D − X‖ − ‖D − T₆₄D‖) / ‖D‖,
 all norms taken in float64 from the factors and the optimum from the strict path in float64, so no
 dense float64 SVD is needed. Printed is a table in Markdown. What the table calls `dense` is our
 own path for stacks that are not thin, named here for comparison; `auto` never takes it for these.
@@ -63,14 +63,14 @@ def case(mode: str, stack: str, shape: tuple[int, int]) -> Case:
     contributions = []
     exact = [LowRank(u * s, v.T)] if mode == "delta" else []
     for w, r in zip(normalised(EXAMPLES), RANKS, strict=True):
-        dealt = rule.assign_site(state, SITE, r, 16 / r, seed=0)
+        assigned = rule.assign_site(state, SITE, r, 16 / r, seed=0)
         noise = LowRank(normal(draw, m, r) / m**0.5, normal(draw, r, n) / n**0.5)
-        near = LowRank(dealt.start.b + 1e-3 * noise.b, dealt.start.a + 1e-3 * noise.a)
+        near = LowRank(assigned.start.b + 1e-3 * noise.b, assigned.start.a + 1e-3 * noise.a)
         result = {"random": noise, "collinear": near}[stack]
-        contributions.append(Contribution(w, dealt, result))
+        contributions.append(Contribution(w, assigned, result))
         exact.append(result.to(dtype=torch.float64).scale(w))
         if mode == "delta":
-            exact.append(dealt.start.to(dtype=torch.float64).scale(-w))
+            exact.append(assigned.start.to(dtype=torch.float64).scale(-w))
     return Case(rule, state, contributions, LowRank.stack(e.to(dtype=torch.float64) for e in exact))
 
 

@@ -65,7 +65,7 @@ def fresh_rows(site, rank, n, seed):
     return (torch.rand(rank, n, generator=draw, dtype=F64) * 2 - 1) / math.sqrt(n)
 
 
-def deal(d, rank, s, fresh):
+def assign(d, rank, s, fresh):
     """Return B = UΣ/s and A = Vᵀ of the first `rank` directions; dead ones get B = 0, A fresh."""
     u, sigma, vt = torch.linalg.svd(d, full_matrices=False)
     b, a = u[:, :rank] * sigma[:rank] / s, vt[:rank].clone()
@@ -107,17 +107,17 @@ def flexlora(base, clients, mode, rounds, fresh=fresh_rows, **training):
     for t in range(rounds):
         total = {site: torch.zeros(shape, dtype=F64) for site, shape in SHAPES.items()}
         for w, client in zip(weights, clients, strict=True):
-            dealt, frozen = {}, {}
+            assigned, frozen = {}, {}
             for site, (_, n) in SHAPES.items():
                 new = fresh(site, client.rank, n, t)
-                dealt[site] = deal(d[site], client.rank, client.s, new)
-                start = client.s * dealt[site][0] @ dealt[site][1]
+                assigned[site] = assign(d[site], client.rank, client.s, new)
+                start = client.s * assigned[site][0] @ assigned[site][1]
                 frozen[site] = d[site] - start if mode == "tail-in-base" else 0 * start
-            trained = train(base, frozen, dealt, client, **training)
+            trained = train(base, frozen, assigned, client, **training)
             for site, (b, a) in trained.items():
                 update = client.s * b @ a
                 if mode in ("delta", "tail-in-base"):
-                    update = d[site] + update - client.s * dealt[site][0] @ dealt[site][1]
+                    update = d[site] + update - client.s * assigned[site][0] @ assigned[site][1]
                 total[site] += w * update
         d = {site: truncate(total[site], server_rank) for site in SHAPES}
         losses = [loss(base, d, client.x, client.y) for client in clients]

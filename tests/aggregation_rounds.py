@@ -72,7 +72,7 @@ def widened(state: State) -> State:
     return State(tensors, state.scalars)
 
 
-def dealt_to(
+def assigned_to(
     rule: Rule, state: State, client: str, rank: int, scale: float, seed: int
 ) -> SiteAssignment:
     """Return what a client gets: its own, where the rule keeps something for it."""
@@ -89,13 +89,13 @@ def play(
     seed: int = 0,
     names: Sequence[int] | None = None,
 ) -> tuple[State, SiteReport]:
-    """Deal to every client, train each, merge. Clients are called ``0``, ``1``, … or by `names`."""
+    """Assign to all clients, train each, merge. They are called ``0``, ``1``, … or by `names`."""
 
     def contributions():
         for i, client in enumerate(clients):
             name = str(i if names is None else names[i])
-            dealt = dealt_to(rule, state, name, client.rank, client.scale, seed)
-            yield Contribution(client.weight, dealt, training(i, dealt), name)
+            assigned = assigned_to(rule, state, name, client.rank, client.scale, seed)
+            yield Contribution(client.weight, assigned, training(i, assigned), name)
 
     return rule.merge_site(state, SITE, contributions())
 
@@ -107,44 +107,44 @@ def play_round(
 
     Clients are called ``0``, ``1``, …; their scale is α/r of the rank that they get.
     """
-    dealt, results = {}, {}
+    assigned, results = {}, {}
     for i, client in enumerate(clients):
         rank = rule.ranks(state, str(i), {SITE: client.rank})[SITE]
         scale = client.scale * client.rank / rank
-        dealt[str(i)] = dealt_to(rule, state, str(i), rank, scale, seed)
-        results[str(i)] = training(i, dealt[str(i)])
+        assigned[str(i)] = assigned_to(rule, state, str(i), rank, scale, seed)
+        results[str(i)] = training(i, assigned[str(i)])
     given = {str(i): client.weight for i, client in enumerate(clients)}
     weights = rule.weigh(state, given, lambda client: results[client].norm())
     contributions = (
-        Contribution(weight, dealt[client], results[client], client)
+        Contribution(weight, assigned[client], results[client], client)
         for client, weight in zip(weights, normalised(weights), strict=True)
     )
     state, report = rule.merge_site(state, SITE, contributions)
     return rule.conclude(state, [*weights]), report
 
 
-def no_training(_: int, dealt: SiteAssignment) -> Delta:
-    """Return a copy of what was dealt."""
-    return dealt.start.scale(1.0)
+def no_training(_: int, assigned: SiteAssignment) -> Delta:
+    """Return a copy of what was sent."""
+    return assigned.start.scale(1.0)
 
 
 def noisy_training(seed: int, size: float = 1.0, dtype: torch.dtype = torch.float64) -> Training:
     """Return a training that adds noise of its own to all that a client is to train."""
 
-    def training(i: int, dealt: SiteAssignment) -> Delta:
+    def training(i: int, assigned: SiteAssignment) -> Delta:
         draw = torch.Generator().manual_seed(1000 * seed + i)
 
         def noisy(tensor: torch.Tensor) -> torch.Tensor:
             noise = torch.randn(tensor.shape, generator=draw, dtype=dtype)
             return tensor.to(dtype) + size * noise
 
-        if isinstance(dealt.start, Sparse):
-            values = noisy(dealt.start.values)
-            return Sparse(values, dealt.start.positions, dealt.start.shape)
-        if isinstance(dealt.start, Dense):
-            return Dense(noisy(dealt.start.matrix))
-        still = fixed(dealt.start, dealt.train)
-        factors = dealt.start.tensors().items()
+        if isinstance(assigned.start, Sparse):
+            values = noisy(assigned.start.values)
+            return Sparse(values, assigned.start.positions, assigned.start.shape)
+        if isinstance(assigned.start, Dense):
+            return Dense(noisy(assigned.start.matrix))
+        still = fixed(assigned.start, assigned.train)
+        factors = assigned.start.tensors().items()
         return LowRank(**{n: x.to(dtype) if n in still else noisy(x) for n, x in factors})
 
     return training

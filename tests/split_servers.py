@@ -49,8 +49,8 @@ def split_job(
 ) -> SplitJob:
     """Return a client's work, scored in every other step."""
     made = job(model, client, seed=seed, count=count, local=local)
-    dealt = replace(made.assignment, merged=merged)
-    scored = replace(made, assignment=dealt, scoring=Scoring(2))
+    assigned = replace(made.assignment, merged=merged)
+    scored = replace(made, assignment=assigned, scoring=Scoring(2))
     return SplitJob(scored, cut, ROUND, ATTEMPT)
 
 

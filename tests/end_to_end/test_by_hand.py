@@ -35,17 +35,19 @@ def library_run(hand, base, clients, rule, **training):
     for t in range(ROUNDS):
         parts = {site: [] for site in hand.SHAPES}
         for w, client in zip(weights, clients, strict=True):
-            dealt = {s: rule.assign_site(state, s, client.rank, client.s, t) for s in hand.SHAPES}
-            factors = {s: (d.start.b / client.s, d.start.a) for s, d in dealt.items()}
+            assigned = {
+                s: rule.assign_site(state, s, client.rank, client.s, t) for s in hand.SHAPES
+            }
+            factors = {s: (d.start.b / client.s, d.start.a) for s, d in assigned.items()}
             frozen = {
                 s: torch.zeros(shape, dtype=torch.float64)
-                if dealt[s].frozen is None
-                else dealt[s].frozen.dense()
+                if assigned[s].frozen is None
+                else assigned[s].frozen.dense()
                 for s, shape in hand.SHAPES.items()
             }
             trained = hand.train(base, frozen, factors, client, **training)
             for s, (b, a) in trained.items():
-                parts[s].append(Contribution(w, dealt[s], LowRank(b * client.s, a)))
+                parts[s].append(Contribution(w, assigned[s], LowRank(b * client.s, a)))
         for s, contributions in parts.items():
             state, _ = rule.merge_site(state, s, iter(contributions))
         d = {s: delta.dense() for s, delta in rule.adapter(state).items()}

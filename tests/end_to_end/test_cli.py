@@ -320,7 +320,7 @@ def test_wrong_usage_is_told_and_has_its_exit_code(
         ("fleet.types={T1 = 17, T2 = 1}", "rank 17"),
         ("fleet.types={T1 = {zebra = 1}, T2 = 1}", "['zebra'] match no site"),
         ("fleet.clients={task0 = 'T1'}", "no LoRA type for the clients"),
-        ("fleet.clients={zebra = 'T1'}", "['zebra'] are no seen clients"),
+        ("fleet.clients={zebra = 'T1'}", "['zebra'] are no training clients"),
         ("aggregation.rule=fedit", "rank"),
     ],
 )

@@ -40,7 +40,7 @@ def test_ctrl_c_leaves_no_process_and_no_key(tmp_path: Path) -> None:
     with Daemons(tmp_path / "logs") as daemons:
         demo = started(daemons, tmp_path)
         until = time.monotonic() + 300
-        while "ranks dealt" not in demo.printed():
+        while "ranks by type" not in demo.printed():
             assert demo.running, demo.printed()
             assert time.monotonic() < until, demo.printed()
             time.sleep(0.2)

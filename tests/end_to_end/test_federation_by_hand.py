@@ -46,10 +46,10 @@ def by_hand(mode: str, parts) -> list[dict[str, torch.Tensor]]:
         total = {site: torch.zeros_like(matrix) for site, matrix in d.items()}
         for client in clients:
             ranks = parts.ranks[client]
-            dealt = {s: deal(d[s], ranks[s], s, number) for s in shapes}
-            start = {s: SCALE * b @ a for s, (b, a) in dealt.items()}
+            assigned = {s: assign(d[s], ranks[s], s, number) for s in shapes}
+            start = {s: SCALE * b @ a for s, (b, a) in assigned.items()}
             tail = {s: d[s] - start[s] for s in shapes} if mode == "tail-in-base" else {}
-            trained = train(parts.model.module, ranks, dealt, tail, parts.work[client])
+            trained = train(parts.model.module, ranks, assigned, tail, parts.work[client])
             for s, (b, a) in trained.items():
                 update = SCALE * b @ a
                 if mode != "replace":
@@ -65,7 +65,7 @@ def truncated(d, rank):
     return (u[:, :rank] * sigma[:rank]) @ vt[:rank]
 
 
-def deal(d, rank, site, number):
+def assign(d, rank, site, number):
     """B = UΣ/s and A = Vᵀ; before the first round B = 0 and A fresh, in float32 like the state."""
     if not d.any():
         seed = derive(5, number, "deal")
@@ -75,7 +75,7 @@ def deal(d, rank, site, number):
     return u[:, :rank] * sigma[:rank] / SCALE, vt[:rank]
 
 
-def train(base, ranks, dealt, tail, work):
+def train(base, ranks, assigned, tail, work):
     """Train one client with peft; `tail` is added to the weights of its copy of the base."""
     module = copy.deepcopy(base)
     for site, extra in tail.items():
@@ -90,14 +90,14 @@ def train(base, ranks, dealt, tail, work):
     )
     model = get_peft_model(module, config, autocast_adapter_dtype=False).double().train()
     pairs = {}
-    for site, (b, a) in dealt.items():
+    for site, (b, a) in assigned.items():
         layer = model.get_submodule(f"base_model.model.{site}")
         pairs[site] = layer.lora_B["default"].weight, layer.lora_A["default"].weight
         pairs[site][0].data.copy_(b)
         pairs[site][1].data.copy_(a)
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trainable) == sum(
-        b.numel() + a.numel() for b, a in dealt.values()
+        b.numel() + a.numel() for b, a in assigned.values()
     )
     optimizer = torch.optim.AdamW(trainable, lr=LOCAL.lr, weight_decay=LOCAL.weight_decay)
     for _ in range(LOCAL.steps):

@@ -139,7 +139,7 @@ def test_a_client_may_be_split_in_one_round_and_whole_in_the_next(rule: str) -> 
 
 
 def test_every_round_begins_anew_at_both_ends() -> None:
-    """FLoRA deals A drawn anew and B = 0, at the client's sites as at the server's."""
+    """FLoRA sends A drawn anew and B = 0, at the client's sites as at the server's."""
     run = carried_out(RULES["flora"], CUTS["mixed"])
     assert {task.cut for task in run.tasks} == {CutPoint(1), CutPoint(3), CutPoint(1, 3), None}
     for task in run.tasks:

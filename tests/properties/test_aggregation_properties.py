@@ -113,7 +113,7 @@ def test_five_rounds_without_training_collapse_replace_to_the_published_figures(
 @pytest.mark.parametrize("mode", ["delta", "tail-in-base"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_factors_rounded_on_the_wire_do_not_move_the_fixed_point(mode, split):
-    """What was dealt is subtracted, so bf16 rounding of the starts leaves D where it was."""
+    """What was sent is subtracted, so bf16 rounding of the starts leaves D where it was."""
     rule, clients = FlexLoRA(mode, split), fleet([1, 2, 4, 8])
     state = fresh_state(rule, SHAPE, clients)
     state, _ = play(rule, state, clients, noisy_training(0, dtype=torch.float32))
@@ -148,8 +148,8 @@ def test_only_products_of_what_clients_return_matter(rule, clients, seed):
     state = full_rank_start(rule, max(c.rank for c in clients))
     plain = noisy_training(seed)
 
-    def turned(i, dealt):
-        result = plain(i, dealt)
+    def turned(i, assigned):
+        result = plain(i, assigned)
         draw = torch.Generator().manual_seed(seed + i)
         g = torch.randn(result.rank, result.rank, generator=draw, dtype=torch.float64)
         g = torch.linalg.qr(g).Q * torch.logspace(-2, 2, result.rank, dtype=torch.float64)
@@ -176,7 +176,7 @@ def test_the_order_of_clients_does_not_matter(rule, clients, random):
     training = noisy_training(1)
     one, _ = play(rule, state, clients, training)
     two, _ = play(
-        rule, state, [clients[i] for i in order], lambda i, dealt: training(order[i], dealt)
+        rule, state, [clients[i] for i in order], lambda i, assigned: training(order[i], assigned)
     )
     assert_same_aggregate(rule, one, two)
 
@@ -193,7 +193,9 @@ def test_a_client_split_in_two_counts_as_the_one(rule, clients, which, share):
     ]
     split = clients[:which] + halves + clients[which + 1 :]
     one, _ = play(rule, state, clients, training)
-    two, _ = play(rule, state, split, lambda i, dealt: training(i if i <= which else i - 1, dealt))
+    two, _ = play(
+        rule, state, split, lambda i, assigned: training(i if i <= which else i - 1, assigned)
+    )
     assert_same_aggregate(rule, one, two)
 
 
@@ -220,9 +222,9 @@ def test_scale_is_taken_out_once_on_dealing_and_folded_in_once_on_return(rule, c
     state = full_rank_start(rule, max(c.rank for c in clients))
     d = product(rule, state)
 
-    def tripled(i, dealt):
+    def tripled(i, assigned):
         s = clients[i].scale
-        b, a = dealt.start.b / s, dealt.start.a  # what LoRA holds
+        b, a = assigned.start.b / s, assigned.start.a  # what LoRA holds
         return LowRank(s * (3.0 * b), a)
 
     after, _ = play(rule, state, clients, tripled)
@@ -239,8 +241,8 @@ def test_every_client_counts(rule, clients):
     rest, _ = play(rule, state, clients, no_training)
     for j in range(len(clients)):
 
-        def only_j(i, dealt, j=j):
-            result = no_training(i, dealt)
+        def only_j(i, assigned, j=j):
+            result = no_training(i, assigned)
             return result.scale(3.0) if i == j else result
 
         moved, _ = play(rule, state, clients, only_j)
@@ -250,12 +252,12 @@ def test_every_client_counts(rule, clients):
 @given(rules, fleets(), st.booleans())
 @relaxed
 def test_a_client_that_trains_one_factor_only_counts_in_full(rule, clients, only_b):
-    """Factors that agree with what was dealt in B alone, or in A alone, are not what was dealt."""
+    """Factors that agree with what was sent in B alone, or in A alone, are not what was sent."""
     state = full_rank_start(rule, max(c.rank for c in clients))
     d = product(rule, state)
 
-    def doubled(_, dealt):
-        b, a = dealt.start.b.clone(), dealt.start.a.clone()
+    def doubled(_, assigned):
+        b, a = assigned.start.b.clone(), assigned.start.a.clone()
         return LowRank(2.0 * b, a) if only_b else LowRank(b, 2.0 * a)
 
     after, _ = play(rule, state, clients, doubled)
@@ -274,9 +276,9 @@ def test_aggregate_is_the_definition_in_dense_matrices(rule, clients):
     after, report = play(rule, state, clients, training)
     total = torch.zeros(SHAPE, dtype=torch.float64)
     for i, client in enumerate(clients):
-        dealt = rule.assign_site(state, SITE, client.rank, client.scale, 0)
-        result = training(i, dealt).dense()
-        increment = {"replace": result}.get(rule.mode, d + result - dealt.start.dense())
+        assigned = rule.assign_site(state, SITE, client.rank, client.scale, 0)
+        result = training(i, assigned).dense()
+        increment = {"replace": result}.get(rule.mode, d + result - assigned.start.dense())
         total += client.weight * increment
     s = torch.linalg.svdvals(total)
     optimum = float(s[server:].square().sum())
@@ -294,8 +296,8 @@ def test_every_client_starts_at_the_best_approximation_of_its_rank_after_any_rou
     state, _ = play(rule, state, clients, noisy_training(5))
     d = product(rule, state)
     for client in clients:
-        dealt = rule.assign_site(state, SITE, client.rank, client.scale, seed=1)
-        assert distance(dealt.start.dense(), best(d, client.rank)) < 1e-9
+        assigned = rule.assign_site(state, SITE, client.rank, client.scale, seed=1)
+        assert distance(assigned.start.dense(), best(d, client.rank)) < 1e-9
 
 
 @given(rules, fleets())
@@ -319,9 +321,9 @@ def test_fedit_does_not_depend_on_order_or_splitting(clients, seed):
     training = noisy_training(seed)
     one, _ = play(rule, state, clients, training)
     back = len(clients) - 1
-    two, _ = play(rule, state, clients[::-1], lambda i, dealt: training(back - i, dealt))
+    two, _ = play(rule, state, clients[::-1], lambda i, assigned: training(back - i, assigned))
     halves = [Client(c.rank, c.scale, c.weight / 2) for c in clients for _ in range(2)]
-    three, _ = play(rule, state, halves, lambda i, dealt: training(i // 2, dealt))
+    three, _ = play(rule, state, halves, lambda i, assigned: training(i // 2, assigned))
     for other in (two, three):
         for name, tensor in one.tensors.items():
             torch.testing.assert_close(other.tensors[name], tensor, rtol=1e-12, atol=1e-12)
@@ -335,10 +337,10 @@ def test_delta_recovers_a_planted_update_that_replace_cannot():
     )
     clients = fleet([1, 2, 4, 8], alpha=8.0)
 
-    def descend(i, dealt):
+    def descend(i, assigned):
         # ‖BA + F − target‖² along B then A, exactly (alternating least squares): idle where done.
-        frozen = 0.0 if dealt.frozen is None else dealt.frozen.dense()
-        b = (target - frozen) @ torch.linalg.pinv(dealt.start.a)
+        frozen = 0.0 if assigned.frozen is None else assigned.frozen.dense()
+        b = (target - frozen) @ torch.linalg.pinv(assigned.start.a)
         return LowRank(b, torch.linalg.pinv(b) @ (target - frozen))
 
     reached = {}

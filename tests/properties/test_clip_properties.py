@@ -88,7 +88,7 @@ def test_the_bound_holds_and_no_longer_way_meets_it(given_, part):
     assert 0 < c < 1
     # The oracle rounds products of entries up to thirty in float64.
     assert reached(assignment, found.adapter) <= bound * (1 + 1e-9) + 1e-13
-    # What was dealt has entries of one to three: float32 rounds them by up to 2e-7 each, and the
+    # What was sent has entries of one to three: float32 rounds them by up to 2e-7 each, and the
     # increment by up to a millionth of its own.
     tensors = [t for delta in update.adapter.values() for t in delta.tensors().values()]
     single = any(tensor.dtype == torch.float32 for tensor in tensors)
@@ -100,7 +100,7 @@ def test_the_bound_holds_and_no_longer_way_meets_it(given_, part):
 
 @relaxed
 @given(answers(), st.floats(0.01, 0.99))
-def test_what_is_shortened_is_still_an_answer_to_what_was_dealt(given_, part):
+def test_what_is_shortened_is_still_an_answer_to_what_was_sent(given_, part):
     assignment, update = given_
     bound = part * reached(assignment, update.adapter)
     if not bound:
@@ -111,12 +111,12 @@ def test_what_is_shortened_is_still_an_answer_to_what_was_dealt(given_, part):
         assert type(after) is type(start)
         assert (after.shape, after.rank) == (start.shape, start.rank)
         for name, tensor in after.tensors().items():
-            came, dealt = before.tensors()[name], start.tensors()[name]
+            came, assigned = before.tensors()[name], start.tensors()[name]
             assert tensor.dtype == came.dtype
             if name in ("positions", "shape") or (name == "a" and assignment.train == "b"):
-                assert torch.equal(tensor, dealt)
+                assert torch.equal(tensor, assigned)
                 continue
-            expected = dealt.double() + c * (came.double() - dealt.double())
+            expected = assigned.double() + c * (came.double() - assigned.double())
             assert torch.equal(tensor, expected.to(came.dtype))
 
 

@@ -62,7 +62,7 @@ def test_the_order_of_clients_does_not_matter(case, random):
         rule,
         state,
         [clients[i] for i in order],
-        lambda i, dealt: training(order[i], dealt),
+        lambda i, assigned: training(order[i], assigned),
         names=order,
     )
     assert_same(rule, one, two)
@@ -78,7 +78,7 @@ def test_a_client_split_in_two_counts_as_the_one(case, which, share):
     split = clients[:which] + halves + clients[which + 1 :]
     one, _ = play(rule, state, clients, training)
     names = [i if i <= which else i - 1 for i in range(len(split))]
-    two, _ = play(rule, state, split, lambda i, dealt: training(names[i], dealt), names=names)
+    two, _ = play(rule, state, split, lambda i, assigned: training(names[i], assigned), names=names)
     assert_same(rule, one, two)
 
 
@@ -89,8 +89,8 @@ def test_every_client_counts(case):
     rest, _ = play(rule, state, clients, noisy_training(13))
     for j in range(len(clients)):
 
-        def only_j(i, dealt, j=j):
-            return noisy_training(14 if i == j else 13)(i, dealt)
+        def only_j(i, assigned, j=j):
+            return noisy_training(14 if i == j else 13)(i, assigned)
 
         moved, _ = play(rule, state, clients, only_j)
         assert distance(product(rule, moved), product(rule, rest)) > 1e-4
@@ -123,15 +123,15 @@ def test_there_is_a_row_for_every_rule_and_it_says_what_the_rule_excludes():
 def test_the_same_state_and_seed_deal_the_same_bits_and_ranks_nest(case, seed):
     rule, state, clients = case
     state = State(state.tensors, json.loads(json.dumps(state.scalars)))  # as after a resume
-    dealt = {}
+    assigned = {}
     for client in clients:
         one, two = (rule.assign_site(state, SITE, client.rank, 2.0, seed).start for _ in range(2))
         assert one.shape == SHAPE
-        dealt[client.rank] = one
+        assigned[client.rank] = one
         for x, y in zip(one.tensors().values(), two.tensors().values(), strict=True):
             assert torch.equal(x, y)
-    largest = dealt[max(dealt)]
-    for rank, one in dealt.items():
+    largest = assigned[max(assigned)]
+    for rank, one in assigned.items():
         if isinstance(one, Sparse):
             assert torch.equal(one.positions, largest.positions[: len(one.positions)])
         elif isinstance(one, Dense):
@@ -197,8 +197,8 @@ def test_what_is_not_finite_and_weights_that_are_no_shares_are_refused_by_site(r
     clients = [Client(4, 1.0, 0.5), Client(4, 1.0, 0.5)]
     state = fresh_state(rule, SHAPE, clients)
 
-    def exploded(i, dealt):
-        bad = noisy_training(0)(i, dealt)
+    def exploded(i, assigned):
+        bad = noisy_training(0)(i, assigned)
         return bad.scale(float("inf")) if i == 1 else bad
 
     with pytest.raises(UpdateError, match=f"1 at '{SITE}' has entries that are NaN or infinite"):

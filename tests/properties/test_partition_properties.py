@@ -28,26 +28,26 @@ def all_rows(clients):
 def test_every_example_is_with_exactly_one_client_in_exactly_one_part(counts, seed, by, data):
     tasks = make(counts)
     clients = None if by == "task" else data.draw(st.integers(1, len(tasks.examples)))
-    dealt = partition(tasks, by=by, clients=clients, seed=seed)
-    assert all_rows(dealt) == list(range(len(tasks.examples)))
-    assert dealt.skipped.count == 0
+    assigned = partition(tasks, by=by, clients=clients, seed=seed)
+    assert all_rows(assigned) == list(range(len(tasks.examples)))
+    assert assigned.skipped.count == 0
 
 
 @settings(max_examples=25, deadline=None)
 @given(counts, seeds)
 def test_dirichlet_deals_every_example_once(counts, seed):
     tasks = make(counts)
-    dealt = partition(tasks, by="dirichlet", clients=1 + (len(tasks.examples) > 20), seed=seed)
-    assert all_rows(dealt) == list(range(len(tasks.examples)))
+    assigned = partition(tasks, by="dirichlet", clients=1 + (len(tasks.examples) > 20), seed=seed)
+    assert all_rows(assigned) == list(range(len(tasks.examples)))
 
 
 @settings(max_examples=25, deadline=None)
 @given(counts, seeds, st.integers(1, 5))
 def test_with_a_limit_every_example_is_kept_or_named(counts, seed, limit):
     tasks = make(counts)
-    dealt = partition(tasks, seed=seed, limit=limit)
-    named = [int(row.rpartition(" ")[2]) for rows in dealt.skipped.rows.values() for row in rows]
-    assert sorted(all_rows(dealt) + named) == list(range(len(tasks.examples)))
+    assigned = partition(tasks, seed=seed, limit=limit)
+    named = [int(row.rpartition(" ")[2]) for rows in assigned.skipped.rows.values() for row in rows]
+    assert sorted(all_rows(assigned) + named) == list(range(len(tasks.examples)))
 
 
 @settings(max_examples=25, deadline=None)

@@ -29,7 +29,7 @@ def beginning(rule: str, spec: FleetSpec) -> State:
     """Return B = 0 and A random from the fleet's seed, at the server's rank.
 
     Raises SiteError or RankError for ranks that do not fit, also for a client above the server:
-    columns that the server lacks could be neither dealt nor averaged.
+    columns that the server lacks could be neither sent nor averaged.
     """
     checked_fleet(rule, spec)
     for client, ranks in spec.ranks.items():
@@ -57,7 +57,7 @@ def server_factors(rule: str, state: State, site: str) -> LowRank:
 
 
 def prefix(rule: str, state: State, site: str, rank: int, scale: float) -> LowRank:
-    """Return the first `rank` columns of B and rows of A; raises as every deal does."""
+    """Return the first `rank` columns of B and rows of A; raises as every assignment does."""
     server = server_factors(rule, state, site)
     checked_rank(rule, site, rank, server.shape)
     checked_scale(rule, site, scale)

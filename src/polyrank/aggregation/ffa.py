@@ -24,7 +24,7 @@ class FFA(Rule):
 
     With unequal ranks the mean of zero-padded B shrinks column j by c_j = Σ_{r_i ≥ j} w_i in every
     round, trained or not. By default only what clients changed is averaged,
-    B⁺ = B + Σ w_i pad(B_i − start_i), start_i as really dealt, after rounding on the wire; products
+    B⁺ = B + Σ w_i pad(B_i − start_i), start_i as really sent, after rounding on the wire; products
     obey the same equation exactly, D⁺ = D + Σ w_i (B_i A_i − start_i A_i), since rows are nested.
     Without `correction`, B⁺ = Σ w_i pad(B_i). With all ranks at the server's, both are one.
 
@@ -89,7 +89,7 @@ class FFA(Rule):
 def _with_fixed_a(
     rule: str, site: str, contributions: Iterator[Contribution]
 ) -> Iterator[Contribution]:
-    """Yield the contributions; UpdateError for one whose A is another than it was dealt."""
+    """Yield the contributions; UpdateError for one whose A is another than it was sent."""
     for contribution in contributions:
         start, result = contribution.sent.start, contribution.result
         if (
@@ -99,6 +99,6 @@ def _with_fixed_a(
         ):
             raise UpdateError(
                 f"{rule}: client {contribution.client!r} returned another A at {site!r} than "
-                "it was dealt; A is fixed, train B alone"
+                "it was sent; A is fixed, train B alone"
             )
         yield contribution

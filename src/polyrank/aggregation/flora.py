@@ -49,7 +49,7 @@ class FLoRA(Rule):
 
         start_i = B_i A_i,  frozen_i = −B_i A_i,  D⁺ = D + Σ w_i (s_i B_i' A_i' − start_i),
 
-    start_i as really dealt. At another rank than before it begins with a prefix, or with zero
+    start_i as really sent. At another rank than before it begins with a prefix, or with zero
     columns of B and fresh rows of A beside its own. Who never took part begins at B = 0 with a
     fresh A; so in the first round the two are one. The state then grows by one update for every
     client that ever took part, and every checkpoint with it. The frozen term is the start's

@@ -28,11 +28,11 @@ from polyrank.lazy_torch import torch
 class HetLoRA(Rule):
     """Pad factors with zeros to the server's rank and average them, weighted by ‖ΔW_i‖_F.
 
-    - *Deal*: the first r_i columns of B̄ and rows of Ā. A column that is zero in both could never
-      train again; its row of A is dealt fresh, the same for all clients of a round [I].
+    - *Assign*: the first r_i columns of B̄ and rows of Ā. A column that is zero in both could never
+      train again; its row of A is sent fresh, the same for all clients of a round [I].
     - *Local term*: `penalty`·‖B[:, g:]‖_F ‖A[g:]‖_F with g = max(1, ⌊`gamma`·r⌋) [S; the rounding
       is I: at 0.99 one rank of up to a hundred is at stake].
-    - *Self-pruning*: where that product ended strictly below its value as dealt, and that was not
+    - *Self-pruning*: where that product ended strictly below its value as sent, and that was not
       zero, the client's rank at this site is g from then on, and the tail behind g of this update
       is dropped. A client never gets a pruned rank back [S].
     - *Merge*: B̄ = Σ p_i pad(B_i), Ā = Σ p_i pad(A_i), p_i = ‖ΔW_i‖_F / Σ_k ‖ΔW_k‖_F over the whole

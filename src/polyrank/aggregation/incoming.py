@@ -49,7 +49,7 @@ def checked_scale(rule: str, site: str, scale: float) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """A checked contribution of low-rank factors: from `start`, as dealt, to `result`."""
+    """A checked contribution of low-rank factors: from `start`, as sent, to `result`."""
 
     client: str
     weight: float
@@ -98,18 +98,18 @@ def incoming(
     Those of weight zero are left out.
 
     Raises what `weighed` raises; UpdateError for what is no pair of factors, for another shape or
-    rank than was dealt, or entries that are NaN or infinite. Messages name site and position.
+    rank than was sent, or entries that are NaN or infinite. Messages name site and position.
     """
     for place, contribution in weighed(rule, site, contributions):
         start, result = contribution.sent.start, contribution.result
         if not isinstance(start, LowRank) or not isinstance(result, LowRank):
             raise UpdateError(
-                f"{place}: expected low-rank factors, dealt were {type(start).__name__}, got "
+                f"{place}: expected low-rank factors, sent were {type(start).__name__}, got "
                 f"{type(result).__name__}"
             )
         if result.shape != shape or result.rank != start.rank:
             raise UpdateError(
-                f"{place} is of {result.shape} and rank {result.rank}; dealt were "
+                f"{place} is of {result.shape} and rank {result.rank}; sent were "
                 f"{shape} and rank {start.rank}; nothing is broadcast or cut"
             )
         checked_finite(place, result)

@@ -44,7 +44,7 @@ class _Basis:
 def incremented(server: LowRank, changes: Iterator[Change]) -> Iterator[LowRank]:
     """Yield terms whose sum is D + Σ w_i (result_i − start_i), where D = `held`.
 
-    Clients are dealt prefixes of one set of factors, so their starts are not stacked again:
+    Clients are sent prefixes of one set of factors, so their starts are not stacked again:
     as long as they agree bit by bit they share one basis and only their weights are summed. That
     holds for rounded factors too, since rounding a prefix is the prefix of rounding. A result that
     is identical to a start joins its basis and cancels exactly.

@@ -43,7 +43,7 @@ class Rule(ABC):
         """What makes no sense with the rule, each with the reason.
 
         Keys are local methods by name, and ``shared``: one adapter behind the cut for all split
-        clients, who must then be dealt the same there and return the same.
+        clients, who must then be sent the same there and return the same.
         """
         return {}
 
@@ -72,11 +72,11 @@ class Rule(ABC):
         """
 
     def ranks(self, state: State, client: str, ranks: Mapping[str, int]) -> Mapping[str, int]:
-        """Return the ranks to deal to a client that can afford `ranks`: those, unless pruned."""
+        """Return the ranks to assign to a client that can afford `ranks`: those, unless pruned."""
         return ranks
 
     def personal(self, state: State, client: str) -> bool:
-        """Whether this client is dealt factors of its own, not those of all clients of its rank."""
+        """Whether this client is sent factors of its own, not those of all clients of its rank."""
         return False
 
     def assign_own(
@@ -134,7 +134,7 @@ class Rule(ABC):
     def elsewhere(self, state: State, sites: Collection[str]) -> Adapter[LowRank]:
         """Return what is active, and not trained, at the sites other than these for their client.
 
-        A client that trains nothing at a site is dealt nothing there, unless the rule says so here.
+        A client that trains nothing at a site is sent nothing there, unless the rule says so here.
         """
         return Adapter({})
 

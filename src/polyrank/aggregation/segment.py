@@ -19,7 +19,7 @@ class Segment(Rule):
 
     With c_j = Σ_{i: r_i ≥ j} w_i, the weight of those who hold it,
     B̄_j = Σ_{r_i ≥ j} w_i B_i[:, j] / c_j and Ā_j likewise; a column that no client of the round
-    holds (c_j = 0) stays as it is. A client of rank r is dealt the first r columns and rows. So
+    holds (c_j = 0) stays as it is. A client of rank r is sent the first r columns and rows. So
     nothing is diluted, and rounds without training are fixed points.
 
     B̄Ā is not the average update, on purpose: a column that only few clients hold counts as much

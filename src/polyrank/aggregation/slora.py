@@ -29,7 +29,7 @@ class SLoRA(Rule):
 
         v⁺ = v + Σ w_i pad(v_i − start_i),
 
-    start_i as really dealt: entries that a client does not hold stay, instead of shrinking [D].
+    start_i as really sent: entries that a client does not hold stay, instead of shrinking [D].
     With equal ranks this is the mean of the values, as published.
 
     *Second stage.* After the last sparse round the sum, ΔW = UΣVᵀ, is factored at the server's rank
@@ -216,15 +216,15 @@ def _first(server: Sparse, count: int) -> Sparse:
 
 
 def _checked(place: str, server: Sparse, contribution: Contribution) -> tuple[Sparse, Sparse]:
-    """Return what was dealt and what came back, or raise UpdateError."""
+    """Return what was sent and what came back, or raise UpdateError."""
     start, result = contribution.sent.start, contribution.result
     if not isinstance(start, Sparse) or not isinstance(result, Sparse):
         raise UpdateError(
-            f"{place}: expected a sparse update, dealt was {type(start).__name__}, got "
+            f"{place}: expected a sparse update, sent was {type(start).__name__}, got "
             f"{type(result).__name__}"
         )
     expected = _first(server, len(start.values))
-    for what, other in (("was dealt", start), ("is returned", result)):
+    for what, other in (("was sent", start), ("is returned", result)):
         if other.shape != server.shape or not torch.equal(other.positions, expected.positions):
             raise UpdateError(
                 f"{place}: what {what} has {len(other.values)} values of a {other.shape} matrix at "

@@ -47,7 +47,7 @@ def curve(label: str, runs: Sequence[Mapping[int, Point]]) -> Curve | None:
 
 
 def loss_by_round(runs: Runs) -> list[Curve]:
-    """Return the validation loss of the seen clients against rounds."""
+    """Return the validation loss of the training clients against rounds."""
     return _curves(
         runs,
         lambda run: {r.round: (r.round, r.validation_loss) for r in run if r.evaluation},
@@ -55,7 +55,7 @@ def loss_by_round(runs: Runs) -> list[Curve]:
 
 
 def loss_by_bytes(runs: Runs) -> list[Curve]:
-    """Return the validation loss of the seen clients against the MiB sent up and down so far."""
+    """Return the validation loss of the training clients against MiB up and down so far."""
 
     def points(run: Sequence[RoundRecord]) -> dict[int, Point]:
         spent, points = 0, {}

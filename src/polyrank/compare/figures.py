@@ -82,7 +82,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
         matplotlib.rcdefaults()  # Whatever style the user has set.
         matplotlib.rcParams.update(_STYLE)
         if curves := loss_by_round(runs):
-            figure = _lines(curves, styles, f"Validation loss of the seen clients ({over})")
+            figure = _lines(curves, styles, f"Validation loss of the training clients ({over})")
             _name(figure, "round", _LOSS)
             files += _save(figure, folder, "loss-by-round")
         pooled = {

@@ -265,7 +265,7 @@ def _rates(results: Mapping[str, Any]) -> Sheet:
             cells.append(f"[{text}]" if rate == method["rate"] else text)
         rows.append([method["label"], *cells])
     return Sheet(
-        "validation loss of the seen clients by learning rate, first seed, last evaluation",
+        "validation loss of the training clients by learning rate, first seed, last evaluation",
         ["method", *(f"{rate:g}" for rate in rates)],
         rows,
         ["[ ]: the rate that was chosen"],

@@ -40,7 +40,7 @@ class DataSection(Encoding, ReadingSettings):
     alpha: float = 0.5
     """Dirichlet's concentration: small is very unequal."""
     on: str = "category"
-    """The column whose values `dirichlet` deals out unequally."""
+    """The column whose values `dirichlet` divides unequally."""
     unseen: Unseen = None
     """Who is held out entirely for zero-shot evaluation; left out, the column `unseen` decides if
     there is one; 0 for nobody."""
@@ -61,7 +61,7 @@ class DataSection(Encoding, ReadingSettings):
         return self.source == CLIENT
 
     def load(self, seed: int) -> Clients:
-        """Load the tasks and deal them to clients; RecipeError if each client has its own."""
+        """Load the tasks and divide them among clients; RecipeError if each client has its own."""
         if self.at_clients:
             raise RecipeError(
                 "data.source = 'client': the data lies with the clients, so the run needs them: "
@@ -97,7 +97,7 @@ class DataSection(Encoding, ReadingSettings):
         """
         if not self.at_clients:
             return
-        here = dict.fromkeys(DEALING, "every client has its own data, whole")
+        here = dict.fromkeys(PARTITIONING, "every client has its own data, whole")
         if not benchmark:
             here |= dict.fromkeys(READING, "each client.toml says it")
         for key, instead in here.items():
@@ -108,8 +108,8 @@ class DataSection(Encoding, ReadingSettings):
                 )
 
 
-DEALING = ("by", "clients", "alpha", "on", "unseen", "min_examples", "pooled")
-"""Keys of [data] that deal one source out to clients."""
+PARTITIONING = ("by", "clients", "alpha", "on", "unseen", "min_examples", "pooled")
+"""Keys of [data] that divide one source among clients."""
 
 READING = tuple(key for key in types_of(ReadingSettings) if key != "source")
 """Keys of [data] that say how a source is read."""

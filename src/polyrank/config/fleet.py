@@ -47,11 +47,11 @@ class FleetSection:
     `heavy-tail-strong` (85% the strongest), `normal` (88% the ones between), each for any types and
     any number of clients; or shares that sum to 1."""
     clients: dict[str, str] | None = None
-    """The type of every seen client, by name."""
+    """The type of every training client, by name."""
     force: str | None = None
     """Give every client this type, or the `weakest` of the fleet: the homogeneous control."""
     redraw: Annotated[int, Ge(1)] | None = None
-    """Deal the same types to the clients anew, at random, every so many rounds."""
+    """Give the same types to the clients anew, at random, every so many rounds."""
     trace: str | None = None
     """A CSV or JSON-lines file with columns `round`, `client` and `type`: from that round on (they
     count from 1) the client has that type; client `*` is everyone not named beside it. It is kept
@@ -109,7 +109,7 @@ class FleetSection:
         unknown = sorted(set(self.clients) - set(known))
         if unknown:
             raise RecipeError(
-                f"fleet.clients: {unknown[:5]} are no seen clients of the data; there are "
+                f"fleet.clients: {unknown[:5]} are no training clients of the data; there are "
                 f"{known[:5]}{' and others' if len(known) > 5 else ''}"
             )
         return Fleet.table(self.clients, types=types, cuts=cuts)

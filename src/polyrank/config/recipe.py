@@ -90,11 +90,11 @@ class Recipe:
         return self.local.resolved.with_rule(self.aggregation.build())
 
     def clients(self) -> Clients:
-        """Load the tasks and deal them to clients."""
+        """Load the tasks and divide them among clients."""
         return self.data.load(derive(self.seed, "data"))
 
     def fleet_of(self, clients: Clients) -> Fleet:
-        """Return the fleet of the seen clients, not yet forced to one type.
+        """Return the fleet of the training clients, not yet forced to one type.
 
         With a plan its types are devices, of which the ranks are yet to be planned.
         """

@@ -1,14 +1,15 @@
-"""The pages of all keys: ``python -m polyrank.config.reference [client] > docs/reference/….md``."""
+"""The pages of all keys: ``python -m polyrank.config.reference [client | app]``."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from polyrank.config.app import OWN, AppSettings
 from polyrank.config.client import ClientSettings
-from polyrank.config.keys import Key, keys_of
+from polyrank.config.keys import Key, all_keys, keys_of
 from polyrank.config.recipe import Recipe
 from polyrank.settings import bounds
 
@@ -79,6 +80,18 @@ Flower app runs here. The limits bind polyrank's own app.
 This page is made from the code by `python -m polyrank.config.reference client`.
 """
 
+APP_HEAD = """\
+# Flower apps: the keys of `app`
+
+A Flower app that `polyrank app` writes has, beside the [recipe](recipes.md), these keys for the
+server's side of a run. Give them when the app is written, `polyrank app quickstart quickstart-app
+app.wait=60`, or for one run, `flwr run quickstart-app -c 'app.wait=60'`. What always holds can
+be written into the app's `pyproject.toml`. `""` takes a key back to its default.
+[Across machines](../how-to/deployment.md) shows them at work.
+
+This page is made from the code by `python -m polyrank.config.reference app`.
+"""
+
 _QUOTED = re.compile(r"'([^' ]*)'")
 
 
@@ -92,6 +105,12 @@ def client_page() -> str:
     return _page(CLIENT_HEAD, ClientSettings)
 
 
+def app_page() -> str:
+    """Return the page of a Flower app's own keys as Markdown."""
+    keys = ((name.replace("_", "-"), key) for name, key in all_keys(AppSettings, OWN))
+    return "\n".join([APP_HEAD, *_rows(keys)]) + "\n"
+
+
 def _page(head: str, root: type) -> str:
     parts = [head, "## At the top\n", *_table(root)]
     for name, key in keys_of(root).items():
@@ -102,13 +121,17 @@ def _page(head: str, root: type) -> str:
 
 
 def _table(section: type) -> Iterator[str]:
+    keys = keys_of(section).items()
+    return _rows((name, key) for name, key in keys if key.section is None)
+
+
+def _rows(keys: Iterable[tuple[str, Key]]) -> Iterator[str]:
     yield "| key | takes | default | |"
     yield "|---|---|---|---|"
-    for name, key in keys_of(section).items():
-        if key.section is None:
-            takes = _QUOTED.sub(r"`\1`", key.words).replace("|", "\\|")
-            limits = f", {limits}" if (limits := bounds(key.annotation)) else ""
-            yield f"| `{name}` | {takes}{limits} | {_default(key)} | {key.meaning} |"
+    for name, key in keys:
+        takes = _QUOTED.sub(r"`\1`", key.words).replace("|", "\\|")
+        limits = f", {limits}" if (limits := bounds(key.annotation)) else ""
+        yield f"| `{name}` | {takes}{limits} | {_default(key)} | {key.meaning} |"
 
 
 def _default(key: Key) -> str:
@@ -123,4 +146,5 @@ def _default(key: Key) -> str:
 
 
 if __name__ == "__main__":
-    print(client_page() if sys.argv[1:] == ["client"] else page(), end="")
+    pages = {"recipe": page, "client": client_page, "app": app_page}
+    print(pages[sys.argv[1] if sys.argv[1:] else "recipe"](), end="")

@@ -44,7 +44,7 @@ def partition(
     min_examples: int = 1,
     seed: int = 0,
 ) -> Clients:
-    """Return the tasks dealt out to clients, each split into training, validation and test.
+    """Return the tasks divided among clients, each split into training, validation and test.
 
     `by` names a column, each of whose values becomes a client (one task, one client); or it is
     ``iid`` (shuffled, equal), ``contiguous`` (equal, in the source's order) or ``dirichlet`` (the

@@ -215,7 +215,7 @@ def grouped(metrics: ClientMetrics, work: Mapping[str, ClientWork], part: Part) 
     """Return the clients' metrics in groups.
 
     ``seen`` and ``unseen`` give the mean over clients, each counting once, with the standard error
-    of the mean loss; ``per_category`` the same for seen and unseen clients of each category;
+    of the mean loss; ``per_category`` the same for training and held-out clients of each category;
     ``clients`` each client's own; ``no_room`` counts the prompts of this part that are too long to
     generate from. A mean over a value that is not finite is null, as the value is.
     """

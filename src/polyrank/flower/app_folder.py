@@ -189,7 +189,7 @@ def write_app(recipe: Recipe, folder: Path, *, own: Mapping[str, Scalar] = APP_K
     control, which is a run of its own, is left out.
 
     Raises FolderExistsError if the folder exists, RecipeError for what cannot run over Flower, and
-    DataError or RecipeError if the recipe's data is on this machine and cannot be dealt to clients.
+    DataError or RecipeError if the recipe's data is here and cannot be divided among clients.
     """
     if folder.exists() or folder.is_symlink():
         raise FolderExistsError(f"{folder}: exists already; choose another folder")

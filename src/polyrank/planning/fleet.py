@@ -167,7 +167,7 @@ class Fleet:
         seed: int = 0,
         cuts: Mapping[str, CutPoint] | None = None,
     ) -> Fleet:
-        """Return a fleet with these shares of types, dealt to the clients at random.
+        """Return a fleet with these shares of types, given to the clients at random.
 
         `distribution` is a name of `DISTRIBUTIONS` or shares per type that sum to one. Counts are
         the shares rounded by largest remainder, so that they are met as nearly as whole clients

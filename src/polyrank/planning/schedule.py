@@ -51,7 +51,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Redraw:
-    """Every `every` rounds the same types are dealt to the clients anew, at random from `seed`.
+    """Every `every` rounds the same types are given to the clients anew, at random from `seed`.
 
     Raises RankError unless `every` is at least 1.
     """

@@ -157,11 +157,11 @@ def ranks(
     cuts: Mapping[str, CutPoint] | None = None,
     blocks: int = 0,
 ) -> Table:
-    """Return a table of LoRA types: how many seen clients, which ranks at how many matrices.
+    """Return a table of LoRA types: how many training clients, which ranks at how many matrices.
 
     Where there are `cuts`, it also says which of the model's `blocks` the clients run themselves.
     """
-    made = table("ranks dealt")
+    made = table("ranks by type")
     made.add_column("type")
     made.add_column("clients", justify="right")
     made.add_column("ranks")

@@ -41,7 +41,7 @@ def population(
 ) -> Population:
     """Return who trains: the clients themselves or, in a pooled run, one client called everyone.
 
-    *Centralised training.* Everyone has the training examples of all seen clients, in the order of
+    *Centralised training.* Everyone has all training clients' training examples, in the order of
     the clients' names, the type of the fleet with the most parameters [I], and the whole model. A
     round is as long as the rounds of the federated clients together [I]: with n of N clients a
     round, `steps` become n·steps and `epochs` n/N·epochs, so that as many examples are seen, in as
@@ -51,7 +51,7 @@ def population(
     The one update is the average. The optimizer is made anew every round, as in every run: fewer,
     longer rounds come closer to one uninterrupted training.
 
-    Raises RankError for a seen client without a LoRA type.
+    Raises RankError for a training client without a LoRA type.
     """
     if not settings.pooled:
         return Population(work, fleet, local, settings.evaluation)

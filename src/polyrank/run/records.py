@@ -162,7 +162,7 @@ class RoundRecord:
 
     @property
     def validation_loss(self) -> float | None:
-        """The global adapter's loss on the seen clients' validation parts, if evaluated."""
+        """The global adapter's loss on the training clients' validation parts, if evaluated."""
         return self.evaluation["server"]["seen"]["loss"] if self.evaluation else None
 
     @property

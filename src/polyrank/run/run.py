@@ -117,7 +117,7 @@ class Run:
 
     @property
     def ranks(self) -> Mapping[str, Mapping[str, int]]:
-        """The ranks per seen client and site."""
+        """The ranks per training client and site."""
         return self._round_settings.ranks
 
     @property

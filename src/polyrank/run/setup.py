@@ -125,7 +125,8 @@ def round_settings(
 ) -> RoundSettings:
     """Return what all rounds share.
 
-    Raises RankError for a seen client without a LoRA type, ModelError for a cut outside the model.
+    Raises RankError for a training client without a LoRA type, ModelError for a cut outside
+    the model.
     """
     fleet.check_cuts(spec)
     seen = [id for id, client in work.items() if client.seen]

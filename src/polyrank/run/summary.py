@@ -84,7 +84,7 @@ def before_and_after(
 
 
 def to_target(records: Sequence[Mapping[str, Any]], loss: float | None) -> dict[str, Any] | None:
-    """Return rounds, bytes and seconds until the seen clients' validation loss fell to `loss`.
+    """Return rounds, bytes and seconds until the training clients' validation loss fell to `loss`.
 
     None if no target was given; values of None if it was not reached.
     """

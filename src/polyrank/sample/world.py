@@ -65,7 +65,7 @@ def build(seed: int = 0) -> World:
 
 
 def _deal(subjects: list[str], values: list[str], rng: random.Random) -> dict[str, str]:
-    """Deal values to subjects at random and as evenly as possible."""
+    """Give values to subjects at random and as evenly as possible."""
     shuffled = [values[i % len(values)] for i in range(len(subjects))]
     rng.shuffle(shuffled)
     return dict(zip(subjects, shuffled, strict=True))

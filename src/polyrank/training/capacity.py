@@ -24,7 +24,7 @@ MARGIN = 1.25
 """For what is left out: temporaries of the backward pass, fragmentation of the memory."""
 
 _COPIES = 4
-"""Of a slot's factors, beside the moments: values, gradients, the dealt and the returned ones."""
+"""Of a slot's factors, beside the moments: values, gradients, the sent and the returned ones."""
 
 _LENGTHS = (8, 16, 24)
 """Short rows whose activations are measured; bytes are a polynomial of degree 2 in the length."""
@@ -37,7 +37,7 @@ def cohort_size(
     longest: int,
     targets: int,
     available_bytes: int,
-    dealt: Sequence[Assignment] = (),
+    assignments: Sequence[Assignment] = (),
     *,
     scored: bool = False,
 ) -> int:
@@ -49,7 +49,7 @@ def cohort_size(
     by `CPU_TOKENS`.
     """
     size = available_bytes // slot_bytes(
-        model, ranks, local, longest, targets, dealt, scored=scored
+        model, ranks, local, longest, targets, assignments, scored=scored
     )
     if model.device.type == "cpu":
         size = min(size, max(1, CPU_TOKENS // (local.batch * longest)))
@@ -62,7 +62,7 @@ def slot_bytes(
     local: LocalTraining,
     longest: int,
     targets: int,
-    dealt: Sequence[Assignment] = (),
+    assignments: Sequence[Assignment] = (),
     *,
     scored: bool = False,
 ) -> int:
@@ -74,13 +74,13 @@ def slot_bytes(
     in the length. The logits at the targets are counted with them. Under checkpointing it is one
     hidden state a block, and one block's activations by plain arithmetic.
 
-    `dealt` are assignments of the kind that will come: their largest frozen term counts, of a
+    `assignments` are of the kind that will come: their largest frozen term counts, of a
     sparse start the whole matrix that is made of it, at one site at a time, and dense starts in the
     place of factors. What is merged into the base is not counted: it is there once, not for each
     client. With `scored` the pass measures importance, which keeps the outputs of all sites.
     """
     of_factors = sum(rank * sum(model.spec.shapes[site]) for site, rank in ranks.items())
-    entries = max([of_factors, *map(_dense_entries, dealt)])
+    entries = max([of_factors, *map(_dense_entries, assignments)])
     itemsize = max(4, model.dtype.itemsize)
     factors = (_COPIES + local.moments + (local.resolved.proximal > 0)) * entries * itemsize
     measured = {length: _kept(model, ranks, local, length, 1, scored) for length in _LENGTHS}
@@ -88,7 +88,7 @@ def slot_bytes(
     row = _extrapolate(measured, longest) + targets * per_target
     if model.checkpointing:
         row += longest * itemsize * _checkpointed(model)
-    return int(MARGIN * (factors + itemsize * _beside(dealt) + local.batch * row))
+    return int(MARGIN * (factors + itemsize * _beside(assignments) + local.batch * row))
 
 
 def _dense_entries(assignment: Assignment) -> int:

@@ -52,8 +52,8 @@ def prepare(
     """Return the clients' work, and what could not be used, by name, what `partition` left out too.
 
     Token ids go to a temporary file, client by client, so that memory does not grow with them.
-    A seen client left without a training example cannot take part: it is left out and named.
-    Raises DataError if no seen client is left, or if `max_length` exceeds the model's context.
+    A training client left without a training example cannot take part: it is left out and named.
+    Raises DataError if no training client is left, or if `max_length` exceeds the model's context.
     """
     context = model.spec.context
     length = encoding.max_length or context

@@ -68,8 +68,8 @@ def test_it_depends_on_the_gauge():
     state = widened(fresh_state(rule, SHAPE, clients))
     plain = noisy_training(0)
 
-    def turned(i, dealt):
-        result = plain(i, dealt)
+    def turned(i, assigned):
+        result = plain(i, assigned)
         g = torch.eye(4, dtype=torch.float64) * (2.0 if i == 1 else 1.0)
         return LowRank(result.b @ g, torch.linalg.solve(g, result.a))
 
@@ -103,17 +103,17 @@ def test_another_rank_at_dealing_or_merging_is_refused():
     with pytest.raises(SiteError, match="'other'"):
         rule.assign_site(state, "other", 4, 1.0, 0)
     one = LowRank(torch.ones(14, 1), torch.ones(1, 11))
-    dealt = rule.assign_site(state, SITE, 4, 1.0, 0)
+    assigned = rule.assign_site(state, SITE, 4, 1.0, 0)
     with pytest.raises(UpdateError, match="nothing is broadcast"):
-        rule.merge_site(state, SITE, iter([Contribution(1.0, dealt, one)]))
+        rule.merge_site(state, SITE, iter([Contribution(1.0, assigned, one)]))
 
 
 def test_updates_that_are_not_finite_and_weights_that_are_no_shares_are_refused():
     rule, clients = FedIT(), fleet([4, 4])
     state = fresh_state(rule, SHAPE, clients)
 
-    def exploded(i, dealt):
-        return LowRank(dealt.start.b + float("nan"), dealt.start.a)
+    def exploded(i, assigned):
+        return LowRank(assigned.start.b + float("nan"), assigned.start.a)
 
     with pytest.raises(UpdateError, match=SITE):
         play(rule, state, clients, exploded)

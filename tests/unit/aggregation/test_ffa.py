@@ -60,8 +60,8 @@ def test_under_mixed_ranks_the_increments_are_averaged_exactly():
     after, _ = play(CORRECTED, before, clients, training)
     expected = product(CORRECTED, before)
     for i, c in enumerate(clients):
-        dealt = CORRECTED.assign_site(before, SITE, c.rank, c.scale, 0)
-        expected = expected + c.weight * (training(i, dealt).dense() - dealt.start.dense())
+        assigned = CORRECTED.assign_site(before, SITE, c.rank, c.scale, 0)
+        expected = expected + c.weight * (training(i, assigned).dense() - assigned.start.dense())
     assert distance(product(CORRECTED, after), expected) < 1e-12
 
 
@@ -105,11 +105,11 @@ def test_a_is_the_same_for_all_and_for_ever_and_does_not_travel():
         state, _ = play(CORRECTED, state, clients, noisy_training(t, dtype=torch.float32), seed=t)
     assert torch.equal(state.tensors[f"{SITE}/a"], first.tensors[f"{SITE}/a"])
     for rank in RANKS:
-        dealt = CORRECTED.assign_site(state, SITE, rank, 1.0, seed=rank)
-        assert dealt.train == "b"
-        assert torch.equal(dealt.start.a, first.tensors[f"{SITE}/a"][:rank])
-        assert torch.equal(dealt.start.b, state.tensors[f"{SITE}/b"][:, :rank])
-    assert 0 < float(dealt.start.a.abs().max()) <= 11**-0.5
+        assigned = CORRECTED.assign_site(state, SITE, rank, 1.0, seed=rank)
+        assert assigned.train == "b"
+        assert torch.equal(assigned.start.a, first.tensors[f"{SITE}/a"][:rank])
+        assert torch.equal(assigned.start.b, state.tensors[f"{SITE}/b"][:, :rank])
+    assert 0 < float(assigned.start.a.abs().max()) <= 11**-0.5
     assignment = assign(CORRECTED, state, {SITE: 8}, {SITE: 1.0}, 0)
     assert assignment.train == "b"
     assert assignment.nbytes == assignment.travelling(assignment.start) == 14 * 8 * 4
@@ -121,15 +121,15 @@ def test_the_server_step_is_linear_in_what_clients_send():
     state = trained(CORRECTED, clients)
     one, two = (noisy_training(t) for t in (1, 2))
 
-    def mean(i, dealt):
-        return LowRank(0.5 * (one(i, dealt).b + two(i, dealt).b), dealt.start.a)
+    def mean(i, assigned):
+        return LowRank(0.5 * (one(i, assigned).b + two(i, assigned).b), assigned.start.a)
 
     halves = [product(CORRECTED, play(CORRECTED, state, clients, how)[0]) for how in (one, two)]
     both = product(CORRECTED, play(CORRECTED, state, clients, mean)[0])
     assert distance(both, 0.5 * (halves[0] + halves[1])) < 1e-12
 
 
-def test_the_adapter_is_ordered_by_singular_value_while_dealt_columns_stay_nested():
+def test_the_adapter_is_ordered_by_singular_value_while_sent_columns_stay_nested():
     clients = fleet(RANKS)
     state = trained(CORRECTED, clients, rounds=2)
     adapter = CORRECTED.adapter(state)[SITE]
@@ -141,8 +141,8 @@ def test_the_adapter_is_ordered_by_singular_value_while_dealt_columns_stay_neste
 def test_what_makes_no_sense_is_refused_by_name():
     state = fresh_state(CORRECTED, SHAPE, fleet([4]))
 
-    def trains_a(_, dealt):
-        return LowRank(dealt.start.b, 2.0 * dealt.start.a)
+    def trains_a(_, assigned):
+        return LowRank(assigned.start.b, 2.0 * assigned.start.a)
 
     with pytest.raises(UpdateError, match=r"client '0' returned another A at"):
         play(CORRECTED, state, fleet([4]), trains_a)

@@ -1,4 +1,4 @@
-"""FlexLoRA: what it deals, what it merges, what it refuses."""
+"""FlexLoRA: what it assigns, what it merges, what it refuses."""
 
 import math
 
@@ -66,9 +66,9 @@ def test_every_client_starts_from_the_best_approximation_of_its_rank(mode, split
     state = trained(rule)
     d = product(rule, state)
     for rank in RANKS:
-        dealt = rule.assign_site(state, SITE, rank, scale, seed=0)
-        assert dealt.start.rank == rank
-        assert distance(dealt.start.dense(), best(d, rank)) < 1e-12
+        assigned = rule.assign_site(state, SITE, rank, scale, seed=0)
+        assert assigned.start.rank == rank
+        assert distance(assigned.start.dense(), best(d, rank)) < 1e-12
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -108,7 +108,7 @@ def test_dead_directions_are_repaired_so_that_they_can_train(mode, split):
     )
     clients = fleet([8])
     state = fresh_state(rule, (14, 11), clients)
-    state, _ = rule.merge_site(state, SITE, iter([Contribution(1.0, _dealt(4, 14, 11), d)]))
+    state, _ = rule.merge_site(state, SITE, iter([Contribution(1.0, _assigned(4, 14, 11), d)]))
     start = rule.assign_site(state, SITE, 8, 2.0, seed=3).start
     b, a = (f.clone().requires_grad_() for f in (start.b, start.a))
     torch.nn.functional.linear(torch.randn(20, 11), b @ a).square().sum().backward()
@@ -125,7 +125,7 @@ def test_dead_directions_are_repaired_so_that_they_can_train(mode, split):
     assert torch.equal(first.a[3:], start.a[3:]), "row j depends on seed, site and j alone"
 
 
-def _dealt(rank: int, m: int, n: int) -> SiteAssignment:
+def _assigned(rank: int, m: int, n: int) -> SiteAssignment:
     return SiteAssignment(LowRank(torch.zeros(m, rank), torch.ones(rank, n)))
 
 
@@ -135,10 +135,10 @@ def test_tail_in_base_lets_every_client_start_exactly_at_the_aggregate(split):
     state = trained(rule)
     d = product(rule, state)
     for rank in (1, 2, 4):
-        dealt = rule.assign_site(state, SITE, rank, 3.0, 0)
-        assert dealt.frozen is not None
-        assert dealt.frozen.rank == 8 - rank
-        assert distance(dealt.start.dense() + dealt.frozen.dense(), d) < 1e-12
+        assigned = rule.assign_site(state, SITE, rank, 3.0, 0)
+        assert assigned.frozen is not None
+        assert assigned.frozen.rank == 8 - rank
+        assert distance(assigned.start.dense() + assigned.frozen.dense(), d) < 1e-12
     assert rule.assign_site(state, SITE, 8, 3.0, 0).frozen is None
 
 
@@ -267,8 +267,8 @@ def test_an_update_that_is_not_finite_is_refused_by_site(mode, bad):
     rule = FlexLoRA(mode)
     clients = fleet(RANKS)
 
-    def training(i, dealt):
-        result = no_training(i, dealt)
+    def training(i, assigned):
+        result = no_training(i, assigned)
         result.a[0, 0] = bad if i == 2 else 0.0
         return result
 
@@ -285,7 +285,7 @@ def test_an_update_of_another_rank_or_shape_is_refused_and_never_broadcast(mode)
         m, r, n = wrong
         update = LowRank(torch.ones(m, r), torch.ones(r, n))
         with pytest.raises(UpdateError, match=SITE):
-            play(rule, state, clients, lambda i, dealt, update=update: update)
+            play(rule, state, clients, lambda i, assigned, update=update: update)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -295,8 +295,8 @@ def test_an_update_of_another_rank_or_shape_is_refused_and_never_broadcast(mode)
 def test_weights_that_are_no_shares_are_refused(mode, weights):
     rule = FlexLoRA(mode)
     state = fresh_state(rule, (14, 11), fleet([4, 4]))
-    dealt = rule.assign_site(state, SITE, 4, 1.0, 0)
-    given = iter([Contribution(w, dealt, dealt.start) for w in weights])
+    assigned = rule.assign_site(state, SITE, 4, 1.0, 0)
+    given = iter([Contribution(w, assigned, assigned.start) for w in weights])
     with pytest.raises(RuleError):
         rule.merge_site(state, SITE, given)
 
@@ -341,11 +341,11 @@ def test_contributions_are_read_lazily_and_not_kept():
     def contributions():
         nonlocal alive, most
         for i, client in enumerate(clients):
-            dealt = rule.assign_site(state, SITE, 4, client.scale, 0)
-            result = noisy_training(i, dtype=torch.float32)(i, dealt)
+            assigned = rule.assign_site(state, SITE, 4, client.scale, 0)
+            result = noisy_training(i, dtype=torch.float32)(i, assigned)
             alive += 1
             most = max(most, alive)
-            yield Contribution(client.weight, dealt, Counted(result.b, result.a))
+            yield Contribution(client.weight, assigned, Counted(result.b, result.a))
 
     rule.merge_site(state, SITE, contributions())
     assert most <= 70, "more than one batch of 256 columns was held at once"

@@ -35,8 +35,8 @@ def test_all_updates_of_all_rounds_add_up_exactly():
     for t in range(3):
         training = noisy_training(t)
         for i, c in enumerate(clients):
-            dealt = RULE.assign_site(state, SITE, c.rank, c.scale, t)
-            expected += c.weight * training(i, dealt).dense()
+            assigned = RULE.assign_site(state, SITE, c.rank, c.scale, t)
+            expected += c.weight * training(i, assigned).dense()
         state, report = play(RULE, state, clients, training, seed=t)
         assert distance(product(RULE, state), expected) < 1e-12
         assert report.energy == pytest.approx(float(expected.square().sum()))
@@ -94,8 +94,8 @@ def test_a_client_downloads_the_stacks_that_it_missed_and_no_more():
     def round_of(state, ranks):
         def contributions():
             for client, rank in ranks.items():
-                dealt = RULE.assign_site(state, SITE, rank, 1.0, 0)
-                yield Contribution(1 / len(ranks), dealt, dealt.start, client)
+                assigned = RULE.assign_site(state, SITE, rank, 1.0, 0)
+                yield Contribution(1 / len(ranks), assigned, assigned.start, client)
 
         return RULE.conclude(RULE.merge_site(state, SITE, contributions())[0], [*ranks])
 
@@ -121,10 +121,12 @@ def test_stacks_of_all_sites_count_as_they_travelled():
     spec = FleetSpec(shapes, {"a": dict.fromkeys(shapes, 2)}, dict.fromkeys(shapes, 2), seed=0)
     state = RULE.init(spec)
     for site in shapes:
-        dealt = RULE.assign_site(state, site, 2, 1.0, 0)
-        sent = dealt.start.to(dtype=torch.bfloat16)
-        none = Contribution(0.0, dealt, sent, "b")  # weighs nothing, so it is not sent on
-        state, _ = RULE.merge_site(state, site, iter([Contribution(1.0, dealt, sent, "a"), none]))
+        assigned = RULE.assign_site(state, site, 2, 1.0, 0)
+        sent = assigned.start.to(dtype=torch.bfloat16)
+        none = Contribution(0.0, assigned, sent, "b")  # weighs nothing, so it is not sent on
+        state, _ = RULE.merge_site(
+            state, site, iter([Contribution(1.0, assigned, sent, "a"), none])
+        )
     state = RULE.conclude(state, ["a"])
     assert RULE.catch_up(state, "b") == 2 * 2 * (300 + 400)
     assert RULE.catch_up(state, "b", {"q"}) == 2 * 2 * 300
@@ -140,8 +142,8 @@ def test_what_is_missed_at_some_sites_is_told_for_every_round_and_adds_up():
     state = RULE.init(FleetSpec(shapes, ranks, dict.fromkeys(shapes, 4), seed=0))
     for clients, rank, sites in ((["a"], 1, "q up"), (["b"], 2, "up"), (["a"], 4, "q")):
         for site in sites.split():  # in the second round nobody trains q, in the third nobody up
-            dealt = RULE.assign_site(state, site, rank, 1.0, 0)
-            sent = iter([Contribution(1.0, dealt, dealt.start, clients[0])])
+            assigned = RULE.assign_site(state, site, rank, 1.0, 0)
+            sent = iter([Contribution(1.0, assigned, assigned.start, clients[0])])
             state, _ = RULE.merge_site(state, site, sent)
         state = RULE.conclude(state, clients)
     state = State(state.tensors, json.loads(json.dumps(state.scalars)))
@@ -179,10 +181,10 @@ def test_what_makes_no_sense_is_refused_by_name():
         RULE.assign_site(state, SITE, 12, 1.0, 0)
     with pytest.raises(SiteError, match="'other'"):
         RULE.merge_site(state, "other", iter([]))
-    dealt = RULE.assign_site(state, SITE, 4, 1.0, 0)
+    assigned = RULE.assign_site(state, SITE, 4, 1.0, 0)
     narrow = LowRank(torch.ones(14, 1), torch.ones(1, 11))
     with pytest.raises(UpdateError, match="nothing is broadcast"):
-        RULE.merge_site(state, SITE, iter([Contribution(1.0, dealt, narrow)]))
+        RULE.merge_site(state, SITE, iter([Contribution(1.0, assigned, narrow)]))
     with pytest.raises(RuleError, match="at least one"):
         RULE.merge_site(state, SITE, iter([]))
 
@@ -191,9 +193,9 @@ def test_the_sum_acts_also_at_sites_that_a_client_does_not_train():
     shapes = {"q": (6, 5), "up": (7, 5)}
     spec = FleetSpec(shapes, {"a": {"q": 2}, "b": {"up": 2}}, dict.fromkeys(shapes, 2), seed=0)
     state = RULE.init(spec)
-    dealt = RULE.assign_site(state, "q", 2, 1.0, 0)
-    sent = LowRank(torch.ones(6, 2), dealt.start.a)
-    state, _ = RULE.merge_site(state, "q", iter([Contribution(1.0, dealt, sent, "a")]))
+    assigned = RULE.assign_site(state, "q", 2, 1.0, 0)
+    sent = LowRank(torch.ones(6, 2), assigned.start.a)
+    state, _ = RULE.merge_site(state, "q", iter([Contribution(1.0, assigned, sent, "a")]))
     state = RULE.conclude(state, ["a"])
     given = assign(RULE, state, {"up": 2}, {"up": 1.0}, 0)
     assert [*given.start] == ["up"]

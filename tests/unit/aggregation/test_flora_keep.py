@@ -48,8 +48,8 @@ def merged(state, **results):
 
     def contributions():
         for client, result in results.items():
-            dealt = KEEP.assign_own(state, client, SITE, result.rank, 1.0, 0)
-            yield Contribution(1 / len(results), dealt, result, client)
+            assigned = KEEP.assign_own(state, client, SITE, result.rank, 1.0, 0)
+            yield Contribution(1 / len(results), assigned, result, client)
 
     return KEEP.conclude(KEEP.merge_site(state, SITE, contributions())[0], [*results])
 
@@ -58,11 +58,11 @@ def test_a_client_goes_on_where_it_stopped_and_its_negative_is_frozen_beside_it(
     sent = {"x": factors(2, 1), "y": factors(3, 2)}
     state = merged(begun(x=2, y=3), **sent)
     for client, result in sent.items():
-        dealt = KEEP.assign_own(state, client, SITE, result.rank, 2.0, seed=7)
-        assert torch.equal(dealt.start.b, result.b)
-        assert torch.equal(dealt.start.a, result.a)
-        assert torch.equal(dealt.frozen.b, -result.b)
-        assert torch.equal(dealt.frozen.a, result.a)
+        assigned = KEEP.assign_own(state, client, SITE, result.rank, 2.0, seed=7)
+        assert torch.equal(assigned.start.b, result.b)
+        assert torch.equal(assigned.start.a, result.a)
+        assert torch.equal(assigned.frozen.b, -result.b)
+        assert torch.equal(assigned.frozen.a, result.a)
 
 
 def test_one_who_never_took_part_begins_as_everyone_does_in_flora():
@@ -80,20 +80,20 @@ def test_one_who_never_took_part_begins_as_everyone_does_in_flora():
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_at_another_rank_a_client_gets_a_prefix_or_fresh_rows_beside_its_own(rank):
     sent = factors(2)
-    dealt = KEEP.assign_own(merged(begun(x=2), x=sent), "x", SITE, rank, 1.0, seed=3)
-    start, same = dealt.start, min(rank, 2)
+    assigned = KEEP.assign_own(merged(begun(x=2), x=sent), "x", SITE, rank, 1.0, seed=3)
+    start, same = assigned.start, min(rank, 2)
     assert start.rank == rank
     assert torch.equal(start.b[:, :same], sent.b[:, :same])
     assert torch.equal(start.a[:same], sent.a[:same])
     assert not start.b[:, 2:].any()
     fresh = FLoRA().assign_site(begun(x=2), SITE, rank, 1.0, 3).start.a
     assert torch.equal(start.a[2:], fresh[2:])
-    assert distance(dealt.frozen.dense(), -start.dense()) == 0
+    assert distance(assigned.frozen.dense(), -start.dense()) == 0
 
 
 def test_what_is_returned_last_is_kept_even_if_it_weighs_nothing_and_is_not_shared():
-    one, two, dealt = factors(2, 1), factors(2, 2), SiteAssignment(factors(2, 3))
-    given = (Contribution(w, dealt, r, c) for w, r, c in ((1.0, one, "x"), (0.0, two, "y")))
+    one, two, assigned = factors(2, 1), factors(2, 2), SiteAssignment(factors(2, 3))
+    given = (Contribution(w, assigned, r, c) for w, r, c in ((1.0, one, "x"), (0.0, two, "y")))
     state, _ = KEEP.merge_site(begun(x=2, y=2), SITE, given)
     assert torch.equal(state.tensors[f"{SITE}/kept/y/b"], two.b)
     assert state.tensors[f"{SITE}/kept/x/a"].data_ptr() != one.a.data_ptr()
@@ -104,13 +104,13 @@ def test_what_is_returned_last_is_kept_even_if_it_weighs_nothing_and_is_not_shar
 
 
 @pytest.mark.parametrize("sent", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_what_was_really_dealt_is_taken_off_whatever_its_dtype(sent):
+def test_what_was_really_sent_is_taken_off_whatever_its_dtype(sent):
     """A start that was rounded on its way: the increment is the one from what came out of it."""
     state = merged(begun(x=2), x=factors(2))
     start = factors(2).to(dtype=torch.bfloat16)
-    dealt = SiteAssignment(start, LowRank(-start.b, start.a))
+    assigned = SiteAssignment(start, LowRank(-start.b, start.a))
     result = factors(2, seed=4).to(dtype=sent)
-    after, _ = KEEP.merge_site(state, SITE, iter([Contribution(1.0, dealt, result, "x")]))
+    after, _ = KEEP.merge_site(state, SITE, iter([Contribution(1.0, assigned, result, "x")]))
     wide = torch.float64
     expected = factors(2).to(dtype=wide).dense() + result.to(dtype=wide).dense()
     expected -= start.to(dtype=wide).dense()
@@ -131,8 +131,8 @@ def test_a_small_increment_is_not_lost_beside_a_large_start():
     """(B' − B)A' + B(A' − A) instead of B'A' − BA, in float32: no cancellation."""
     large, step = factors(2, 1).scale(1e3), factors(2, 2)
     small = LowRank(large.b, large.a + 1e-3 * step.a)
-    dealt = SiteAssignment(large, LowRank(-large.b, large.a))
-    state, _ = KEEP.merge_site(begun(x=2), SITE, iter([Contribution(1.0, dealt, small, "x")]))
+    assigned = SiteAssignment(large, LowRank(-large.b, large.a))
+    state, _ = KEEP.merge_site(begun(x=2), SITE, iter([Contribution(1.0, assigned, small, "x")]))
     change = small.a.double() - large.a.double()
     assert distance(KEEP.adapter(state)[SITE].matrix, large.b.double() @ change) < 1e-6
 
@@ -181,9 +181,9 @@ def test_a_stack_holds_what_was_returned_and_what_it_began_with():
     spec = FleetSpec({SITE: shape}, {"x": {SITE: 2}}, {SITE: 2}, 0)
     state = KEEP.init(spec)
     for expected in (1, 3, 5):
-        dealt = KEEP.assign_own(state, "x", SITE, 2, 1.0, 0)
-        sent = LowRank(dealt.start.b + 1, dealt.start.a)
-        state, _ = KEEP.merge_site(state, SITE, iter([Contribution(1.0, dealt, sent, "x")]))
+        assigned = KEEP.assign_own(state, "x", SITE, 2, 1.0, 0)
+        sent = LowRank(assigned.start.b + 1, assigned.start.a)
+        state, _ = KEEP.merge_site(state, SITE, iter([Contribution(1.0, assigned, sent, "x")]))
         state = KEEP.conclude(state, ["x"])
         assert KEEP.catch_up(state, "new") == expected * 4 * 2 * 300
 
@@ -210,9 +210,9 @@ def test_a_state_with_any_name_of_a_client_comes_back_from_disk(tmp_path, client
     assert KEEP.catch_up(got, client) == KEEP.catch_up(state, client) > 0
 
 
-def test_clients_that_were_dealt_one_tensor_are_saved_apart(tmp_path):
-    dealt = KEEP.assign_site(begun(x=2, y=2), SITE, 2, 1.0, 0)
-    given = iter([Contribution(0.5, dealt, dealt.start, client) for client in "xy"])
+def test_clients_that_were_sent_one_tensor_are_saved_apart(tmp_path):
+    assigned = KEEP.assign_site(begun(x=2, y=2), SITE, 2, 1.0, 0)
+    given = iter([Contribution(0.5, assigned, assigned.start, client) for client in "xy"])
     state, _ = KEEP.merge_site(begun(x=2, y=2), SITE, given)
     storage.write_state(tmp_path, "s", state)  # safetensors refuses tensors that share memory
     assert storage.read_state(tmp_path, "s").tensors.keys() == state.tensors.keys()

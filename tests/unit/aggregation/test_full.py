@@ -37,8 +37,8 @@ def test_the_next_matrix_is_the_weighted_mean_of_the_clients_whatever_their_rank
     state = widened(fresh_state(RULE, SHAPE, clients))
     for t in range(2):
         training = noisy_training(t)
-        dealt = RULE.assign_site(state, SITE, 1, 1.0, t)
-        expected = sum(c.weight * training(i, dealt).dense() for i, c in enumerate(clients))
+        assigned = RULE.assign_site(state, SITE, 1, 1.0, t)
+        expected = sum(c.weight * training(i, assigned).dense() for i, c in enumerate(clients))
         state, report = play(RULE, state, clients, training, seed=t)
         assert distance(product(RULE, state), expected) < 1e-14
         assert report.energy == pytest.approx(float(expected.square().sum()))

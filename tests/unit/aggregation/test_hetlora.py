@@ -97,7 +97,7 @@ def test_clients_get_the_first_columns_and_rows_bit_by_bit():
         assert torch.equal(start.a, state.tensors[f"{SITE}/a"][:rank])
 
 
-def test_a_column_that_died_is_dealt_with_a_fresh_row_shared_by_all():
+def test_a_column_that_died_is_sent_with_a_fresh_row_shared_by_all():
     rule = HetLoRA()
     state = fresh_state(rule, SHAPE, fleet([2, 2]), server_rank=6)
     first = rule.assign_site(state, SITE, 6, 1.0, seed=3).start
@@ -137,8 +137,8 @@ def test_a_rank_is_given_up_where_the_product_of_the_tail_fell(factor, rank):
     rule, clients = HetLoRA(gamma=0.5), fleet([4, 4])
     state = started(rule, clients)
 
-    def training(i, dealt):
-        return with_tail(dealt.start, factor, keep=2) if i == 0 else no_training(i, dealt)
+    def training(i, assigned):
+        return with_tail(assigned.start, factor, keep=2) if i == 0 else no_training(i, assigned)
 
     after, _ = play_round(rule, state, clients, training)
     assert rule.ranks(after, "0", {SITE: 4, "other": 4}) == {SITE: rank, "other": 4}
@@ -147,7 +147,7 @@ def test_a_rank_is_given_up_where_the_product_of_the_tail_fell(factor, rank):
     assert rule.ranks(state, "0", {SITE: 4}) == {SITE: 4}  # the state before is as it was
 
 
-def test_a_tail_that_was_zero_as_dealt_is_kept_for_growing():
+def test_a_tail_that_was_zero_as_sent_is_kept_for_growing():
     rule, clients = HetLoRA(gamma=0.5), fleet([4])
     state = fresh_state(rule, SHAPE, clients)
     state, _ = play_round(rule, state, clients, no_training)  # B = 0
@@ -158,20 +158,20 @@ def test_the_tail_that_a_client_gave_up_is_not_aggregated_and_stays_given_up():
     rule, clients = HetLoRA(gamma=0.5), fleet([4, 4])
     state = started(rule, clients)
 
-    def training(i, dealt):
-        return with_tail(dealt.start, 0.5, keep=2) if i == 0 else no_training(i, dealt)
+    def training(i, assigned):
+        return with_tail(assigned.start, 0.5, keep=2) if i == 0 else no_training(i, assigned)
 
     after, _ = play(rule, state, clients, training)  # equal weights
     b = state.tensors[f"{SITE}/b"].clone()
     b[:, 2:] *= 0.5  # the other client's half alone
     assert distance(after.tensors[f"{SITE}/b"], b) < 1e-12
-    # Next round it is dealt 2, and halving again ends at 1, from where nothing is left to give up.
+    # Next round it is sent 2, and halving again ends at 1, from where nothing is left to give up.
     for expected in (1, 1):
         after, _ = play_round(
             rule,
             after,
             clients,
-            lambda _, dealt: with_tail(dealt.start, 0.5, dealt.start.rank // 2),
+            lambda _, assigned: with_tail(assigned.start, 0.5, assigned.start.rank // 2),
         )
         assert rule.ranks(after, "0", {SITE: 4}) == {SITE: expected}
     assert json.loads(json.dumps(after.scalars)) == after.scalars
@@ -187,10 +187,10 @@ def test_what_cannot_be_served_is_refused_by_name():
         HetLoRA().assign_site(state, SITE, 5, 1.0, 0)
     with pytest.raises(SiteError, match="'other'"):
         HetLoRA().assign_site(state, "other", 4, 1.0, 0)
-    dealt = HetLoRA().assign_site(state, SITE, 4, 1.0, 0)
+    assigned = HetLoRA().assign_site(state, SITE, 4, 1.0, 0)
     narrow = LowRank(torch.ones(14, 1), torch.ones(1, 11))
     with pytest.raises(UpdateError, match="nothing is broadcast"):
-        HetLoRA().merge_site(state, SITE, iter([Contribution(1.0, dealt, narrow)]))
+        HetLoRA().merge_site(state, SITE, iter([Contribution(1.0, assigned, narrow)]))
     for gamma in (0.0, 1.1, float("nan")):
         with pytest.raises(RuleError, match="gamma"):
             HetLoRA(gamma=gamma)

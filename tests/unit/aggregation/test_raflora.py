@@ -105,8 +105,8 @@ def test_it_depends_on_the_gauge_where_ranks_differ_and_only_there():
     """The same products in turned columns: another D, unlike with increments."""
     turn = torch.linalg.qr(torch.randn(4, 4, **f64, generator=torch.Generator().manual_seed(0))).Q
 
-    def turned(i: int, dealt: SiteAssignment) -> LowRank:
-        x = noisy_training(3)(i, dealt)
+    def turned(i: int, assigned: SiteAssignment) -> LowRank:
+        x = noisy_training(3)(i, assigned)
         return LowRank(x.b @ turn, turn.T @ x.a) if x.rank == 4 else x
 
     for ranks, moves in (([2, 4], True), ([4, 4], False)):

@@ -77,8 +77,8 @@ def test_it_depends_on_the_order_of_columns():
     state = widened(fresh_state(RULE, SHAPE, clients))
     plain = noisy_training(0)
 
-    def turned(i, dealt):
-        result = plain(i, dealt)
+    def turned(i, assigned):
+        result = plain(i, assigned)
         return LowRank(result.b.flip(1), result.a.flip(0)) if i == 1 else result
 
     one, _ = play(RULE, state, clients, plain)
@@ -107,6 +107,6 @@ def test_what_cannot_be_served_is_refused_by_name():
     with pytest.raises(SiteError, match="'other'"):
         RULE.assign_site(state, "other", 4, 1.0, 0)
     wide = fresh_state(RULE, SHAPE, fleet([8]))
-    dealt = RULE.assign_site(wide, SITE, 8, 1.0, 0)
+    assigned = RULE.assign_site(wide, SITE, 8, 1.0, 0)
     with pytest.raises(UpdateError, match="rank 8, the server keeps 4"):
-        RULE.merge_site(state, SITE, iter([Contribution(1.0, dealt, dealt.start)]))
+        RULE.merge_site(state, SITE, iter([Contribution(1.0, assigned, assigned.start)]))

@@ -80,8 +80,8 @@ def test_increments_of_values_are_averaged_and_what_nobody_holds_stays():
     after, report = play(RULE, state, clients, training)
     expected = before.clone()
     for i, c in enumerate(clients):
-        dealt = RULE.assign_site(state, SITE, c.rank, c.scale, 0)
-        expected += c.weight * (training(i, dealt).dense() - dealt.start.dense())
+        assigned = RULE.assign_site(state, SITE, c.rank, c.scale, 0)
+        expected += c.weight * (training(i, assigned).dense() - assigned.start.dense())
     assert distance(product(RULE, after), expected) < 1e-12
     assert report.energy == pytest.approx(float(expected.square().sum()))
     assert report.discarded == 0.0
@@ -96,8 +96,8 @@ def test_with_equal_ranks_it_is_the_mean_of_the_values():
     state, _ = play(RULE, state, clients, noisy_training(0))
     training = noisy_training(1)
     after, _ = play(RULE, state, clients, training)
-    dealt = RULE.assign_site(state, SITE, 3, 1.0, 0)
-    mean = sum(c.weight * training(i, dealt).dense() for i, c in enumerate(clients))
+    assigned = RULE.assign_site(state, SITE, 3, 1.0, 0)
+    mean = sum(c.weight * training(i, assigned).dense() for i, c in enumerate(clients))
     assert distance(product(RULE, after), mean) < 1e-12
 
 
@@ -146,8 +146,8 @@ def test_directions_without_a_start_can_still_train(name):
     inner = rule(name)
     staged, clients = SLoRA(inner, 1), fleet([4, 4])
     state = fresh_state(staged, SHAPE, clients)
-    one_entry = lambda _, dealt: Sparse(  # noqa: E731
-        torch.eye(len(dealt.start.values))[0], dealt.start.positions, SHAPE
+    one_entry = lambda _, assigned: Sparse(  # noqa: E731
+        torch.eye(len(assigned.start.values))[0], assigned.start.positions, SHAPE
     )
     state, _ = play_round(staged, state, clients, one_entry)  # ΔW of rank 1
     start = staged.assign_site(state, SITE, 4, 1.0, seed=0).start
@@ -175,8 +175,8 @@ def test_weights_ranks_and_downloads_are_those_of_the_inner_rule():
     state, _ = play_round(staged, fresh_state(staged, SHAPE, clients), clients, noisy_training(0))
     assert staged.weigh(state, {"0": 5.0}, lambda _: 2.0) == {"0": 2.0}
 
-    def shrunk(_, dealt):
-        return dealt.start.scale(0.5)
+    def shrunk(_, assigned):
+        return assigned.start.scale(0.5)
 
     state, _ = play_round(staged, state, clients, shrunk)
     assert staged.ranks(state, "0", {SITE: 4}) == {SITE: 2}
@@ -207,8 +207,8 @@ def test_what_makes_no_sense_is_refused_by_name():
         RULE.assign_site(state, "other", 2, 1.0, 0)
     with pytest.raises(RankError):
         RULE.assign_site(state, SITE, 12, 1.0, 0)
-    dealt = RULE.assign_site(state, SITE, 2, 1.0, 0)
-    start = dealt.start
+    assigned = RULE.assign_site(state, SITE, 2, 1.0, 0)
+    start = assigned.start
     wrong = {
         "expected a sparse update": FlexLoRA().assign_site(state, SITE, 2, 1.0, 0).start,
         "other positions": Sparse(start.values, start.positions.flip(0), SHAPE),
@@ -217,6 +217,6 @@ def test_what_makes_no_sense_is_refused_by_name():
     }
     for message, result in wrong.items():
         with pytest.raises(UpdateError, match=message):
-            RULE.merge_site(state, SITE, iter([Contribution(1.0, dealt, result)]))
+            RULE.merge_site(state, SITE, iter([Contribution(1.0, assigned, result)]))
     with pytest.raises(RuleError, match="sum to"):
-        RULE.merge_site(state, SITE, iter([Contribution(0.5, dealt, start)]))
+        RULE.merge_site(state, SITE, iter([Contribution(0.5, assigned, start)]))

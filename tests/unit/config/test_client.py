@@ -10,7 +10,7 @@ import tomli_w
 from polyrank import config
 from polyrank.config import Recipe
 from polyrank.config.client import ClientSettings, OwnData, read_client
-from polyrank.config.data import DEALING, READING, DataSection
+from polyrank.config.data import PARTITIONING, READING, DataSection
 from polyrank.config.keys import keys_of
 from polyrank.config.recipe import cores
 from polyrank.config.reference import client_page
@@ -220,7 +220,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, s
 def test_every_key_of_data_is_the_recipes_or_the_clients() -> None:
     shared = {"fractions", "template", "max_length", "loss_on", "too_long"}
     both = {"source", "limit"}
-    assert {*DEALING, *READING} | shared | both == {*keys_of(DataSection)}
+    assert {*PARTITIONING, *READING} | shared | both == {*keys_of(DataSection)}
     assert {*READING} | both == {*keys_of(OwnData)}
 
 

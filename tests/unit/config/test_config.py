@@ -273,7 +273,7 @@ def test_the_control_differs_in_the_fleet_alone(minimal: Path) -> None:
 
 def test_clients_of_a_table_must_be_in_the_data(minimal: Path) -> None:
     fleet = config.read(minimal, ["fleet.clients={a='T1', zebra='T2'}"]).fleet
-    with pytest.raises(RecipeError, match=r"\['zebra'\] are no seen clients"):
+    with pytest.raises(RecipeError, match=r"\['zebra'\] are no training clients"):
         fleet.build(["a", "b"], seed=0)
 
 

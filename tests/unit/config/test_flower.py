@@ -13,6 +13,7 @@ from polyrank.config.app import APP_KEYS, app_settings
 from polyrank.config.flower import RunConfig, from_run_config, nested, to_run_config
 from polyrank.config.keys import all_keys
 from polyrank.config.reading import SHIPPED
+from polyrank.config.reference import app_page
 from polyrank.errors import RecipeError
 
 RECIPES = list(SHIPPED.values())
@@ -279,6 +280,12 @@ def test_a_benchmark_is_read_as_data_says_even_with_data_at_clients() -> None:
         data={"source": "client", "format": "csv"}, benchmark={"test": "no such file"}
     )
     assert from_run_config(to_run_config(recipe)) == recipe
+
+
+def test_the_page_of_the_apps_own_keys_is_up_to_date() -> None:
+    """Made by ``python -m polyrank.config.reference app > docs/reference/app.md``."""
+    page = Path(__file__).parents[3] / "docs" / "reference" / "app.md"
+    assert page.read_text(encoding="utf-8") == app_page()
 
 
 def test_the_apps_own_keys_have_defaults() -> None:

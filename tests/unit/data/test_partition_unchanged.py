@@ -84,7 +84,7 @@ def test_clients_parts_and_what_is_left_out_are_those_of_before(case):
 
 
 @pytest.mark.parametrize("case", KNOWN)
-def test_examples_in_memory_and_on_disk_are_dealt_alike(case):
+def test_examples_in_memory_and_on_disk_are_divided_alike(case):
     options, _, _ = KNOWN[case]
     tasks = tasks_from_rows(rows())
     in_memory = partition(Tasks(tuple(tasks.examples), tasks.skipped), **options)

@@ -192,8 +192,8 @@ def test_own_rank_is_the_loss_with_each_clients_next_assignment(model):
         following = Round(parts._round_settings, parts.state, 2, 0, [*parts.ranks])
         losses: dict[str, list[float]] = {}
         for id in parts.seen:
-            dealt = following.assignment(id).start.to(dtype=torch.float64)
-            loss = direct_loss(model, dealt, parts.work[id].rows["validation"])
+            assigned = following.assignment(id).start.to(dtype=torch.float64)
+            loss = direct_loss(model, assigned, parts.work[id].rows["validation"])
             losses.setdefault(parts.fleet.assigned[id], []).append(loss)
     told = record.evaluation["own_rank"]
     for name, own in losses.items():

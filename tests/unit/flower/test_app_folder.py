@@ -137,7 +137,7 @@ def test_an_awkward_name_does_not_break_the_file(tmp_path: Path) -> None:
     assert name in tables(tmp_path / "app")["project"]["description"]
 
 
-def test_data_that_is_here_and_cannot_be_dealt_out_is_refused_before_a_folder_is_made(
+def test_data_that_is_here_and_cannot_be_divided_is_refused_before_a_folder_is_made(
     tmp_path: Path,
 ) -> None:
     for wrong, reason in (

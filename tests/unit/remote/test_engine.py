@@ -347,7 +347,7 @@ def split_rounds(server, trained=lambda *_: None, settings=SPLIT, unreachable=()
 
 
 def half(request):
-    """Return an update of a cut client's own sites, as they were dealt."""
+    """Return an update of a cut client's own sites, as they were sent."""
     task = request.task
     return Update(
         client=task.client,

@@ -230,18 +230,18 @@ def test_a_quorum_is_a_share_of_those_asked(accepted, quorum, enough):
 
 
 def test_clients_of_equal_ranks_share_one_assignment_which_is_made_once(monkeypatch):
-    dealt = []
+    assigned = []
     real = FlexLoRA.assign_site
     monkeypatch.setattr(
-        FlexLoRA, "assign_site", lambda self, *rest: dealt.append(rest[1:3]) or real(self, *rest)
+        FlexLoRA, "assign_site", lambda self, *rest: assigned.append(rest[1:3]) or real(self, *rest)
     )
     round = begin()
-    dealt.clear()
+    assigned.clear()
     tasks = {client: round.task(client) for client in "abc"}
     for client in "abc":
         round.assignment_hash(client), round.assignment(client)
     assert tasks["b"].assignment is tasks["c"].assignment
-    assert sorted(dealt) == [("q", 1), ("q", 3), ("v", 2), ("v", 2)], "d was never asked for"
+    assert sorted(assigned) == [("q", 1), ("q", 3), ("v", 2), ("v", 2)], "d was never asked for"
 
 
 def test_seeds_differ_by_client_round_and_attempt_and_those_of_assignments_only_by_round():
@@ -301,8 +301,8 @@ def test_a_task_says_where_the_client_is_cut_in_this_round():
 
 def test_a_split_client_sends_and_gets_its_own_sites_and_what_crosses_its_cut():
     round = begin(divided(), ("a", "b", "d"))
-    dealt = {client: round.assignment(client).start for client in "abd"}
-    tensors = bytes_at(dealt["a"], "q") + bytes_at(dealt["b"], "v") + dealt["d"].nbytes
+    assigned = {client: round.assignment(client).start for client in "abd"}
+    tensors = bytes_at(assigned["a"], "q") + bytes_at(assigned["b"], "v") + assigned["d"].nbytes
     assert round.bytes_down == tensors
     round.accept(answer(round, "a", metrics=WIRED))
     round.accept(answer(round, "b", metrics={**WIRED, "wire_up": 24.0}))
@@ -310,22 +310,22 @@ def test_a_split_client_sends_and_gets_its_own_sites_and_what_crosses_its_cut():
     assert (round.wire_up, round.wire_down) == (1024, 1400)
     assert round.bytes_down == tensors + 1400
     assert round.bytes_up == tensors + 1024
-    assert round.accepted["a"].nbytes == bytes_at(dealt["a"], "q") + 1000
+    assert round.accepted["a"].nbytes == bytes_at(assigned["a"], "q") + 1000
     assert sum(receipt.nbytes for receipt in round.accepted.values()) == round.bytes_up
 
 
 def test_a_split_client_downloads_frozen_terms_and_merged_sums_of_its_own_sites():
-    def dealt(rule, cut):
+    def assigned(rule, cut):
         chosen = replace(divided(rule), cut_of=lambda *_: cut)
         round = begin(chosen, ("a",))
         return round, round.assignment("a")
 
-    round, assignment = dealt(FLoRA(), CutPoint(1))
+    round, assignment = assigned(FLoRA(), CutPoint(1))
     missed = round.settings.rule.catch_up(round.state, "a", {"q"})
     assert 0 < missed < round.settings.rule.catch_up(round.state, "a")
     assert round.bytes_down == bytes_at(assignment.start, "q") + missed
     for cut, held in ((CutPoint(1), "q"), (CutPoint(2), "v")):
-        round, assignment = dealt(FlexLoRA("tail-in-base"), cut)
+        round, assignment = assigned(FlexLoRA("tail-in-base"), cut)
         assert {*assignment.frozen} == {"q"}
         frozen = assignment.frozen["q"].nbytes if held == "q" else 0
         assert round.bytes_down == bytes_at(assignment.start, held) + frozen

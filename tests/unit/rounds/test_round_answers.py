@@ -229,9 +229,9 @@ def test_a_rule_that_weighs_by_norm_weighs_what_counts():
         patch.setattr(HetLoRA, "weigh", weigh)
         round.aggregate(lambda client, site: updates[client].adapter[site])
     for client in "ab":
-        dealt = round.assignment(client).start.norm()
-        assert norms[client] <= dealt + 0.05 + 1e-9
-        assert updates[client].adapter.norm() > dealt + 0.05
+        assigned = round.assignment(client).start.norm()
+        assert norms[client] <= assigned + 0.05 + 1e-9
+        assert updates[client].adapter.norm() > assigned + 0.05
 
 
 def test_what_came_is_refused_before_it_is_shortened():

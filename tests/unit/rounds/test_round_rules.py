@@ -24,7 +24,7 @@ def factors(rank):
 
 @dataclass(frozen=True)
 class Toy(Rule):
-    """Deals factors, B alone, or a sparse update; weighs by norm, prunes b, and takes notes."""
+    """Assigns factors, B alone, or a sparse update; weighs by norm, prunes b, and takes notes."""
 
     kind: str = "both"
 

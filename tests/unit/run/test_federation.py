@@ -589,10 +589,10 @@ def test_unseen_clients_are_never_trained_on(model):
 
 def test_sampling_few_of_many_makes_one_assignment_per_kind_of_client(model, monkeypatch):
     data = clients(seen=40, unseen=0, examples=1)
-    dealt = []
+    assigned = []
     real = FlexLoRA.assign_site
     monkeypatch.setattr(
-        FlexLoRA, "assign_site", lambda self, *rest: dealt.append(1) or real(self, *rest)
+        FlexLoRA, "assign_site", lambda self, *rest: assigned.append(1) or real(self, *rest)
     )
     evaluation = replace(MEASURED, generate=0)
     run_settings = RunSettings(sampling=Sampling(fraction=0.1), evaluation=evaluation, cohort=4)
@@ -600,7 +600,7 @@ def test_sampling_few_of_many_makes_one_assignment_per_kind_of_client(model, mon
         (record,) = parts.rounds(1)
     assert len(record.clients) == 4
     # three kinds of clients, three sites: to reckon memory, for training, and for scoring
-    assert len(dealt) <= 3 * 3 * 3
+    assert len(assigned) <= 3 * 3 * 3
 
 
 @pytest.mark.parametrize(

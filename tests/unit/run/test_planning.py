@@ -194,14 +194,14 @@ def test_a_plan_made_anew_changes_ranks_and_nothing_that_was_learnt(called: str)
         before = dict(run.ranks)
         (record,) = run.rounds(1)
         assert dict(run.ranks) != before
-        dealt = run.rule.adapter(run.state)
-        assert sum(delta.norm() for delta in dealt.values()) > 0
+        assigned = run.rule.adapter(run.state)
+        assert sum(delta.norm() for delta in assigned.values()) > 0
         again = run._evaluation.of_round(run.state, 1, last=False)
         assert again == record.evaluation
         saved = run.folder.load_checkpoint()
         assert saved.importance == run._at.importance
         for site, delta in run.rule.adapter(saved.state).items():
-            assert torch.equal(delta.dense(), dealt[site].dense())
+            assert torch.equal(delta.dense(), assigned[site].dense())
 
 
 @pytest.mark.parametrize("called", EXACT)

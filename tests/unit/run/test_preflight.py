@@ -54,9 +54,9 @@ def test_the_heaviest_assignments_are_one_for_each_set_of_ranks(parts):
     for rule, kind in ((FlexLoRA(), LowRank), (SLoRA(FlexLoRA(), 1), Sparse)):
         settings = setup.round_settings(rule, fleet(clients()), model.spec, work, RunSettings())
         spec = setup.fleet_spec(settings, fleet(clients()), model.spec, None)
-        dealt = setup.heaviest_assignments(settings, spec, rule.init(spec))
-        assert len({one.hash() for one in dealt}) == len(dealt) == 3
-        assert all(isinstance(delta, kind) for one in dealt for delta in one.start.values())
+        assigned = setup.heaviest_assignments(settings, spec, rule.init(spec))
+        assert len({one.hash() for one in assigned}) == len(assigned) == 3
+        assert all(isinstance(delta, kind) for one in assigned for delta in one.start.values())
 
 
 def test_a_frozen_term_that_comes_later_is_reckoned_with(parts):
@@ -67,11 +67,11 @@ def test_a_frozen_term_that_comes_later_is_reckoned_with(parts):
         for rule in (FlexLoRA(mode), SLoRA(FlexLoRA(mode), 1)):
             settings = setup.round_settings(rule, fleet(clients()), model.spec, work, RunSettings())
             spec = setup.fleet_spec(settings, fleet(clients()), model.spec, None)
-            dealt = setup.heaviest_assignments(settings, spec, rule.init(spec))
+            assigned = setup.heaviest_assignments(settings, spec, rule.init(spec))
             foreseen[rule.name] = {
-                one.frozen.ranks.get("model.layers.0.self_attn.q_proj") for one in dealt
+                one.frozen.ranks.get("model.layers.0.self_attn.q_proj") for one in assigned
             }
-        size[mode] = slot_bytes(model, dict.fromkeys(model.spec.shapes, 1), LOCAL, 20, 5, dealt)
+        size[mode] = slot_bytes(model, dict.fromkeys(model.spec.shapes, 1), LOCAL, 20, 5, assigned)
     assert foreseen["flexlora:tail-in-base"] == foreseen["flexlora:tail-in-base+slora"] == {5}
     assert foreseen["flexlora:delta"] == {None}
     assert size["tail-in-base"] > size["delta"]
@@ -91,13 +91,13 @@ def test_disk_is_reckoned_from_states_and_updates_of_a_round(tmp_path, monkeypat
     place = tmp_path / "not" / "there" / "yet"
     for rule, (state, update) in expected.items():
         begun = rule.init(spec)
-        dealt = [assign(rule, begun, own, {"q": 1.0}, 0) for own in ranks.values()]
+        assigned = [assign(rule, begun, own, {"q": 1.0}, 0) for own in ranks.values()]
         needed = (KEEP + 2) * 2 * state + 10 * update
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _, n=needed: Usage(n))
-        preflight.check_disk(place, begun, dealt, 10, rule.growth(spec))
+        preflight.check_disk(place, begun, assigned, 10, rule.growth(spec))
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _, n=needed: Usage(n - 1))
         with pytest.raises(ResourceError, match="a round needs up to"):
-            preflight.check_disk(place, begun, dealt, 10, rule.growth(spec))
+            preflight.check_disk(place, begun, assigned, 10, rule.growth(spec))
     assert list(tmp_path.iterdir()) == []
 
 

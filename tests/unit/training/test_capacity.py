@@ -76,12 +76,12 @@ def test_dense_starts_count_in_the_place_of_factors():
     model = tiny_loaded("llama")
     ranks, local = dict.fromkeys(model.spec.shapes, 2), LocalTraining()
     whole = Adapter({site: Dense(torch.zeros(shape)) for site, shape in model.spec.shapes.items()})
-    dealt = [Assignment(whole, dict.fromkeys(whole, 1.0))]
+    assigned = [Assignment(whole, dict.fromkeys(whole, 1.0))]
     shapes = model.spec.shapes.values()
-    copies = 4 + 2  # values, gradients, the dealt and the returned; AdamW's moments
+    copies = 4 + 2  # values, gradients, the sent and the returned; AdamW's moments
     more = copies * sum(m * n - 2 * (m + n) for m, n in shapes) + 3 * max(m * n for m, n in shapes)
     bare = slot_bytes(model, ranks, local, 20, 5)
-    assert slot_bytes(model, ranks, local, 20, 5, dealt) - bare == pytest.approx(
+    assert slot_bytes(model, ranks, local, 20, 5, assigned) - bare == pytest.approx(
         1.25 * 4 * more, abs=2
     )
 

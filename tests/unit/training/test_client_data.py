@@ -105,8 +105,8 @@ def test_rows_that_cannot_be_used_are_named_by_client_and_row(model):
         for count in (1, 2, 500, 3, 4)
     ]
     made += [{"task": "c", "input": word * 500, "output": "w6"}]
-    dealt = partition(tasks_from_rows(made), fractions=(1.0, 0.0, 0.0))
-    work, skipped = prepare(dealt, model, Encoding())
+    divided = partition(tasks_from_rows(made), fractions=(1.0, 0.0, 0.0))
+    work, skipped = prepare(divided, model, Encoding())
     assert list(work) == ["a", "b"]
     assert skipped.rows == {
         "too long": ["a row 2", "b row 7", "c row 10"],
@@ -114,7 +114,7 @@ def test_rows_that_cannot_be_used_are_named_by_client_and_row(model):
     }
     assert [row.example for row in work["a"].rows["train"]] == [0, 1, 3, 4]
     with pytest.raises(DataError, match="14 rows were skipped: 11 too long, 3 client"):
-        prepare(dealt, model, Encoding(max_length=2))
+        prepare(divided, model, Encoding(max_length=2))
 
 
 def test_many_reasons_add_up_in_order():

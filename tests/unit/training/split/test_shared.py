@@ -68,7 +68,7 @@ def split(
 def fleet(
     counts: Mapping[str, int], local: LocalTraining = LOCAL, scale: float = 0.5, rank: int = 2
 ) -> list[Job]:
-    """Return jobs of clients that were all dealt the same, each with examples of its own."""
+    """Return jobs of clients that were all sent the same, each with examples of its own."""
     start = random_adapter(MODEL, rank, seed=3)
     assignment = Assignment(start, dict.fromkeys(start, scale))
     return [
@@ -290,11 +290,11 @@ def test_what_the_shared_set_has_not_is_refused() -> None:
         split(MODEL, jobs, [CutPoint(2)] * 2)
     # The same ranks and other factors, another scale, another frozen term: none is one adapter.
     one = fleet({"a": 3, "b": 3})
-    dealt = one[0].assignment
+    assigned = one[0].assignment
     for changed in (
-        replace(dealt, start=random_adapter(MODEL, 2, seed=4)),
-        replace(dealt, scale=dict.fromkeys(BLOCK, 4.0)),
-        replace(dealt, frozen=random_adapter(MODEL, 1, seed=4)),
+        replace(assigned, start=random_adapter(MODEL, 2, seed=4)),
+        replace(assigned, scale=dict.fromkeys(BLOCK, 4.0)),
+        replace(assigned, frozen=random_adapter(MODEL, 1, seed=4)),
     ):
         with pytest.raises(RankError, match="client 'b'"):
             split(MODEL, [one[0], replace(one[1], assignment=changed)], [CutPoint(2)] * 2)

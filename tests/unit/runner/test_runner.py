@@ -1,4 +1,4 @@
-"""`polyrank resume` names Flower for a run whose clients have the data."""
+"""Resuming a run whose clients have the data: it names Flower, or shows what is finished."""
 
 import io
 import json
