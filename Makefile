@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 .PHONY: quickstart deploy-demo test test-all check format docs reference picture readme bench clean
 
-quickstart: $(READY)  ## an unequal fleet learns together, in about two minutes
+quickstart: $(READY)  ## an unequal fleet learns together, in two to five minutes
 	$(BIN)/polyrank run quickstart
 
 deploy-demo: $(READY)  ## server and clients as processes that talk over TLS, one split; three minutes
