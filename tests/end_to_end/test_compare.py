@@ -179,7 +179,7 @@ def test_the_table_fits_and_progress_tells_which_run_of_how_many(place: Path) ->
     assert widest("\n".join(texts)) <= 80
     assert re.findall(r"^(\d)/8  ", err, re.MULTILINE) == [*"12345678"]
     assert lines_with(err, "3/8  fedit, all weakest, rate 0.01, seed 0: test loss")
-    assert (place / "out" / "compare.md").read_text().count("| flexlora:delta |") == 2
+    assert (place / "out" / "compare.md").read_text().count("| flexlora:delta |") == 3
 
 
 def test_figures_are_drawn_as_svg_and_png_and_again_with_the_same_bytes(copied: Path) -> None:

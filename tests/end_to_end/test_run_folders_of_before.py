@@ -63,3 +63,12 @@ def test_the_adapter_of_an_old_run_is_exported(folder: Path, tmp_path: Path) -> 
     assert command("export", folder / "finished", tmp_path / "small", "--rank", "2") == 0
     tensors = load_file(tmp_path / "small" / "adapter_model.safetensors")
     assert {min(tensor.shape) for tensor in tensors.values()} == {2}
+
+
+def test_a_rank_above_the_run_s_own_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert command("export", folder / "finished", tmp_path / "large", "--rank", "400") == 0
+    told = capsys.readouterr().out
+    assert "rank 400 was asked for; the run's largest is 4: written as it is" in told
+    assert "rank 4 keeps 100.000% of the energy" in told

@@ -48,7 +48,7 @@ _COMMANDS = (
         "run",
         training.run,
         "polyrank run quickstart",
-        "polyrank run e2e rounds=5 aggregation.rule=flora --out runs/short",
+        "polyrank run split rounds=4 aggregation.rule=flexlora --out runs/short",
         "polyrank run quickstart --control weakest",
     ),
     (
@@ -61,18 +61,18 @@ _COMMANDS = (
         "check",
         looking.check,
         "polyrank check quickstart",
-        "polyrank check e2e data.max_length=128 --json",
+        "polyrank check split --json",
     ),
     (
         "plan",
         looking.plan,
-        "polyrank plan e2e",
-        "polyrank plan e2e plan.seconds=60",
+        "polyrank plan my.toml",
+        "polyrank plan my.toml plan.seconds=60",
     ),
     (
         "compare",
         training.compare,
-        "polyrank compare compare-e2e --rules flexlora,fedit,hetlora --seeds 5",
+        "polyrank compare quickstart --rules flexlora,fedit,hetlora --seeds 5",
     ),
     ("resume", training.resume, "polyrank resume runs/quickstart"),
     (

@@ -93,7 +93,12 @@ def export(
         return
     lost = adapter.save(target, rank=rank)
     if rank is not None or lost:
-        saved_rank = "the server's rank" if rank is None else f"rank {rank}"
+        largest = max(adapter.factors.ranks.values(), default=0)
+        if rank is not None and rank > largest:
+            typer.echo(
+                f"rank {rank} was asked for; the run's largest is {largest}: written as it is"
+            )
+        saved_rank = "the server's rank" if rank is None else f"rank {min(rank, largest)}"
         typer.echo(f"{saved_rank} keeps {1 - lost:.3%} of the energy")
     typer.echo(report.loading(target))
 

@@ -118,8 +118,8 @@ def _kind(source: Source) -> str:
 
 def _missing(name: str) -> DataError:
     return DataError(
-        f"{name}: there is no such file or folder; give the path of your own data, on the command "
-        "line as data.source=PATH"
+        f"{name}: there is no such file or folder; name that of your own data, which a recipe has "
+        "as data.source"
     )
 
 
