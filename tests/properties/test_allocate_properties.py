@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from polyrank.planning.allocate import allocate
@@ -110,6 +110,15 @@ def test_only_the_ratios_of_gains_matter(case, factor):
 
 
 @given(cases())
+@example(
+    (
+        dict.fromkeys(["s0", "s1", "s2", "s3", "s4"], 1.0),
+        {"s0": 16, "s1": 1, "s2": 1, "s3": 17, "s4": 1},
+        348,  # 9 and 12 ranks, or 12 and 9: of the same worth but for rounding
+        [9, 12, 13],
+        {"s0": 64, "s1": 0, "s2": 0, "s3": 64, "s4": 0},
+    )
+)
 def test_gains_within_the_tie_of_each_other_count_as_equal(case):
     gain, *rest = case
     close = {site: 1.0 + i * TIE / 10 for i, site in enumerate(gain)}

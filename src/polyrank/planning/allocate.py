@@ -89,8 +89,14 @@ def _sites(
             raise RankError(
                 f"allocate: expected at least 1 byte a rank at {name}, got {unit[name]}"
             )
+    largest = max(gain.values(), default=0.0) or 1.0  # Relative to it, rounding has no scale.
     return [
-        SiteChoices(name, value, unit[name], (0, *choices[: bisect_right(choices, limit[name])]))
+        SiteChoices(
+            name,
+            value / largest,
+            unit[name],
+            (0, *choices[: bisect_right(choices, limit[name])]),
+        )
         for name, value in tied(gain).items()
         if value > 0 and limit[name] >= choices[0]
     ]
