@@ -258,10 +258,14 @@ def shares_of(
 ) -> tuple[Mapping[str, LoRAType], Mapping[str, float]]:
     """Return the types and the share of each; RankError if a name or the shares cannot be."""
     family = _named(TYPES, types, "a family of LoRA types")
+    if not family:
+        raise RankError(
+            "Fleet: expected at least one LoRA type, got none; give types a name and ranks"
+        )
     if isinstance(distribution, str):
         shares = _named(DISTRIBUTIONS, distribution, "a resource distribution")(len(family))
         whole = sum(shares)
-        return family, dict(zip(_by_rank(family), (s / whole for s in shares), strict=False))
+        return family, dict(zip(_by_rank(family), (s / whole for s in shares), strict=True))
     _known(distribution, family)
     shares_given = distribution.values()
     if not (all(share >= 0 for share in shares_given) and abs(sum(shares_given) - 1) <= 1e-6):

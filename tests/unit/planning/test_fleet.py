@@ -181,6 +181,12 @@ def test_names_that_do_not_exist_are_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize("name", ["uniform", "heavy-tail-light", "normal"])
+def test_a_fleet_without_types_is_refused(name):
+    with pytest.raises(RankError, match="at least one LoRA type, got none"):
+        Fleet.sample("abc", name, types={})
+
+
 def test_a_table_says_who_has_what_and_clients_of_one_type_share_their_ranks():
     types = {"A": LoRAType("A", {"all": 1}), "B": LoRAType("B", {"q_proj": 4})}
     fleet = Fleet.table({"x": "A", "y": "B", "z": "A"}, types=types)
