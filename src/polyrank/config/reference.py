@@ -41,7 +41,7 @@ lies, what the machine offers, and what it consents to. It stays on the machine,
 started with its path:
 
 ```
-flower-supernode … --node-config 'client="/home/me/client.toml"'
+flower-supernode … --node-config 'client="/data/client.toml"'
 ```
 
 ```toml
