@@ -86,7 +86,7 @@ def write_node_info(info: NodeInfo) -> bytes:
 def _written(client: ClientInfo) -> dict[str, Any]:
     if client.counts.keys() != set(PARTS):
         raise refusal(
-            f"profile packet, client {client.name!r}, counts", f"{[*PARTS]}", [*client.counts]
+            f"registration packet, client {client.name!r}, counts", f"{[*PARTS]}", [*client.counts]
         )
     return {
         "client": client.name,

@@ -105,7 +105,7 @@ def write_client_metrics(answers: Sequence[ClientMetrics]) -> bytes:
 
 def _written(client: str, scores: Mapping[str, float | None]) -> list[float | None]:
     if scores.keys() != set(SCORES):
-        raise refusal(f"marks packet, client {client!r}", f"{[*SCORES]}", [*scores])
+        raise refusal(f"client metrics packet, client {client!r}", f"{[*SCORES]}", [*scores])
     values = (scores[name] for name in SCORES)
     return [value if value is not None and math.isfinite(value) else None for value in values]
 

@@ -50,6 +50,20 @@ _LENGTH = 8
 _DIMENSION = 2**31
 
 
+_WORDS = {
+    "order": "train request",
+    "answer": "train result",
+    "profile": "registration",
+    "exam": "evaluate request",
+    "marks": "client metrics",
+}
+"""What errors call a kind of packet, which keeps its first name on the wire."""
+
+
+def _called(kind: str) -> str:
+    return f"{_WORDS.get(kind, kind)} packet"
+
+
 class _Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -62,7 +76,7 @@ def pack(kind: str, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
     Tensors lie in the order of safetensors: those of wide numbers first, then by name.
     """
-    place = f"{kind} packet"
+    place = _called(kind)
     _check_machine(place)
     header: dict[str, Any] = {
         "__metadata__": {
@@ -107,7 +121,7 @@ class Packet:
     """
 
     def __init__(self, data: bytes | bytearray | memoryview, kind: str, limits: SizeLimits):
-        self.place = f"{kind} packet"
+        self.place = _called(kind)
         _check_machine(self.place)
         try:
             view = memoryview(data).cast("B").toreadonly()

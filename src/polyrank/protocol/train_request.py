@@ -51,8 +51,12 @@ def write_train_request(request: TrainRequest) -> bytes:
     """
     task, assignment = request.task, request.task.assignment
     if assignment.scale.keys() != assignment.start.keys():
-        raise refusal("order packet, scale", "one of each site that starts", len(assignment.scale))
-    reading.number(request.seconds, "order packet, seconds (faults.deadline)", 0.0, LONGEST_WAIT)
+        raise refusal(
+            "train request packet, scale", "one of each site that starts", len(assignment.scale)
+        )
+    reading.number(
+        request.seconds, "train request packet, seconds (faults.deadline)", 0.0, LONGEST_WAIT
+    )
     sites, derived = [*assignment.start], negatives(assignment)
     frozen = {site: d for site, d in assignment.frozen.items() if site not in set(derived)}
     penalty = assignment.penalty

@@ -40,7 +40,7 @@ def write_train_result(result: Update | Failure, sent: Assignment | None = None)
     if sent is None:
         tensors = write_adapter("trained", result.adapter)
     else:
-        tensors = write_trained("trained", result.adapter, sent, "answer packet")
+        tensors = write_trained("trained", result.adapter, sent, "train result packet")
     fields = {
         **about,
         "reason": None,

@@ -88,7 +88,7 @@ def read_job(data: bytes | bytearray, training: object) -> ServerPartJob:
     request = read_train_request(data)
     task = request.task
     if task.cut is None or not isinstance(training, Mapping):
-        raise refusal("order packet, cut", "that of a split client", "none")
+        raise refusal("train request packet, cut", "that of a split client", "none")
     try:
         given = dict(training["local"])
         local = LocalTraining(**{**given, "betas": tuple(given["betas"])})
@@ -166,9 +166,9 @@ class ExpectedResult:
         expected = (self.client, self.round, self.attempt)
         came = (update.client, update.round, update.attempt)
         if not isinstance(update, Update) or came != expected:
-            raise refusal("answer packet", f"what was trained of {expected}", repr(came))
+            raise refusal("train result packet", f"what was trained of {expected}", repr(came))
         extra = update.importance.keys() - self.assignment.start.keys()
         if extra:
-            raise refusal("answer packet, importance", "sites of the job", sorted(extra)[:3])
+            raise refusal("train result packet, importance", "sites of the job", sorted(extra)[:3])
         traffic = WireBytes(int(update.metrics["up"]), int(update.metrics["down"]))
         return ServerPartResult(update.adapter, update.importance, traffic)

@@ -189,7 +189,7 @@ def test_a_request_to_a_split_client_has_its_credentials():
     }
     for name, value in wrong.items():
         bad = samples.with_fields(data, lambda f, n=name, v=value: f["access"].update({n: v}))
-        with pytest.raises(PacketError, match=f"order packet, access.*{name}"):
+        with pytest.raises(PacketError, match=f"train request packet, access.*{name}"):
             read_train_request(bad)
     bad = samples.with_fields(data, lambda f: f.update(access=[1]))
     with pytest.raises(PacketError, match="access: expected a table"):
@@ -307,7 +307,7 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
     [
         (
             lambda: write_train_request(replace(samples.train_request(), seconds=math.nan)),
-            "order packet.*finite",
+            "train request packet.*finite",
         ),
         (
             lambda: write_train_request(replace(samples.train_request(), seconds=1e12)),
@@ -315,7 +315,7 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
         ),
         (
             lambda: write_train_request(replace(samples.train_request(), metric="\ud800")),
-            "order packet.*UTF-8",
+            "train request packet.*UTF-8",
         ),
         (
             lambda: write_train_request(
@@ -327,7 +327,7 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
                     ),
                 )
             ),
-            "order packet, scale",
+            "train request packet, scale",
         ),
         (
             lambda: write_evaluate_request(
@@ -335,7 +335,7 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
                     (EvaluateQuery(Adapter({"s": Dense(torch.ones(1, 1).bool())}), (), "test"),)
                 )
             ),
-            "exam packet, tensor.*torch.bool",
+            "evaluate request packet, tensor.*torch.bool",
         ),
         (
             lambda: write_node_info(
@@ -344,20 +344,20 @@ def test_the_header_is_small_beside_an_adapter_of_some_megabytes():
                     clients=(replace(samples.node_info().clients[0], counts={}),),
                 )
             ),
-            "profile packet, client 'c0', counts",
+            "registration packet, client 'c0', counts",
         ),
         (
             lambda: write_client_metrics(
                 [replace(samples.client_metrics()[0], clients={"c": {"loss": 1.0}})]
             ),
-            "marks packet, client 'c'",
+            "client metrics packet, client 'c'",
         ),
         (
             lambda: write_train_result(
                 replace(samples.update_to(samples.assignment()), adapter=Adapter({})),
                 samples.assignment(),
             ),
-            "answer packet: expected the sites that were sent",
+            "train result packet: expected the sites that were sent",
         ),
         (
             lambda: write_train_result(
