@@ -1,7 +1,10 @@
 """Run folders of version 0.1 resume, export and are inspected (tests/fixtures/run_folder_0_1)."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,19 @@ def test_a_rank_above_the_run_s_own_is_told(
     told = capsys.readouterr().out
     assert "rank 400 was asked for; the run's largest is 4: written as it is" in told
     assert "rank 4 keeps 100.000% of the energy" in told
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("option", ["--sites", "--json"])
+def test_an_output_that_is_not_utf_8_gets_what_it_can_hold(
+    folder: Path, encoding: str, option: str
+) -> None:
+    words = [sys.executable, "-m", "polyrank", "inspect", str(folder / "finished"), option]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run(words, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode(encoding)
+    shown = done.stdout.decode(encoding)
+    if option == "--json":
+        json.loads(shown)
+    else:
+        assert "weak" in shown

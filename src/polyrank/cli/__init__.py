@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -105,7 +106,13 @@ for _name, _command, *_lines in _COMMANDS:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0; 1 after a PolyrankError; 2 wrong usage; 130 stopped."""
+    """Run the command line and exit: 0; 1 after a PolyrankError; 2 wrong usage; 130 stopped.
+
+    A letter that the output's encoding lacks is written as "?".
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # A test's or a notebook's may be another.
+            stream.reconfigure(errors="replace")
     console = Console(stderr=True, highlight=False)
     try:
         app(arguments, prog_name="polyrank")

@@ -64,4 +64,4 @@ def examples(*lines: str) -> str:
 
 def print_json(content: Any) -> None:
     """Print JSON on stdout."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(content, indent=2))

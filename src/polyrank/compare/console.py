@@ -25,7 +25,7 @@ def show_compared(compared: Compared, as_json: bool) -> None:
             "finished_before": compared.finished_before,
             **results,
         }
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(content, indent=2))
     else:
         console = Console(highlight=False)
         if compared.finished_before:

@@ -24,7 +24,7 @@ def show(outcome: Outcome, as_json: bool) -> None:
         }
         if beside is not None:
             content["control"] = {"finished_before": beside.finished_before, **beside.summary}
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(content, indent=2))
         return
     from polyrank import report
 
