@@ -50,6 +50,19 @@ def test_time_grows_with_the_work(recipe: Path) -> None:
     assert longer == 3 * once
 
 
+def test_a_control_is_counted(recipe: Path) -> None:
+    alone, both, weak = (
+        checked(recipe, *changes)["time"]
+        for changes in ([], ["control=weakest"], ["fleet.force=weakest"])
+    )
+    assert alone["operations_of_control"] == 0
+    assert both["operations_of_control"] == weak["operations"]
+    assert both["operations"] == alone["operations"] + weak["operations"]
+    assert "of training, the control's too" in " ".join(
+        polyrank("check", recipe, "control=weakest").out.split()
+    )
+
+
 def test_a_page_for_people_says_the_same_in_80_columns(recipe: Path) -> None:
     done = polyrank("check", recipe)
     assert done.code == 0, done.err

@@ -40,8 +40,9 @@ def page(checked: RecipeCheck) -> Iterator[RenderableType]:
         f"memory on {checked.device}: {in_units(checked.needed)} for one client at a time, by "
         f"estimate; {in_units(checked.free)} are free"
     )
+    training = "training, the control's too" if checked.time.of_control else "training"
     yield Text(
-        f"time: at least {duration(checked.time.seconds)} of training, for "
+        f"time: at least {duration(checked.time.seconds)} of {training}, for "
         f"{operations(checked.time.operations)} at {operations(checked.time.rate)}/s, as measured "
         "here now; evaluation and aggregation come on top"
     )

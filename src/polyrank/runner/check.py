@@ -57,11 +57,13 @@ class TypeCheck:
 class TimeCheck:
     """A lower bound of the training time: `operations` of all rounds at the measured `rate`.
 
-    Evaluation, aggregation and everything but matrix products take time beside it.
+    `operations` are those of the run and of its control, `of_control` those of the control alone
+    (0: there is none). Evaluation, aggregation and everything but matrix products take time beside.
     """
 
     operations: float
     rate: float
+    of_control: float
 
     @property
     def seconds(self) -> float:
@@ -133,6 +135,7 @@ class RecipeCheck:
             "memory": {"device": self.device, "needed_bytes": self.needed, "free_bytes": self.free},
             "time": {
                 "operations": self.time.operations,
+                "operations_of_control": self.time.of_control,
                 "operations_per_second": self.time.rate,
                 "seconds_at_least": self.time.seconds,
             },
@@ -175,6 +178,11 @@ def check(recipe: Recipe, invocation: Invocation) -> RecipeCheck:
         )
     seen = {id: [*sizes(client.rows["train"])] for id, client in setup.work.items() if client.seen}
     taking_part = settings.sampling.count(len(who.clients))
+    clients_in_all = recipe.rounds * taking_part
+    of_control = 0.0
+    if recipe.control is not None:
+        alike = replace(who, fleet=who.fleet.forced(recipe.control, spec))
+        of_control = clients_in_all * _operations(alike, alike.fleet.ranks_by_type(spec), cost)
     torch.set_num_threads(recipe.engine.threads)
     return RecipeCheck(
         name=recipe.name,
@@ -198,7 +206,9 @@ def check(recipe: Recipe, invocation: Invocation) -> RecipeCheck:
         needed=needed,
         free=free,
         time=TimeCheck(
-            recipe.rounds * taking_part * _operations(who, ranks, cost), rate(model.dtype, device)
+            clients_in_all * _operations(who, ranks, cost) + of_control,
+            rate(model.dtype, device),
+            of_control,
         ),
         problems=tuple(problems),
     )
