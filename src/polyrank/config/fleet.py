@@ -128,8 +128,11 @@ class FleetSection:
         changes = {str(round): named for round, named in read_trace(self.trace).items()}
         return replace(self, trace=None, schedule=changes)
 
-    def check(self, force: Iterable[str | None]) -> None:
-        """Raise RecipeError or RankError for mistakes that show without clients and model."""
+    def check(self, forced: Mapping[str, str | None]) -> None:
+        """Raise RecipeError or RankError for mistakes that show without clients and model.
+
+        `forced` are the types, by key of the recipe, that all clients are to have.
+        """
         if (self.distribution is None) == (self.clients is None):
             raise RecipeError(
                 "fleet: give either distribution (a name or shares per type) or clients (a table "
@@ -150,11 +153,10 @@ class FleetSection:
         uncuttable = sorted(set(self._cuts()) - set(types))
         if uncuttable:
             raise RecipeError(f"fleet.cuts: no LoRA type {uncuttable}; there are {sorted(types)}")
-        for name in force:
+        for key, name in forced.items():
             if name is not None and name not in ("weakest", *types):
                 raise RecipeError(
-                    f"fleet.force and control: expected weakest or one of {sorted(types)}, "
-                    f"got {name!r}"
+                    f"{key}: expected weakest or one of {sorted(types)}, got {name!r}"
                 )
 
     def _cuts(self) -> dict[str, CutPoint]:

@@ -177,7 +177,7 @@ class Recipe:
         if self.devices_of_clients:
             check_unchanged(self._fleet())
         else:
-            self._fleet().check((self.fleet.force, self.control))
+            self._fleet().check({"fleet.force": self.fleet.force, "control": self.control})
         own_devices(self.devices)
         if self.plan is not None:
             self.profiles()

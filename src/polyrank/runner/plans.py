@@ -108,9 +108,9 @@ def preview(recipe: Recipe) -> PlanPreview:
 def _section(recipe: Recipe) -> PlanSection:
     if recipe.plan is None:
         raise RecipeError(
-            "this recipe gives its clients LoRA types, so that there is nothing to plan; describe "
-            "devices instead: a section [plan], and [devices.NAME] tables or names of "
-            "docs/reference/devices.md in fleet.distribution"
+            "this recipe gives its clients LoRA types, so that there is nothing to plan; to plan, "
+            "add a section [plan] and give clients devices for types, as in fleet.clients = "
+            '{ clinic = "small" } with devices.small = { memory = "6 GiB" }'
         )
     return recipe.plan
 
