@@ -1,4 +1,4 @@
-"""What all settings have in common: which values a field takes, and how a run stores them.
+"""The common base of all settings: the values that a field takes, and how a run stores them.
 
 Settings are frozen dataclasses beside the code that uses them, with the names, defaults and texts
 that a recipe has. Bounds are annotations (`annotated_types`), choices are `OneOf` a registry.

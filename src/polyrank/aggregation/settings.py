@@ -1,4 +1,4 @@
-"""Which rule aggregates and its options, as [aggregation] of a recipe has them."""
+"""The settings of [aggregation] in a recipe: the rule and its options."""
 
 from __future__ import annotations
 

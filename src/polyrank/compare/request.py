@@ -1,4 +1,4 @@
-"""What a comparison was asked for, and the file in its folder that says so."""
+"""A comparison's request: its methods, seeds and rates, kept in a file of its folder."""
 
 from __future__ import annotations
 

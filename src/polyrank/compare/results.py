@@ -1,4 +1,4 @@
-"""What came of a comparison, as JSON: compare.json."""
+"""The results of a comparison, as JSON: compare.json."""
 
 from __future__ import annotations
 

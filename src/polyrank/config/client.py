@@ -1,4 +1,4 @@
-"""What the owner of a client's machine says of it: client.toml, which never leaves the machine."""
+"""client.toml, the settings of a client's machine by its owner; it never leaves the machine."""
 
 from __future__ import annotations
 

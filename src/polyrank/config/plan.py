@@ -1,4 +1,4 @@
-"""What a recipe says of devices, and of what is planned for them."""
+"""The settings of devices and of planning in a recipe."""
 
 from __future__ import annotations
 

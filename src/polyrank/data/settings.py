@@ -1,4 +1,4 @@
-"""Where examples are read from, and how."""
+"""Settings of data: the source of the examples, their layout, and their clients."""
 
 from __future__ import annotations
 

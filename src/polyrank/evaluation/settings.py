@@ -1,4 +1,4 @@
-"""What is measured, on how much data, and how often: on clients and on a benchmark."""
+"""Settings of evaluation: measures, amounts of data, intervals; on clients and on a benchmark."""
 
 from __future__ import annotations
 

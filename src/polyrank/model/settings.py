@@ -1,4 +1,4 @@
-"""Which model, where it runs, and which of its matrices are adapted."""
+"""Settings of the model: source, device, and the matrices that are adapted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model costs and which ranks each client affords. Pure."""
+"""Costs of a model and the ranks that each client affords. Pure."""
 
 from polyrank.planning.cost import CostModel
 from polyrank.planning.cut import CutPoint

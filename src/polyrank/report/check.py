@@ -1,4 +1,4 @@
-"""What a run of a recipe would do, as a page for people."""
+"""The page of `polyrank check`: what a run of a recipe would do."""
 
 from __future__ import annotations
 

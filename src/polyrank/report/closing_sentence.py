@@ -1,4 +1,4 @@
-"""What a run gained, in one sentence."""
+"""The closing sentence of a run: its gain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a split model means to those who take part, in words."""
+"""Sentences on a split model: who runs which blocks, and who sees which data."""
 
 from __future__ import annotations
 

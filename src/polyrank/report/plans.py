@@ -1,4 +1,4 @@
-"""What is planned for devices, as a page for people."""
+"""The page of `polyrank plan`: ranks, cut and costs of every device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a round sends to its clients: the assignments that a rule makes of its state."""
+"""The assignments that a round sends to its clients, made by a rule from its state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has the clients of a round trained, wherever they are."""
+"""The interface of engines, which have the clients of a round trained, here or elsewhere."""
 
 from __future__ import annotations
 

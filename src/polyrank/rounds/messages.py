@@ -1,4 +1,4 @@
-"""What a round asks of a client, what the client answers, and what the round records of that."""
+"""Train tasks, their answers, and a round's records of accepted and rejected updates."""
 
 from __future__ import annotations
 

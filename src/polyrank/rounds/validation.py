@@ -1,4 +1,4 @@
-"""What an update must be to be accepted, given the assignment."""
+"""Validation of updates against their assignments."""
 
 from __future__ import annotations
 

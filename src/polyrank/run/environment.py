@@ -1,4 +1,4 @@
-"""What a run's bytes depend on beside its settings: versions, threads, engine, model and data."""
+"""The environment of a run that its bytes depend on: versions, threads, engine, model and data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who trains in a run: its clients, or all their examples in one place."""
+"""The population of a run: its clients, or one client with all their examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run is conducted: who takes part, how updates weigh, when it is evaluated and stopped."""
+"""Settings of a run: sampling, weights, evaluation, early stopping, faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is set up with: who trains, ranks, weights, the first state and the engine."""
+"""The setup of a run: clients, ranks, weights, the first state and the engine."""
 
 from __future__ import annotations
 

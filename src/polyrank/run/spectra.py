@@ -1,4 +1,4 @@
-"""What a global adapter holds at each of its sites: the singular values in a few numbers."""
+"""The spectra of a global adapter: the singular values of every site in a few numbers."""
 
 from __future__ import annotations
 

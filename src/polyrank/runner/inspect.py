@@ -1,4 +1,4 @@
-"""What is inside a run folder, finished or not: its recipe, its rounds and its adapter."""
+"""Reading a run folder, finished or not: its recipe, its rounds and its adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine at hand offers a run, measured: `polyrank profile`."""
+"""Measuring this machine as a device for a recipe: `polyrank profile`."""
 
 from __future__ import annotations
 

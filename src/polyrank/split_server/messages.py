@@ -1,4 +1,4 @@
-"""What the split server's process is told to train and what it returns, as packets.
+"""Packets of the split server's process: its training jobs and their results.
 
 Both are packets that travel to clients too: a job is written as a train request, and what was
 trained as a train result.

@@ -1,4 +1,4 @@
-"""How many clients fit into one pass: from the memory that each of them takes."""
+"""The number of clients that fit into one pass, from the memory that each of them takes."""
 
 from __future__ import annotations
 

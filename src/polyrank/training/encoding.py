@@ -1,4 +1,4 @@
-"""How examples become tokens."""
+"""Settings of encoding: from examples to tokens."""
 
 from __future__ import annotations
 

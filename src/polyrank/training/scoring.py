@@ -1,4 +1,4 @@
-"""When a client's training measures how important the weights are, and what came of it."""
+"""Importance scores during a client's training: the steps that measure them, and their mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a client trains: method, optimizer, length, batches, schedule."""
+"""Settings of a client's training: method, optimizer, length, batches, schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the messages of split training travel: as frames, over links."""
+"""Messages of split training as frames, carried over links."""
 
 from polyrank.transport.frames import decode, encode
 from polyrank.transport.in_process import InProcessLink, InProcessLinks

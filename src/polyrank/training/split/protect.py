@@ -1,4 +1,4 @@
-"""What a client can do to activations before it sends them: a bound per token, and noise.
+"""Protection of activations before a client sends them: a bound per token, and noise.
 
 Neither is a guarantee: no differential privacy is claimed, and at levels at which a model still
 learns, noise has been found to help little (docs/explanation/privacy.md).

@@ -1,4 +1,4 @@
-"""Which clients' frames are served together, and when."""
+"""Batching of clients' frames: those that are served together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a split client reaches the server: address, certificate and token from its train request."""
+"""Credentials of a split client: the server's address, certificate and token."""
 
 from __future__ import annotations
 
